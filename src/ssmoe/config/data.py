@@ -1,0 +1,59 @@
+"""Where text comes from and how it becomes rows of tokens."""
+
+from typing import Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from ssmoe.config.model import Frozen
+
+
+class DataConfig(Frozen):
+    """Sources, tokenizer and lengths of a run."""
+
+    sources: tuple[str, ...] = Field(default=("python-stdlib",), min_length=1)
+    """"python-stdlib" (the sources of the running Python's standard library), files, folders or globs.
+    Suffixes .txt .md .py .jsonl, each plain, .gz or .xz."""
+    text_field: str = "text"
+    """The field of a .jsonl line that holds the document."""
+    tokenizer: str = "bpe:4096"
+    """"bytes"; "bpe:SIZE", a byte-level BPE trained on the training documents; or the path of a Hugging Face
+    tokenizer.json."""
+    end_token: str = "<|endoftext|>"
+    """The token of a tokenizer.json that separates documents."""
+    context: PositiveInt = 256
+    """Tokens in a row."""
+    held_out: float = Field(default=0.02, gt=0, lt=1)
+    """Fraction of the documents, chosen by content hash, that is never trained on."""
+    isolate_documents: bool = True
+    """Reset state, attention and positions at document starts inside a row; false trains across them, as
+    the MoE-Mamba authors did."""
+    max_document_bytes: PositiveInt = 1 << 20
+    """Longer documents are cut at line ends into documents of at most this size."""
+    cache_dir: str = "~/.cache/ssmoe"
+    """Folder of the token caches."""
+    seed: int = 0
+    """Order of the training documents."""
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _check_tokenizer(cls, value: str) -> str:
+        if value.startswith("bpe:"):
+            size = value.removeprefix("bpe:")
+            if not size.isdigit() or int(size) < MIN_BPE_SIZE:
+                raise ValueError(
+                    f"tokenizer={value!r}: the size after bpe: must be a whole number of at least {MIN_BPE_SIZE}, "
+                    "as in bpe:4096"
+                )
+        elif value != "bytes" and not value.endswith(".json"):
+            raise ValueError(f'tokenizer={value!r} is not one of "bytes", "bpe:SIZE" or a path ending in .json')
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(self.sources):
+            raise ValueError("sources holds an empty string: name a file, a glob or python-stdlib")
+        return self
+
+
+MIN_BPE_SIZE = 257
+"""256 bytes and the end token."""

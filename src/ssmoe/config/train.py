@@ -1,0 +1,58 @@
+"""How a run is trained: optimiser, schedule, precision, cadence."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from ssmoe.config.model import Frozen
+
+
+class TrainConfig(Frozen):
+    """The training side of a run. A step is one optimiser step."""
+
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 16
+    """Rows a step."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows a forward pass; must divide batch_size. None is the whole batch. Gradients are accumulated."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak, reached after the warm-up."""
+    warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly."""
+    final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The cosine ends at this fraction of the peak."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices only; never on norms, biases, A_log, D or the delta bias."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_eps: PositiveFloat = 1e-8
+    clip_norm: PositiveFloat = 0.5
+    """Gradients are scaled down to at most this global norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. Parameters, optimiser and recurrent state are float32 in both."""
+    seed: int = 0
+    """Initial weights."""
+    device: str = "auto"
+    """"auto" is cuda where present, else cpu."""
+    backend: str = "auto"
+    """Kernels: "auto" or a name that `ssmoe doctor` lists."""
+    eval_every: PositiveInt = 100
+    """Steps between held-out evaluations; there is always one after the last step."""
+    eval_rows: NonNegativeInt = 64
+    """Held-out rows an evaluation; 0 is all of them."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints; there is always one after the last step."""
+    keep_checkpoints: PositiveInt = 2
+    """Older checkpoints are removed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            valid = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            nearest = min(valid, key=lambda n: abs(n - micro))
+            raise ValueError(
+                f"micro_batch_size={micro} does not divide batch_size={self.batch_size}: "
+                f"use micro_batch_size={nearest}"
+            )
+        return self

@@ -1,0 +1,57 @@
+"""The numerics: names and signatures of every op, and the one place where a backend is chosen.
+
+A backend is a folder that exports the names of `Ops` with the signatures of `ssmoe.ops.reference`, which is
+the definition. `resolve` turns "auto" into a name once, when a model is built; nothing is re-decided later.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ssmoe.ops.segments import Segments
+
+__all__ = ["BACKENDS", "Ops", "Segments", "load", "resolve"]
+
+BACKENDS = ("reference",)
+
+
+class Ops(NamedTuple):
+    """The ops of one backend. `ssmoe.ops.reference` documents each."""
+
+    name: str
+    selective_scan: Callable[..., tuple[Tensor, Tensor]]
+    causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
+    expert_mlp: Callable[..., Tensor]
+
+
+def resolve(backend: str, device: str) -> str:
+    """The backend's name for a device type ("cpu", "cuda", ...); "auto" picks the fastest one present.
+
+    Raises ValueError for an unknown name, and for "auto" on a device that has no kernels here: a slower
+    backend must be named, never fallen back to.
+    """
+    if backend in BACKENDS:
+        return backend
+    if backend != "auto":
+        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(BACKENDS)}")
+    if device == "cpu":
+        return "reference"
+    raise ValueError(
+        f"no kernels for device {device!r} yet; the reference runs there, slowly: pass backend='reference'"
+    )
+
+
+def load(backend: str = "auto", device: str = "cpu") -> Ops:
+    """The ops of a backend, imported now; see `resolve` for the names and errors."""
+    match resolve(backend, device):
+        case "reference":
+            from ssmoe.ops import reference as module
+        case name:
+            raise AssertionError(name)
+    return Ops(
+        name=resolve(backend, device),
+        selective_scan=module.selective_scan,
+        causal_conv1d=module.causal_conv1d,
+        expert_mlp=module.expert_mlp,
+    )
