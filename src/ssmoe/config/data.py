@@ -34,6 +34,11 @@ class DataConfig(Frozen):
     seed: int = 0
     """Order of the training documents."""
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_source(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("tokenizer")
     @classmethod
     def _check_tokenizer(cls, value: str) -> str:
