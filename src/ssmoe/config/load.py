@@ -1,4 +1,4 @@
-"""A preset's name or a file, plus key=value, to a frozen RunConfig; a wrong key names the nearest valid one."""
+"""A preset or a file, plus key=value, to a frozen RunConfig; a wrong key is told the nearest valid one."""
 
 import json
 import tomllib
@@ -166,8 +166,8 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one line."""
-    first = error.errors()[0]
+    """The first problem of a pydantic error in one line; a misspelt key comes before a missing one."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -178,4 +178,4 @@ def _describe(error: ValidationError) -> str:
 
 
 def _field_names() -> list[str]:
-    return [key.rpartition(".")[2] for key in _all_keys()]
+    return [*RunConfig.model_fields, *(key.rpartition(".")[2] for key in _all_keys())]

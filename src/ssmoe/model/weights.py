@@ -59,7 +59,10 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         content = json.loads((folder / CONFIG).read_text())
         if content.get("format") != FORMAT:
-            raise ValueError(f"has format {content.get('format')}, this version reads {FORMAT}")
+            raise ValueError(
+                f"{folder / CONFIG} has format {content.get('format')} and this version reads {FORMAT}: "
+                "use the version of ssmoe that wrote it"
+            )
         return ModelConfig.model_validate(content["model"])
     except (json.JSONDecodeError, ValidationError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
