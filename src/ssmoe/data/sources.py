@@ -55,7 +55,8 @@ def _find_all(sources: Iterable[str]) -> dict[str, Path]:
 
 def _find_stdlib() -> dict[str, Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    # encodings are tables of characters, which any counting model predicts well
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
     # how this Python was built: no text worth learning, and different on every machine
     settings = ("_sysconfigdata", "config-")
     files = {
