@@ -68,7 +68,7 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
 
 
 def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> float:
-    """Mean FLOPs a token of a forward pass over `context` tokens; `head` includes the vocabulary projection."""
+    """Mean FLOPs a token of a forward pass over `context` tokens; `head` counts the projection to logits."""
     total = 2.0 * config.d_model * config.vocab_size if head else 0.0
     for layer in config.layers:
         total += 2.0 * count_layer(layer, config.d_model).matrices

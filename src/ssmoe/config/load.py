@@ -1,4 +1,4 @@
-"""A preset's name or a file, plus key=value, to a frozen RunConfig; a wrong key is met with the nearest valid one."""
+"""A preset or a file, plus key=value, to a frozen RunConfig; a wrong key is told the nearest valid one."""
 
 import json
 import tomllib
@@ -35,7 +35,9 @@ class RunConfig(Frozen):
 def preset_names() -> list[str]:
     """The shipped presets, in alphabetical order."""
     folder = files("ssmoe.config") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -44,7 +46,9 @@ def preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ValueError for an unknown preset or key, naming the nearest, or for a value that does not fit.
     """
     if name not in preset_names():
-        raise ValueError(f"unknown preset {name!r}{_nearest(name, preset_names())}; `ssmoe presets` lists them")
+        raise ValueError(
+            f"unknown preset {name!r}{_nearest(name, preset_names())}; `ssmoe presets` lists them"
+        )
     text = (files("ssmoe.config") / "presets" / f"{name}.toml").read_text()
     return _run_config({"name": name, **tomllib.loads(text)}, overrides, f"preset {name}")
 
@@ -88,7 +92,7 @@ def _parse(text: str) -> Any:
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> None:
-    """Set `value` at `path`; a segment into `pattern` is an index, or a kind, which means all of that kind."""
+    """Set `value` at `path`; a segment into `pattern` is an index, or a kind, meaning all of that kind."""
     model: type[BaseModel] = RunConfig
     targets: list[dict[str, Any]] = [values]
     for i, segment in enumerate(path):
@@ -130,7 +134,8 @@ def _pick_layers(layers: list[dict[str, Any]], segment: str, key: str) -> list[d
     if not picked:
         kinds = sorted({str(layer.get("kind")) for layer in layers})
         raise ValueError(
-            f"unknown key {key!r}: the pattern's layers are 0 to {len(layers) - 1}, or by kind {', '.join(kinds)}"
+            f"unknown key {key!r}: the pattern's layers are 0 to {len(layers) - 1}, "
+            f"or by kind {', '.join(kinds)}"
         )
     return picked
 
@@ -150,7 +155,9 @@ def _nearest_key(prefix: str, segment: str, model: type[BaseModel]) -> str:
 def _all_keys() -> list[str]:
     sections: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     keys = [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
-    return keys + [f"model.pattern.{kind}.{name}" for kind, model in _LAYERS.items() for name in model.model_fields]
+    return keys + [
+        f"model.pattern.{kind}.{name}" for kind, model in _LAYERS.items() for name in model.model_fields
+    ]
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
@@ -159,8 +166,8 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one line."""
-    first = error.errors()[0]
+    """The first problem of a pydantic error in one line; a misspelt key comes before a missing one."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -171,4 +178,4 @@ def _describe(error: ValidationError) -> str:
 
 
 def _field_names() -> list[str]:
-    return [key.rpartition(".")[2] for key in _all_keys()]
+    return [*RunConfig.model_fields, *(key.rpartition(".")[2] for key in _all_keys())]

@@ -60,9 +60,7 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
                 ops=ops,
             )
         case AttentionConfig():
-            return Attention(
-                d_model, num_heads=layer.num_heads, rope=layer.rope, rope_base=layer.rope_base
-            )
+            return Attention(d_model, num_heads=layer.num_heads, rope=layer.rope, rope_base=layer.rope_base)
         case DenseConfig():
             return Dense(d_model, d_ff=layer.d_ff, activation=layer.activation)
         case MoEConfig():

@@ -6,11 +6,11 @@ mixer as in mamba-ssm); scheme "mamba" is mamba-ssm's language model (arXiv 2312
 embedding, torch's default Linear, the last projection of a layer divided by sqrt(number of layers).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from math import log, sqrt
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def init_weights(
     """
     init = init or InitConfig()
     table = _TABLES[init.scheme]
-    for path, owner in module.named_modules():
+    for path, owner in cast(Iterable[tuple[str, nn.Module]], module.named_modules()):
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
                 continue

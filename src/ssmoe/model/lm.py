@@ -101,7 +101,9 @@ class LM(nn.Module):
             x = _last_real(x, segments)
         x = (x if self.norm is None else self.norm(x)).to(dtype)
 
-        weight, bias = (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+        weight, bias = (
+            (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+        )
         if targets is None:
             bias = None if bias is None else bias.to(dtype)
             return ModelOut(F.linear(x, weight.to(dtype), bias), tuple(states), tuple(stats), None)
@@ -121,13 +123,15 @@ class LM(nn.Module):
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids has shape {tuple(ids.shape)}, expected (batch, length) with length >= 1")
         if state is not None and len(state) != len(self.layers):
-            raise ValueError(f"the state has {len(state)} layers and the model {len(self.layers)}: another model's?")
+            raise ValueError(
+                f"the state has {len(state)} layers and the model {len(self.layers)}: another model's?"
+            )
         if ids.device.type == "cpu" and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}: "
-                    "use the model's own tokenizer"
+                    f"token id {low if low < 0 else high} is outside the vocabulary of "
+                    f"{self.config.vocab_size}: use the model's own tokenizer"
                 )
 
 

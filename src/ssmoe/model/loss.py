@@ -1,7 +1,7 @@
 """Cross-entropy of the head without keeping logits, and its sum with the routers' losses."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,50 +31,62 @@ class Loss(NamedTuple):
 def model_loss(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Sequence[RouterStats]
 ) -> Loss:
-    """x: (b, l, d), the head's input; weight: (vocab, d); targets: (b, l) int64, `IGNORE` where not predicted."""
+    """The loss of x (b, l, d), the head's input, under weight (vocab, d) and bias (vocab,).
+
+    targets: (b, l) int64, `IGNORE` where nothing is predicted.
+    """
     flat = targets.reshape(-1)
     tokens = (flat != IGNORE).sum()
-    keep_gradients = torch.is_grad_enabled()
-    total = _HeadCrossEntropy.apply(x.reshape(flat.shape[0], -1), weight, bias, flat, keep_gradients)
+    total = head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat)
     lm = total / tokens.clamp(min=1)
-    balance = sum((s.balance for s in stats), start=lm.new_zeros(()))
-    z = sum((s.z for s in stats), start=lm.new_zeros(()))
+    zero = torch.zeros_like(lm)
+    balance = torch.stack([zero, *(s.balance for s in stats)]).sum()
+    z = torch.stack([zero, *(s.z for s in stats)]).sum()
     return Loss(lm + balance + z, lm, balance, z, tokens)
 
 
-class _HeadCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of softmax(x W^T + b), chunk by chunk; gradients are formed in the forward pass.
+def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of softmax(x W^T + b), () in float32 or wider, differentiable once.
 
+    x: (t, d). weight: (vocab, d). bias: (vocab,). targets: (t,) int64, `IGNORE` where nothing is predicted.
     A chunk of logits lives only while it is used, so memory does not grow with tokens * vocabulary.
     """
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets))
+    chunks = (_chunk_logits(x[rows], weight, bias) for rows in _chunks(x.shape[0]))
+    losses = [
+        F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
+        for rows, logits in zip(_chunks(x.shape[0]), chunks, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The gradients are formed in the forward pass, while a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, keep_gradients: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        cast, cast_bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         total = torch.zeros((), dtype=wide, device=x.device)
-        if keep_gradients:
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
-            dbias = torch.zeros_like(weight[:, 0], dtype=wide)
-        for begin in range(0, x.shape[0], _CHUNK):
-            rows = slice(begin, begin + _CHUNK)
-            logits = F.linear(x[rows], cast, cast_bias).to(wide)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        narrow_weight = weight.to(x.dtype)
+        for rows in _chunks(x.shape[0]):
+            logits = _chunk_logits(x[rows], weight, bias)
             total += F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
-            if keep_gradients:
-                gradient = _logit_gradient(logits, targets[rows])
-                narrow = gradient.to(x.dtype)
-                dx[rows] = narrow @ cast
-                dweight += narrow.t() @ x[rows]
+            gradient = _logit_gradient(logits, targets[rows])
+            narrow = gradient.to(x.dtype)
+            dx[rows] = narrow @ narrow_weight
+            dweight += narrow.t() @ x[rows]
+            if dbias is not None:
                 dbias += gradient.sum(0)
-        if keep_gradients:
-            ctx.save_for_backward(dx, dweight, dbias if bias is not None else None)
-            ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(dx, dweight, dbias)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         scale = grad_outputs[0]
         dx, dweight, dbias = ctx.saved_tensors
         return (
@@ -82,8 +94,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
             (dweight * scale).to(ctx.weight_dtype),
             None if dbias is None else (dbias * scale).to(ctx.weight_dtype),
             None,
-            None,
         )
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(begin, begin + _CHUNK) for begin in range(0, tokens, _CHUNK)]
+
+
+def _chunk_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return logits.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
@@ -91,4 +111,4 @@ def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     gradient = logits.softmax(dim=-1)
     index = targets.masked_fill(~counted, 0).unsqueeze(1)
     gradient.scatter_add_(1, index, -torch.ones_like(index, dtype=gradient.dtype))
-    return gradient * counted.unsqueeze(1)
+    return gradient.mul_(counted.unsqueeze(1))

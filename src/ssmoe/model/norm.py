@@ -35,7 +35,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., d_model), at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.layer_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        return F.layer_norm(
+            x.to(dtype), self.weight.shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
+        )
 
 
 class RMSNorm(nn.Module):

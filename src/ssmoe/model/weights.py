@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmoe.config.model import ModelConfig
@@ -22,7 +22,7 @@ CONFIG = "config.json"
 def save_weights(model: LM, folder: Path) -> None:
     """Write the weights and configuration of `model` into the existing `folder`."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = {"format": FORMAT, "model": model.config.model_dump(mode="json")}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -42,7 +42,7 @@ def load_weights(
     device = torch.device("cpu" if device is None else device)
     model = build(config, backend=resolve(backend, device.type), device="meta", dtype=dtype)
     try:
-        tensors = load_file(folder / WEIGHTS, device=str(device))
+        tensors = safetensors.torch.load_file(folder / WEIGHTS, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
     if problems := differences(model.state_dict(), tensors):
@@ -59,7 +59,10 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         content = json.loads((folder / CONFIG).read_text())
         if content.get("format") != FORMAT:
-            raise ValueError(f"has format {content.get('format')}, this version reads {FORMAT}")
+            raise ValueError(
+                f"{folder / CONFIG} has format {content.get('format')} and this version reads {FORMAT}: "
+                "use the version of ssmoe that wrote it"
+            )
         return ModelConfig.model_validate(content["model"])
     except (json.JSONDecodeError, ValidationError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]

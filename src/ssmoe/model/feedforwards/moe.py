@@ -11,16 +11,24 @@ from ssmoe.ops import Ops, Segments, load
 
 
 class Experts(nn.Module):
-    """The bank of experts as stacked tensors. up, gate: (e, d_expert, d_model). down: (e, d_model, d_expert)."""
+    """The experts as stacked tensors. up, gate: (e, d_expert, d_model). down: (e, d_model, d_expert)."""
 
     def __init__(
-        self, d_model: int, *, num_experts: int, d_expert: int, activation: Activation = "relu", ops: Ops | None = None
+        self,
+        d_model: int,
+        *,
+        num_experts: int,
+        d_expert: int,
+        activation: Activation = "relu",
+        ops: Ops | None = None,
     ) -> None:
         super().__init__()
         self.ops = ops or load("auto")
         self.activation = "silu" if activation == "swiglu" else activation
         self.up = nn.Parameter(torch.empty(num_experts, d_expert, d_model))
-        self.gate = nn.Parameter(torch.empty(num_experts, d_expert, d_model)) if activation == "swiglu" else None
+        self.gate = (
+            nn.Parameter(torch.empty(num_experts, d_expert, d_model)) if activation == "swiglu" else None
+        )
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
         init_weights(self)
 

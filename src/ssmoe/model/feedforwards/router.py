@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 class Router(Float32Module):
-    """Token choice, scored in float32 or wider. `capacity_factor` None is dropless, as evaluation always is."""
+    """Token choice, scored in float32 or wider. Dropless in eval mode and without a `capacity_factor`."""
 
     def __init__(
         self,

@@ -31,7 +31,9 @@ class Attention(nn.Module):
 
     batch_dependent = False
 
-    def __init__(self, d_model: int, *, num_heads: int, rope: bool = True, rope_base: float = 10_000.0) -> None:
+    def __init__(
+        self, d_model: int, *, num_heads: int, rope: bool = True, rope_base: float = 10_000.0
+    ) -> None:
         super().__init__()
         self.num_heads, self.d_head = num_heads, d_model // num_heads
         self.rope, self.rope_base = rope, rope_base
@@ -75,7 +77,7 @@ def _positions(past: Tensor, length: int, segments: Segments | None) -> Tensor:
 
 
 def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """x: (b, h, l, d_head), positions: (b, l). Pairs (i, i + d_head / 2) turn by position * base^(-2i / d_head)."""
+    """Turn the pair (i, i + d_head / 2) of x (b, h, l, d_head) by position * base^(-2i / d_head)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, dtype=dtype, device=x.device) / half)

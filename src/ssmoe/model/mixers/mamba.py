@@ -13,7 +13,7 @@ from ssmoe.ops import Ops, Segments, load
 
 
 class MambaState(NamedTuple):
-    """conv: (b, d_inner, d_conv - 1), the last inputs of the convolution. ssm: (b, d_inner, d_state) float32."""
+    """conv: (b, d_inner, d_conv - 1), the convolution's last inputs. ssm: (b, d_inner, d_state) float32."""
 
     conv: Tensor
     ssm: Tensor
