@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-COMMANDS = ("train", "compare", "generate", "eval", "presets", "bench", "doctor")
+COMMANDS = ("train", "compare", "generate", "eval", "plan", "fit", "presets", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

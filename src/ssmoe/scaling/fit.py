@@ -25,7 +25,7 @@ Intervals = dict[str, tuple[float, float]]
 
 HUBER = 0.1
 TOLERANCE = 1e-9
-"""Of the objective's slopes. 1 % noise is a mean Huber loss of 5e-5, whose slopes fall below BFGS's usual 1e-5
+"""Of the objective's slopes: 1 % noise is a mean Huber loss of 5e-5, whose slopes are below BFGS's usual 1e-5
 far from the optimum."""
 PAPER_C = 0.472
 """The authors' `scaling_bias`, shared by their dense and MoE fits."""

@@ -87,6 +87,7 @@ def _granularities(axes: Axes, law: Law, flops: Sequence[float]) -> None:
     best = [optimum((law,), each).granularity for each in flops]
     axes.step(flops, best, where="mid", label="best")
     axes.set_yscale("log", base=2)
+    axes.set_yticks(sorted(set(best)), [str(grain) for grain in sorted(set(best))])
     axes.set_ylabel("granularity G")
 
 
