@@ -1,5 +1,7 @@
 """Done-when 2 of the issue: intervals that cover, held-out losses that are met."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -46,12 +48,16 @@ def test_the_bootstrap_repeats_with_its_seed():
 
 
 def test_intervals_of_ten_data_sets_mostly_cover():
-    fits = [fit(draw(seed), c=0.47) for seed in range(10)]
-    assert np.mean([covered(profile(found)) for found in fits]) >= 0.8
+    assert share_covered(range(10), GRID, profile).mean() >= 0.8
+
+
+@cache
+def fitted(seed, grid=GRID):
+    return fit(draw(seed, grid), c=0.47)
 
 
 def share_covered(seeds, grid, method):
-    return np.mean([covered(method(fit(draw(seed, grid), c=0.47))) for seed in seeds], axis=0)
+    return np.mean([covered(method(fitted(seed, grid))) for seed in seeds], axis=0)
 
 
 def show(capsys, title, shares):
@@ -77,7 +83,7 @@ def test_bootstraps_of_a_hundred_data_sets_cover_a_little_less(capsys):
 
 @pytest.mark.slow
 def test_held_out_losses_of_a_hundred_data_sets(capsys):
-    errors = np.abs([relative_errors(fit(draw(seed), c=0.47), beyond()) for seed in range(100)])
+    errors = np.abs([relative_errors(fitted(seed), beyond()) for seed in range(100)])
     within = np.mean(errors <= 0.005)
     with capsys.disabled():
         print(f"\nheld-out error: mean {errors.mean():.2%}, largest {errors.max():.2%}")

@@ -20,6 +20,8 @@ LEVELS = (1.0, 2.0, 4.0, 8.0)
 """Tokens of the fitted runs, in units of the base."""
 HELD_OUT_LEVELS = (4.0, 12.0)
 GRAINED = ("moe", "mamba-moe")
+EVAL_ROWS = 512
+"""Enough that the held-out loss is not the fit's noise."""
 LEAST_STEPS = 100
 LEAST_BATCH_TOKENS = 1024
 
@@ -130,6 +132,7 @@ def _run(rung: Rung, base: float, context: int, vocab_size: int, prefix: str) ->
             beta2=0.95,
             warmup_fraction=0.05,
             eval_every=max(1, steps),
+            eval_rows=EVAL_ROWS,
             checkpoint_every=max(1, steps),
         ),
     )
