@@ -2,9 +2,9 @@
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -35,13 +35,12 @@ def test_it_answers_within_a_second_and_without_torch():
         "plan.add_arguments(parser); plan.run(parser.parse_args(['--flops', '1e20']));"
         "print({'torch', 'scipy', 'matplotlib'} & set(sys.modules))"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - start)
+    # processor time, which other processes on the machine do not stretch
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.strip().endswith("set()")
-    assert min(seconds) < 1
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_json_has_every_number(capsys):

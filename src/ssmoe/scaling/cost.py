@@ -22,6 +22,7 @@ other 8; a cheaper router makes finer granularity look better than in the paper.
 Exact for the shapes of `ssmoe.scaling.shape` wherever 16 divides d and 16 G divides 3 d.
 """
 
+from functools import cache
 from typing import Literal, NamedTuple
 
 Blocks = Literal["dense", "moe", "moe-swiglu", "mamba-moe"]
@@ -56,6 +57,7 @@ class Cost(NamedTuple):
     flops: Terms
 
 
+@cache
 def block_cost(blocks: Blocks, expansion: float) -> Cost:
     """The counts of a kind of block at expansion E."""
     match blocks:

@@ -18,7 +18,7 @@ from ssmoe.scaling.runs import Point
 def plot_budgets(law: Law, path: Path, marked: Plan | None = None) -> None:
     """Left: the best loss against FLOPs for several G. Right: the best G against FLOPs. Marks a plan."""
     centre = 1e21 if marked is None else marked.exact.flops
-    flops = np.geomspace(centre / 1e4, centre * 1e4, 49).tolist()
+    flops = np.geomspace(centre / 1e4, centre * 1e4, 33).tolist()
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _losses(left, law, flops)
