@@ -12,7 +12,8 @@ def test_five_lines_with_the_saving_beside_the_paper_s():
     assert "a dense Transformer needs 21.4 times the FLOPs (the paper says 20)" in lines[3]
     lines = explain(plan(Budget(flops=1e25), laws("moe-64")))
     assert "32.0 times the FLOPs (the paper says more than 40)" in lines[3]
-    assert "the paper" not in explain(plan(Budget(flops=1e22), laws("moe-64")))[3]
+    for budget in (Budget(flops=1e22), Budget(flops=1e20, memory_gb=100)):
+        assert "the paper" not in explain(plan(budget, laws("moe-64")))[3]
 
 
 def test_extrapolation_and_borrowed_coefficients_are_warned_of():

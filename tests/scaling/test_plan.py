@@ -29,7 +29,7 @@ def test_the_plan_for_mamba_costs_what_count_says():
 def test_hours_are_spent_with_the_head():
     made = plan(Budget(gpu="H200", hours=24, mfu=0.4), laws("ssm"))
     assert made.seconds == pytest.approx(24 * 3600)
-    assert made.memory_bytes <= 1.02 * 0.8 * 141e9
+    assert made.memory_bytes <= 0.8 * 141e9
     assert made.run.train.precision == "bfloat16"
 
 
@@ -48,14 +48,14 @@ def test_caps_hold(caps, name):
     if "max_tokens" in caps:
         assert made.tokens <= caps["max_tokens"]
     else:
-        assert stored <= 1.02 * caps.get("max_parameters", 1e9)
+        assert 0.7 * caps.get("max_parameters", 1e9) < stored <= caps.get("max_parameters", 1e9)
     assert made.loss >= free.loss - 1e-3
 
 
 def test_two_caps_without_flops_use_both():
     made = plan(Budget(max_parameters=1e9, max_tokens=1e10), laws("ssm"))
     assert made.tokens == 1e10
-    assert 0.85e9 < count_parameters(made.run.model).total <= 1.02e9
+    assert 0.85e9 < count_parameters(made.run.model).total <= 1e9
 
 
 def test_a_fixed_granularity_is_kept_where_the_law_has_one():

@@ -74,7 +74,8 @@ def fit(
     c: float | None = PAPER_C,
     method: Literal["paper", "multistart"] = "paper",
 ) -> Fit:
-    """Fit a law to runs. `c` None fits it too. "paper" starts once, near zero; "multistart" at 27 points.
+    """Fit a law to runs. `c` None fits it too. "paper" starts once, near zero; "multistart" also at the
+    points of a grid, 27 of them or 9.
 
     Raises ValueError, with the reason, for runs that cannot identify a coefficient.
     """

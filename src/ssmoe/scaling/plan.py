@@ -193,8 +193,7 @@ def _rounded(
     for shape in _shapes(exact):
         config = model_config(law.blocks, shape, expansion=law.expansion, vocab_size=vocab_size)
         stored = count_parameters(config).total
-        # a rounded model may miss a cap by the 2 % that its coarsest step allows
-        if budget.most_parameters is not None and stored > 1.02 * budget.most_parameters:
+        if budget.most_parameters is not None and stored > budget.most_parameters:
             continue
         size, per_token, with_head = counts(law, shape, config)
         spent = with_head if budget.counts_head else per_token
@@ -233,16 +232,17 @@ def _rounded(
 
 
 def _shapes(exact: Choice) -> list[Shape]:
-    """The widths on either side of the optimum's, each with the two depths that come nearest to its N.
+    """The widths on either side of the optimum's, each with depths around and below the one that keeps its N.
 
-    Shapes far from d = 64 num_blocks, of which the laws say nothing, are left out where there are others.
+    The shallower ones are for caps, where rounding made the experts wider. Shapes far from d = 64 num_blocks,
+    of which the laws say nothing, are left out where there are others.
     """
     step = width_step(exact.law.blocks, exact.granularity)
     shapes: list[Shape] = []
     for multiple in sorted({max(1, floor(exact.d_model / step)), ceil(exact.d_model / step)}):
         d_model = multiple * step
         depth = exact.num_blocks * (exact.d_model / d_model) ** 2
-        depths = sorted({max(1, floor(depth)), max(1, ceil(depth))})
+        depths = range(max(1, floor(0.7 * depth)), max(1, ceil(depth)) + 1)
         shapes += [Shape(d_model, num_blocks, exact.granularity) for num_blocks in depths]
     usual = [s for s in shapes if abs(log(s.d_model / (WIDTH_PER_BLOCK * s.num_blocks))) < log(1.5)]
     return usual or shapes
