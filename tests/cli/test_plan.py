@@ -91,7 +91,7 @@ def test_a_ladder_is_files_that_load(tmp_path, capsys):
     [
         ((), "no budget"),
         (("--flops", "0"), "--flops 0"),
-        (("--flops=-1e20",), "positive"),
+        (("--flops", "-1e20"), r"--flops -1e\+20: give a positive"),
         (("--flops", "1e20", "--law", "mope"), "unknown law 'mope'"),
         (("--flops", "1e20", "--law", "no.json"), "no such law file"),
         (("--flops", "1e20", "--hours", "3"), "both set the compute"),

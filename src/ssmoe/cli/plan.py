@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from ssmoe.scaling.preset import write_preset
 
 HELP = "the compute-optimal configuration for a budget, from a scaling law"
 
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The budget, its caps, the law and what to write."""
+    # argparse before Python 3.14 takes -1e20 for an option, and its error does not show the number
+    parser._negative_number_matcher = NEGATIVE_NUMBER  # pyright: ignore[reportPrivateUsage]
     spend = parser.add_argument_group("budget")
     spend.add_argument(
         "--flops", type=float, metavar="F", help="training FLOPs without the head, such as 1e20"
