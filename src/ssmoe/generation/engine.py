@@ -85,10 +85,7 @@ def _prefill(model: LM, prompts: Sequence[Sequence[int]], state: State | None) -
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    column = torch.arange(longest, device=device)
-    real = column < lengths.unsqueeze(1)
-    ragged = bool((lengths != longest).any())
-    segments = Segments(real.to(torch.int32) - 1, torch.zeros_like(real)) if ragged else None
+    segments = Segments.ragged(lengths) if bool((lengths != longest).any()) else None
     logits: Tensor | None = None
     for begin in range(0, longest, PREFILL_CHUNK):
         end = min(begin + PREFILL_CHUNK, longest)

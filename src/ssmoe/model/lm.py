@@ -84,6 +84,10 @@ class LM(nn.Module):
         Raises ValueError for ids outside the vocabulary (checked on the CPU; a GPU stops with an assertion).
         """
         if segments is not None:
+            if segments.ids.shape != ids.shape or segments.starts.shape != ids.shape:
+                raise ValueError(
+                    f"segments of {tuple(segments.ids.shape)} for ids of {tuple(ids.shape)}: slice both alike"
+                )
             ids = ids.masked_fill(~segments.real, 0)
         self._check(ids, state)
         dtype = self.compute_dtype or self.embedding.weight.dtype
