@@ -27,6 +27,11 @@ def add_run_folder_rules(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """RUN, --device, --backend, --precision"""
     parser.add_argument("run", help="a run folder or a checkpoint folder")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, --backend, --precision"""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--backend", default="auto", help="kernels: auto or a name of `ssmoe doctor`")
     parser.add_argument(

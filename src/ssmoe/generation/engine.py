@@ -79,6 +79,25 @@ def decode(
     return Continuation(joined, tuple(read), tuple(pending))
 
 
+@torch.no_grad()
+def read(model: LM, prompts: Sequence[Sequence[int]], *, start: Continuation | None = None) -> Continuation:
+    """Read all but the last token of each prompt after `start`; the last one is left pending.
+
+    Going on from there makes what `decode` makes of the whole. Without anything to read the state is zero.
+    """
+    if start is not None:
+        prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens: give it at least one")
+    state = model.init_state(len(prompts)) if start is None else start.state
+    if any(len(prompt) > 1 for prompt in prompts):
+        # a row of one token has nothing to read yet: padding alone leaves its state as it is
+        _, state = _prefill(model, [prompt[:-1] for prompt in prompts], state)
+    before = (0,) * len(prompts) if start is None else start.tokens
+    counts = tuple(n + len(prompt) - 1 for n, prompt in zip(before, prompts, strict=True))
+    return Continuation(state, counts, tuple((prompt[-1],) for prompt in prompts))
+
+
 def _prefill(model: LM, prompts: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State]:
     """The logits (b, vocab) after each prompt, and the state there."""
     device = model.embedding.weight.device

@@ -1,4 +1,4 @@
-"""States as values: pick, repeat and join the rows of a model's recurrent state.
+"""States as values: pick, repeat, join, save and load the rows of a model's recurrent state.
 
 Every leaf of a state has the batch first; nothing here changes a state in place.
 """
@@ -11,6 +11,21 @@ from torch import Tensor
 
 from ssmoe.model.layer import LayerState, State
 from ssmoe.model.mixers.attention import AttentionState
+from ssmoe.model.state_file import StateFile, StateHeader, fingerprint, load, read, save
+
+__all__ = [
+    "StateFile",
+    "StateHeader",
+    "concatenate",
+    "detach",
+    "expand",
+    "fingerprint",
+    "load",
+    "num_bytes",
+    "read",
+    "save",
+    "select",
+]
 
 
 def select(state: State, index: Tensor | Sequence[int]) -> State:

@@ -47,6 +47,9 @@ def load_weights(
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
     if problems := differences(model.state_dict(), tensors):
         raise ValueError(f"{folder / WEIGHTS} is not of the model in {CONFIG}: {'; '.join(problems)}")
+    for name in tensors:
+        # a file's tensors lie at odd addresses, where matrix products round differently from torch's own
+        tensors[name] = tensors[name].clone()
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 

@@ -74,7 +74,8 @@ class Segments(NamedTuple):
     ) -> "Segments":
         """One document a row, `lengths` (b,) real tokens each, padding on `side` up to `length`.
 
-        `length` None is the longest. Rows continue the initial state. Raises ValueError for a length below 0 or above `length`.
+        `length` None is the longest. Rows continue the initial state. Raises ValueError for a length below 0
+        or above `length`.
         """
         counts = torch.as_tensor(lengths, device=device)
         if counts.ndim != 1 or counts.numel() == 0 or counts.is_floating_point():

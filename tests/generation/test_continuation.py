@@ -1,0 +1,46 @@
+"""Continuations as files: a new process goes on as if the old one had never stopped."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ssmoe.data.tokenizer import ByteTokenizer
+from ssmoe.generation import continuation
+from ssmoe.generation.text import generate
+from ssmoe.model.build import build
+from ssmoe.model.weights import save_weights
+from tests.model.zoo import small
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from ssmoe.data.tokenizer import ByteTokenizer
+from ssmoe.generation import continuation
+from ssmoe.generation.text import generate
+from ssmoe.model.weights import load_weights
+model, tokenizer = load_weights(Path(sys.argv[1])), ByteTokenizer()
+start = continuation.load(sys.argv[2], model=model, tokenizer=tokenizer)
+done = generate(model, tokenizer, ["", ""], max_new_tokens=9, seed=5, state=start)
+continuation.save(done.continuation, sys.argv[3], model=model, tokenizer=tokenizer)
+print(done.tokens)
+"""
+
+
+@pytest.mark.parametrize("name", ["hybrid", "moe-mamba"])
+def test_save_new_process_load_is_bit_equal_to_never_stopping(tmp_path, name) -> None:
+    model, tokenizer = build(small(name, vocab_size=257)), ByteTokenizer()
+    save_weights(model, tmp_path)
+    prompts = ["state space", "é"]
+    whole = generate(model, tokenizer, prompts, max_new_tokens=16, seed=5)
+    first = generate(model, tokenizer, prompts, max_new_tokens=7, seed=5)
+    continuation.save(first.continuation, tmp_path / "s", model=model, tokenizer=tokenizer)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path, tmp_path / "s", tmp_path / "end"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str([row[7:] for row in whole.tokens])
+    continuation.save(whole.continuation, tmp_path / "whole", model=model, tokenizer=tokenizer)
+    assert (tmp_path / "end").read_bytes() == (tmp_path / "whole").read_bytes()
