@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ssmoe.api import compare, train
     from ssmoe.config.load import RunConfig, load_run, preset, preset_names
     from ssmoe.config.model import ModelConfig
+    from ssmoe.generation.beam import beam_search
     from ssmoe.generation.text import generate
     from ssmoe.model import state
     from ssmoe.model.build import build
@@ -26,6 +27,7 @@ __all__ = [
     "MoE",
     "ModelConfig",
     "RunConfig",
+    "beam_search",
     "build",
     "compare",
     "generate",
@@ -43,6 +45,7 @@ _HOMES = {
     "MoE": "ssmoe.model.feedforwards.moe",
     "ModelConfig": "ssmoe.config.model",
     "RunConfig": "ssmoe.config.load",
+    "beam_search": "ssmoe.generation.beam",
     "build": "ssmoe.model.build",
     "compare": "ssmoe.api",
     "generate": "ssmoe.generation.text",

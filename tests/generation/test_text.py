@@ -150,3 +150,17 @@ def test_a_training_model_is_put_in_eval_mode():
     LETTERS.train()
     assert text_of(LETTERS, seed=1) == text_of(LETTERS, seed=1)
     assert not LETTERS.training
+
+
+def test_several_continuations_are_those_of_the_following_seeds():
+    model, tokenizer = build(small("hybrid", vocab_size=257)).double(), ByteTokenizer()
+    prompts = ["state", "é"]
+    together = generate(model, tokenizer, prompts, max_new_tokens=9, seed=4, n=3)
+    assert len(set(together.texts)) > 2
+    for i in range(3):
+        alone = generate(model, tokenizer, prompts, max_new_tokens=9, seed=4 + i)
+        assert together.tokens[i::3] == alone.tokens
+    more = generate(model, tokenizer, [""] * 6, max_new_tokens=2, state=together.continuation)
+    assert len(more.texts) == 6
+    with pytest.raises(ValueError, match="n=0"):
+        generate(model, tokenizer, prompts, n=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmoe.generation.sampler import Sampling, sample
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
-from ssmoe.model.state import concatenate, select
+from ssmoe.model.state import concatenate, expand, select
 from ssmoe.ops import Segments
 
 PREFILL_CHUNK = 2048
@@ -39,26 +39,28 @@ def decode(
     sampling: Sampling,
     max_new_tokens: int,
     start: Continuation | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Continuation:
     """Read each prompt after `start` (its pending tokens first), then sample until `accept` says stop.
 
     Rows of different lengths are read together; each gets what it would get alone. `accept` is called once
     for each new token of each row, in row order. Without `start` a prompt must hold at least one token.
-    max_new_tokens is at least 1.
+    max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
     """
     if start is not None:
         prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
-    read = [0] * len(prompts) if start is None else list(start.tokens)
+    count = [0] * len(prompts) if start is None else list(start.tokens)
     logits, state = _prefill(model, prompts, None if start is None else start.state)
-    read = [count + len(prompt) for count, prompt in zip(read, prompts, strict=True)]
+    count = [n + len(prompt) for n, prompt in zip(count, prompts, strict=True)]
     pending: list[tuple[int, ...]] = [()] * len(prompts)
 
     active = list(range(len(prompts)))
     ends: dict[int, State] = {}
     for made in range(1, max_new_tokens + 1):
-        tokens = sample(logits, [read[row] for row in active], sampling)
+        row_seeds = None if seeds is None else [seeds[row] for row in active]
+        tokens = sample(logits, [count[row] for row in active], sampling, row_seeds)
         on = [accept(row, token) and made < max_new_tokens for row, token in zip(active, tokens, strict=True)]
         for i, row in enumerate(active):
             if not on[i]:
@@ -74,9 +76,9 @@ def decode(
         out = model(column, state, logits="last")
         logits, state = out.logits, out.state
         for row in active:
-            read[row] += 1
+            count[row] += 1
     joined = concatenate([ends[row] for row in range(len(prompts))])
-    return Continuation(joined, tuple(read), tuple(pending))
+    return Continuation(joined, tuple(count), tuple(pending))
 
 
 @torch.no_grad()
@@ -96,6 +98,13 @@ def read(model: LM, prompts: Sequence[Sequence[int]], *, start: Continuation | N
     before = (0,) * len(prompts) if start is None else start.tokens
     counts = tuple(n + len(prompt) - 1 for n, prompt in zip(before, prompts, strict=True))
     return Continuation(state, counts, tuple((prompt[-1],) for prompt in prompts))
+
+
+def repeat(start: Continuation, n: int) -> Continuation:
+    """Each row n times in a row: n continuations of the same past, which is read once."""
+    tokens = tuple(count for count in start.tokens for _ in range(n))
+    pending = tuple(row for row in start.pending for _ in range(n))
+    return Continuation(expand(start.state, n), tokens, pending)
 
 
 def _prefill(model: LM, prompts: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State]:

@@ -34,10 +34,13 @@ class Sampling(NamedTuple):
         return self
 
 
-def sample(logits: Tensor, positions: list[int], sampling: Sampling) -> list[int]:
+def sample(
+    logits: Tensor, positions: list[int], sampling: Sampling, seeds: list[int] | None = None
+) -> list[int]:
     """One token a row. logits: (b, vocab). positions: each row's index of the token to come.
 
-    A row's choice depends on its logits, the seed and its position, not on the other rows.
+    seeds: one a row, in place of the one of `sampling`. A row's choice depends on its logits, its seed and
+    its position, not on the other rows.
     """
     logits = logits[:, : sampling.num_tokens]
     if sampling.temperature == 0:
@@ -53,7 +56,8 @@ def sample(logits: Tensor, positions: list[int], sampling: Sampling) -> list[int
         outside = cumulative - probabilities >= sampling.top_p
         probabilities = probabilities.masked_fill(outside, 0)
         cumulative = probabilities.cumsum(dim=-1)
-    draws = torch.tensor([uniform(sampling.seed, position) for position in positions], dtype=torch.float64)
+    seeds = [sampling.seed] * len(positions) if seeds is None else seeds
+    draws = torch.tensor([uniform(*row) for row in zip(seeds, positions, strict=True)], dtype=torch.float64)
     # never past the last token that has any probability
     target = draws.unsqueeze(1) * cumulative[:, -1:]
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1

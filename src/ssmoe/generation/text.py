@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from ssmoe.data.tokenizer import Tokenizer
-from ssmoe.generation.engine import Continuation, decode
+from ssmoe.generation.engine import Continuation, decode, read, repeat
 from ssmoe.generation.sampler import Sampling
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
@@ -40,9 +40,12 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     state: State | Continuation | None = None,
+    n: int = 1,
     on_text: OnText | None = None,
 ) -> Generated:
-    """Continue every prompt, each as if it were alone.
+    """Continue every prompt, each as if it were alone; `n` times, grouped by prompt, reading it once.
+
+    The i-th of a prompt's continuations is the one that seed + i gives.
 
     A prompt opens a document unless `state` is given: then it goes on from there (one row a prompt, and the
     prompt may be empty after a Continuation). Raises ValueError for no prompts, an empty prompt or a
@@ -50,9 +53,16 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, seed, tokenizer.vocab_size).check()
     _check(prompts, max_new_tokens, stop, state)
+    if n < 1:
+        raise ValueError(f"n={n}: ask for at least 1 continuation of each prompt")
     start = _start(state, len(prompts))
     opening = [] if start is not None else [tokenizer.end_id]
-    rows = [_Row(tokenizer, stop) for _ in prompts]
+    ids = [opening + tokenizer.encode(prompt) for prompt in prompts]
+    seeds = [seed + i for _ in prompts for i in range(n)]
+    if n > 1:
+        start = repeat(read(model.eval(), ids, start=start), n)
+        ids: list[list[int]] = [[] for _ in seeds]
+    rows = [_Row(tokenizer, stop) for _ in ids]
 
     def accept(row: int, token: int) -> bool:
         piece = rows[row].add(token)
@@ -62,11 +72,12 @@ def generate(
 
     end = decode(
         model.eval(),
-        [opening + tokenizer.encode(prompt) for prompt in prompts],
+        ids,
         accept,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         start=start,
+        seeds=seeds,
     )
     for i, row in enumerate(rows):
         rest = row.finish()
