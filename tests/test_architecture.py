@@ -19,6 +19,7 @@ ALLOWED = {
     "generation": {"config", "data.tokenizer", "model", "ops"},
     "eval": {"config", "data", "model", "generation", "ops"},
     "scaling": {"config"},
+    "interop": {"config", "data", "model"},
     "check": {"config", "data", "ops", "model", "generation"},
 }
 ROOTS = {"cli", "api", "__init__"}

@@ -12,7 +12,19 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-COMMANDS = ("train", "compare", "generate", "eval", "state", "plan", "fit", "presets", "bench", "doctor")
+COMMANDS = (
+    "train",
+    "compare",
+    "generate",
+    "eval",
+    "state",
+    "import",
+    "plan",
+    "fit",
+    "presets",
+    "bench",
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

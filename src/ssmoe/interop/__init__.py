@@ -1,0 +1,1 @@
+"""Weights of other libraries, from their files alone: transformers itself is imported by tests only."""
