@@ -68,13 +68,14 @@ FORTY = ("train.steps=40", "train.checkpoint_every=20", "train.eval_every=10", "
 
 
 @pytest.mark.slow
-def test_kill_and_interrupt_and_resume_equal_one_long_run(tiny_file, tmp_path):
+@pytest.mark.parametrize("changes", [(), ("train.tbptt=2", "data.context=64")], ids=["rows", "tbptt"])
+def test_kill_and_interrupt_and_resume_equal_one_long_run(tiny_file, tmp_path, changes):
     """The issue's 20 steps + kill -9 + resume + 20 steps == 40 steps, and the same for Ctrl-C."""
     whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
-    assert finish(start("train", tiny_file, *FORTY, "--out", whole))[0] == 0
+    assert finish(start("train", tiny_file, *FORTY, *changes, "--out", whole))[0] == 0
     assert {r["router"]["dropped"] > 0 for r in steady(whole) if r["mode"] == "train"} == {True}
 
-    process = start("train", tiny_file, *FORTY, "--out", killed, before=SLOWLY)
+    process = start("train", tiny_file, *FORTY, *changes, "--out", killed, before=SLOWLY)
     wait_for(lambda: (killed / "checkpoints" / "step-20").is_dir() and num_lines(killed) > 24, process)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
@@ -85,7 +86,7 @@ def test_kill_and_interrupt_and_resume_equal_one_long_run(tiny_file, tmp_path):
     assert f"resuming {killed} after step 20" in out
     assert_same_run(killed, whole)
 
-    process = start("train", tiny_file, *FORTY, "--out", stopped, before=SLOWLY)
+    process = start("train", tiny_file, *FORTY, *changes, "--out", stopped, before=SLOWLY)
     wait_for(lambda: num_lines(stopped) >= 5, process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)

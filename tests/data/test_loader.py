@@ -134,3 +134,27 @@ def test_held_out_shorter_than_a_row(corpus_of):
     (batch,) = held_out_batches(corpus_of([[1, 2]]), context=100, batch_size=4, rows=64)
     assert batch.ids.tolist() == [[999, 1, 2]]
     assert batch.targets.tolist() == [[1, 2, 999]]
+
+
+def test_consecutive_rows_go_on_where_they_ended(corpus):
+    rows_an_epoch = corpus.num_targets // 7
+    an_epoch = rows_an_epoch // 4
+    stream = pack(corpus, shuffled(corpus.num_documents, seed=3, epoch=1))
+    drawn = take(corpus, 2 * an_epoch, consecutive=True)
+    for row in range(4):
+        wanted = stream.rows(np.arange(row * an_epoch, (row + 1) * an_epoch), 7)
+        found = [batch for batch, _ in drawn[an_epoch:]]
+        np.testing.assert_array_equal(np.concatenate([b.ids[row] for b in found]), wanted.ids.ravel())
+        np.testing.assert_array_equal(np.concatenate([b.targets[row] for b in found]), wanted.targets.ravel())
+        starts = wanted.starts.ravel().copy()
+        starts[0] = True
+        np.testing.assert_array_equal(np.concatenate([b.starts[row] for b in found]), starts)
+    again = take(corpus, 3, cursor=drawn[4][1], consecutive=True)
+    for (one, cursor), (other, expected) in zip(again, drawn[5:8], strict=True):
+        assert_equal(one, other)
+        assert cursor == expected
+
+
+def test_too_few_tokens_for_a_consecutive_batch(corpus):
+    with pytest.raises(ValueError, match=r"lower train\.batch_size, train\.tbptt"):
+        take(corpus, 1, batch_size=10_000, consecutive=True)

@@ -17,6 +17,7 @@ from ssmoe.training.checkpoint import (
     list_checkpoints,
     load,
     restore_checkpoint,
+    restore_state,
     save_checkpoint,
 )
 from ssmoe.training.optimizer import build_optimizer, optimizer_tensors, parameter_groups
@@ -169,3 +170,20 @@ def test_a_tokenizer_with_ids_past_the_vocabulary_is_refused(tmp_path):
     safetensors.torch.save_file(tensors, path.with_name("model.safetensors"))
     with pytest.raises(ValueError, match=r"tokenizer of 257 tokens and a model of 200: put back"):
         load(tmp_path)
+
+
+def test_the_carried_state_comes_back_or_is_named(tmp_path):
+    model, optimizer = make()
+    state = model(torch.tensor([[1, 2, 3], [4, 5, 6]])).state
+    progress = Progress(1, 6, Cursor(2), 0.1)
+    save_checkpoint(tmp_path, model, ByteTokenizer(), optimizer, progress, keep=1, state=state)
+    checkpoint = latest_checkpoint(tmp_path)
+    found = restore_state(checkpoint, model, 2)
+    for one, other in zip(found, state, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with pytest.raises(ValueError, match="has shape"):
+        restore_state(checkpoint, model, 3)
+    path = checkpoint / "trainer" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"damaged .* remove .*step-1 to resume"):
+        restore_state(checkpoint, model, 2)

@@ -99,3 +99,43 @@ def test_the_rate_given_is_the_rate_used():
     optimizer = torch.optim.AdamW(model.parameters(), lr=99.0)
     train_step(model, optimizer, batch, TrainConfig(batch_size=8), 0.25, isolate=True)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+def tbptt_gradients(config, batch, windows, *, micro=None, isolate=True, state=None):
+    model = build(config).double().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train = TrainConfig(batch_size=8, micro_batch_size=micro, clip_norm=1e12, tbptt=windows)
+    sgd = torch.optim.SGD(model.parameters())
+    result = train_step(model, sgd, batch, train, 1.0, isolate=isolate, state=state)
+    return result, {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("name", list(PATTERNS))
+def test_windows_add_up_to_full_back_propagation(name, micro, isolate):
+    """Nothing is truncated inside a step."""
+    batch, config = random_batch(8, 12), dropless(name)
+    whole, expected = gradients(config, batch, None, isolate=isolate)
+    parts, found = tbptt_gradients(config, batch, 4, micro=micro, isolate=isolate)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts.lm, whole.lm, rtol=0, atol=1e-12)
+    for layer, stats in whole.routers.items():
+        assert torch.equal(parts.routers[layer].load, stats.load)
+
+
+@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+def test_a_step_goes_on_from_the_state_of_the_one_before(name):
+    config, batch = dropless(name), random_batch(8, 24)
+    first, second = (Batch(*(array[:, part] for array in batch)) for part in (slice(0, 12), slice(12, 24)))
+    start, _ = tbptt_gradients(config, first, 2, micro=4)
+    assert start.state is not None
+    assert not any(leaf.requires_grad for layer in start.state for leaf in layer)
+    found, _ = tbptt_gradients(config, second, 3, micro=2, state=start.state)
+    model = build(config).double().train()
+    whole = model(torch.from_numpy(batch.ids), segments=segments(batch, 0, 8)).logits[:, 12:]
+    targets = torch.from_numpy(second.targets)
+    expected = torch.nn.functional.cross_entropy(whole.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(found.lm, expected.detach(), rtol=0, atol=1e-12)
+    alone, _ = tbptt_gradients(config, second, 3)
+    assert abs(float(alone.lm - found.lm)) > 1e-9

@@ -15,6 +15,11 @@ class TrainConfig(Frozen):
     """Rows a step."""
     micro_batch_size: PositiveInt | None = None
     """Rows a forward pass; must divide batch_size. None is the whole batch. Gradients are accumulated."""
+    tbptt: PositiveInt | None = None
+    """Truncated back-propagation through time: a step reads this many consecutive windows of data.context
+    tokens a row, gradients go through all of them, and the next step goes on from the state of this one, so
+    that a document is read as a whole however long it is. Attention keeps all tokens of its
+    document. None starts every row from the zero state."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)

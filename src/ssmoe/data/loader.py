@@ -27,11 +27,16 @@ def batches(
     cursor: Cursor,
     rank: int = 0,
     world_size: int = 1,
+    consecutive: bool = False,
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Endless training batches from `cursor` on, each with the cursor that follows it.
 
     Every epoch has its own order, and leaves out what does not fill a last row. Of the `batch_size` rows
     a rank gets its share; the shares in rank order are the batch of a single rank.
+
+    consecutive: row i of a batch goes on where row i of the batch before ended, until the epoch ends; the
+    first batch of an epoch has starts in its first column. An epoch then leaves out what does not fill a last
+    batch, and `cursor` must lie between batches.
     """
     if (rows_an_epoch := corpus.num_targets // context) == 0:
         raise ValueError(
@@ -44,6 +49,12 @@ def batches(
             f"use {batch_size + -batch_size % world_size}"
         )
     assert 0 <= rank < world_size
+    batches_an_epoch = rows_an_epoch // batch_size
+    if consecutive and not batches_an_epoch:
+        raise ValueError(
+            f"batch_size={batch_size} rows of {context} tokens are more than the {corpus.num_targets} tokens "
+            "of training text: lower train.batch_size, train.tbptt or data.context, or add text"
+        )
 
     @lru_cache(maxsize=2)
     def epoch_stream(epoch: int) -> Stream:
@@ -57,6 +68,17 @@ def batches(
         return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     share = np.arange(batch_size).reshape(world_size, -1)[rank]
+
+    def read_next(first: int) -> Batch:
+        epoch, step = divmod(first // batch_size, batches_an_epoch)
+        batch = epoch_stream(epoch).rows(share * batches_an_epoch + step, context)
+        starts = batch.starts.copy()
+        starts[:, 0] |= step == 0
+        return batch._replace(starts=starts)
+
+    if consecutive:
+        assert cursor.rows % batch_size == 0
+        return ((read_next(first), Cursor(first + batch_size)) for first in count(cursor.rows, batch_size))
     return ((read(first + share), Cursor(first + batch_size)) for first in count(cursor.rows, batch_size))
 
 

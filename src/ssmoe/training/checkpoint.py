@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ssmoe.data.loader import Cursor
 from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
+from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
+from ssmoe.model.state_file import state_from_tensors, state_tensors
 from ssmoe.model.weights import load_weights, save_weights
 from ssmoe.training.optimizer import optimizer_tensors, restore_optimizer
 
@@ -26,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 _OPTIMIZER = "optimizer.safetensors"
 _PROGRESS = "progress.json"
 _RNG = "rng"
+_STATE = "state.safetensors"
 
 
 class Progress(NamedTuple):
@@ -45,8 +48,12 @@ def save_checkpoint(
     progress: Progress,
     *,
     keep: int,
+    state: State | None = None,
 ) -> Path:
-    """Write the checkpoint of `progress.step` into the run folder and remove all but the `keep` newest."""
+    """Write the checkpoint of `progress.step` into the run folder and remove all but the `keep` newest.
+
+    state: what a run with train.tbptt carries from step to step.
+    """
     final = folder / CHECKPOINTS / f"step-{progress.step}"
     for unfinished in final.parent.glob(".step-*.new"):
         shutil.rmtree(unfinished)
@@ -60,6 +67,9 @@ def save_checkpoint(
     (temporary / "trainer" / _PROGRESS).write_text(
         json.dumps({**progress._asdict(), "cursor": progress.cursor._asdict()}) + "\n"
     )
+    if state is not None:
+        leaves = {name: leaf.contiguous() for name, leaf in state_tensors(state).items()}
+        safetensors.torch.save_file(leaves, temporary / "trainer" / _STATE)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in list_checkpoints(folder)[:-keep]:
@@ -95,6 +105,16 @@ def restore_checkpoint(checkpoint: Path, model: LM, optimizer: torch.optim.Optim
     model.load_state_dict(saved.state_dict())
     torch.set_rng_state(rng)
     return progress
+
+
+def restore_state(checkpoint: Path, model: LM, rows: int) -> State:
+    """The state of `rows` rows that a run with train.tbptt carries. Raises ValueError for a damaged file."""
+    path = checkpoint / "trainer" / _STATE
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {_remedy(checkpoint)}") from error
+    return state_from_tensors(tensors, model.init_state(rows), what=str(path))
 
 
 def find_weights(path: str | Path) -> Path:

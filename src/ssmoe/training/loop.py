@@ -18,11 +18,13 @@ from ssmoe.data.packing import Batch
 from ssmoe.data.prepare import Prepared
 from ssmoe.data.tokenizer import Tokenizer
 from ssmoe.model.build import build
+from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.training.checkpoint import (
     Progress,
     latest_checkpoint,
     restore_checkpoint,
+    restore_state,
     save_checkpoint,
 )
 from ssmoe.training.console import Reporter, Silent
@@ -76,13 +78,18 @@ def train(
     progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
     if resume:
         progress = restore_checkpoint(latest_checkpoint(folder), model, optimizer)
+    windows = config.train.tbptt or 1
     rows = batches(
         data.train,
-        context=config.data.context,
+        context=windows * config.data.context,
         batch_size=config.train.batch_size,
         seed=config.data.seed,
         cursor=progress.cursor,
+        consecutive=config.train.tbptt is not None,
     )
+    state = None
+    if resume and config.train.tbptt is not None:
+        state = restore_state(latest_checkpoint(folder), model, config.train.batch_size)
     if resume:
         truncate_metrics(folder, progress.step)
         reporter.message(f"resuming {folder} after step {progress.step}")
@@ -94,7 +101,7 @@ def train(
     metrics = MetricsFile(folder)
     try:
         with _interruptible() as interrupted:
-            progress = _loop(run, progress, metrics, interrupted)
+            progress = _loop(run, progress, state, metrics, interrupted)
     finally:
         metrics.close()
     return progress.step == config.train.steps
@@ -116,14 +123,21 @@ def _build(config: RunConfig, backend: str) -> LM:
     return build(config.model, backend=backend, device=device, seed=train.seed, dtype=dtype).train()
 
 
-def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Callable[[], bool]) -> Progress:
+def _loop(
+    run: _Run,
+    progress: Progress,
+    state: State | None,
+    metrics: MetricsFile,
+    interrupted: Callable[[], bool],
+) -> Progress:
     train, isolate = run.config.train, run.config.data.isolate_documents
     saved = progress.step
     for step in range(progress.step + 1, train.steps + 1):
         begin = perf_counter()
         batch, cursor = next(run.rows)
         rate = learning_rate(train, step - 1)
-        result = train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate)
+        result = train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate, state=state)
+        state = result.state
         _wait(run.model)
         elapsed = perf_counter() - begin
         tokens = progress.tokens + batch.ids.size
@@ -142,6 +156,7 @@ def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Call
                 run.optimizer,
                 progress,
                 keep=train.keep_checkpoints,
+                state=state,
             )
             saved = step
         if last:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
 from ssmoe.data.packing import Batch
-from ssmoe.model.layer import RouterStats
-from ssmoe.model.lm import LM
+from ssmoe.model.layer import RouterStats, State
+from ssmoe.model.lm import LM, ModelOut
+from ssmoe.model.state import concatenate, detach, select
 from ssmoe.ops import Segments
 
 
@@ -16,6 +17,7 @@ class StepResult(NamedTuple):
     """Detached values of one step. lm: nats a target; balance, z: means over the micro-batches.
 
     routers: for each layer with a router, its statistics, counts added and means averaged over micro-batches.
+    state: with train.tbptt, where the rows ended, else None.
     """
 
     lm: Tensor
@@ -23,6 +25,7 @@ class StepResult(NamedTuple):
     z: Tensor
     grad_norm: Tensor
     routers: dict[int, RouterStats]
+    state: State | None
 
 
 def train_step(
@@ -33,13 +36,14 @@ def train_step(
     rate: float,
     *,
     isolate: bool,
+    state: State | None = None,
 ) -> StepResult:
     """Update `model` from one batch at the learning rate `rate`.
 
     The LM loss is the mean over the whole batch's targets however it is cut; the routers' losses are means
-    over the micro-batches, on which they are defined. isolate: documents do not see each other.
+    over the micro-batches, on which they are defined. isolate: documents do not see each other. With
+    train.tbptt the rows are that many windows, read one after another from `state` on.
     """
-    device = model.embedding.weight.device
     rows = batch.ids.shape[0]
     size = train.micro_batch_size or rows
     results: list[StepResult] = []
@@ -47,7 +51,8 @@ def train_step(
         part = slice(begin, begin + size)
         micro = Batch(batch.ids[part], batch.targets[part], batch.documents[part], batch.starts[part])
         share = micro.ids.shape[0] / rows
-        results.append(_accumulate(model, micro, device, share, isolate))
+        past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
+        results.append(_accumulate(model, micro, share, isolate, past, train.tbptt))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -59,6 +64,7 @@ def train_step(
         z=torch.stack([r.z for r in results]).sum(),
         grad_norm=grad_norm,
         routers={i: _merge([r.routers[i] for r in results]) for i in results[0].routers},
+        state=None if train.tbptt is None else concatenate([r.state for r in results if r.state is not None]),
     )
 
 
@@ -67,25 +73,41 @@ def segments_of(batch: Batch, device: torch.device) -> Segments:
     return Segments(torch.from_numpy(batch.documents).to(device), torch.from_numpy(batch.starts).to(device))
 
 
-def _accumulate(model: LM, batch: Batch, device: torch.device, share: float, isolate: bool) -> StepResult:
+def _accumulate(
+    model: LM, batch: Batch, share: float, isolate: bool, state: State | None, tbptt: int | None
+) -> StepResult:
     """Every target counts, so a micro-batch's share of rows is its share of targets."""
-    out = model(
-        torch.from_numpy(batch.ids).to(device),
-        segments=segments_of(batch, device) if isolate else None,
-        targets=torch.from_numpy(batch.targets).to(device),
-    )
-    (out.loss.total * share).backward()
+    device = model.embedding.weight.device
+    ids, targets = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.targets).to(device)
+    segments = segments_of(batch, device) if isolate else None
+    outs: list[ModelOut] = []
+    size = ids.shape[1] // (tbptt or 1)
+    for begin in range(0, ids.shape[1], size):
+        end = begin + size
+        piece = None if segments is None else segments.slice(begin, end)
+        out: ModelOut = model(ids[:, begin:end], state, piece, targets=targets[:, begin:end])
+        outs.append(out)
+        state = out.state if tbptt else None
+    share /= len(outs)
+    losses = [out.loss for out in outs if out.loss is not None]
+    torch.stack([loss.total * share for loss in losses]).sum().backward()
     return StepResult(
-        lm=out.loss.lm.detach() * share,
-        balance=out.loss.balance.detach() * share,
-        z=out.loss.z.detach() * share,
-        grad_norm=out.loss.lm.new_zeros(()),
-        routers={
-            i: RouterStats(*(t.detach() for t in stats))
-            for i, stats in enumerate(out.stats)
-            if stats is not None
-        },
+        lm=torch.stack([loss.lm.detach() * share for loss in losses]).sum(),
+        balance=torch.stack([loss.balance.detach() * share for loss in losses]).sum(),
+        z=torch.stack([loss.z.detach() * share for loss in losses]).sum(),
+        grad_norm=losses[0].lm.new_zeros(()),
+        routers={i: _merge(found) for i, found in _routers(outs).items()},
+        state=None if state is None else detach(state),
     )
+
+
+def _routers(outs: list[ModelOut]) -> dict[int, list[RouterStats]]:
+    found: dict[int, list[RouterStats]] = {}
+    for out in outs:
+        for i, stats in enumerate(out.stats):
+            if stats is not None:
+                found.setdefault(i, []).append(RouterStats(*(t.detach() for t in stats)))
+    return found
 
 
 def _merge(stats: list[RouterStats]) -> RouterStats:
