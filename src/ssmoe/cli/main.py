@@ -24,6 +24,7 @@ COMMANDS = (
     "presets",
     "bench",
     "doctor",
+    "verify",
 )
 
 
