@@ -84,12 +84,13 @@ void conv_vector_backward(const Conv& args, int64_t b, int64_t c, const int32_t*
   constexpr int W = kLanes<T>;
   const int64_t k = K ? K : args.k, lanes = args.d - c;
   T *taps = memory, *past = taps + k * W, *dtaps = past + k * W, *ahead = dtaps + k * W;
+  T *chunk_dtaps = ahead + k * W;  // sums of a chunk, so that rounding grows with the number of chunks
   T* window = ahead + 2 * k * W;
   const T* bias_row = static_cast<const T*>(args.bias);
   pack_taps<T>(static_cast<const T*>(args.weight), c, lanes, k, taps);
   read_past<S>(args, b, c, lanes, past);
   memset(dtaps, 0, k * W * sizeof(T));
-  memset(ahead, 0, 2 * k * W * sizeof(T));
+  memset(ahead, 0, k * W * sizeof(T));
   Vec<T> bias = bias_row ? load_some(bias_row + c, lanes) : splat<T>(0), dbias = splat<T>(0);
 
   // `ahead` [slot][lane]: gradient arriving at tokens i - (k - 1) .. i of the compacted row; what has left the
@@ -109,6 +110,8 @@ void conv_vector_backward(const Conv& args, int64_t b, int64_t c, const int32_t*
       else
         put<T>(slot, i + k - 1 >= 0 ? get(past + (i + k - 1) * W) : splat<T>(0));
     }
+    memset(chunk_dtaps, 0, k * W * sizeof(T));
+    Vec<T> chunk_dbias = splat<T>(0);
     for (int64_t i = end - 1; i >= begin; --i) {
       const int64_t t = place ? place[i] : i, span = reach ? reach[i] : k - 1;
       const T* newest = window + (i - begin + k - 1) * W;
@@ -117,11 +120,11 @@ void conv_vector_backward(const Conv& args, int64_t b, int64_t c, const int32_t*
       for (int64_t j = 1; j < k; ++j)
         if (j <= span) y = y + get(newest - j * W) * get(taps + (k - 1 - j) * W);
       Vec<T> g = args.dy.data ? load_some(row_at<S>(args.dy, b, t) + c, lanes) * silu_slope<T>(y) : splat<T>(0);
-      dbias = dbias + g;
+      chunk_dbias = chunk_dbias + g;
 #pragma GCC unroll 4
       for (int64_t j = 0; j < k; ++j)
         if (j <= span) {
-          T* tap = dtaps + (k - 1 - j) * W;
+          T* tap = chunk_dtaps + (k - 1 - j) * W;
           put<T>(tap, get(tap) + g * get(newest - j * W));
           T* to = ahead + (k - 1 - j) * W;
           put<T>(to, get(to) + g * get(taps + (k - 1 - j) * W));
@@ -131,6 +134,8 @@ void conv_vector_backward(const Conv& args, int64_t b, int64_t c, const int32_t*
       for (int64_t j = k - 1; j > 0; --j) put<T>(ahead + j * W, get(ahead + (j - 1) * W));
       put<T>(ahead, splat<T>(0));
     }
+    dbias = dbias + chunk_dbias;
+    for (int64_t j = 0; j < k; ++j) put<T>(dtaps + j * W, get(dtaps + j * W) + get(chunk_dtaps + j * W));
   }
   unpack_taps<T>(dtaps, c, lanes, k, static_cast<T*>(args.dweight) + b * args.d * k);
   store_some(static_cast<T*>(args.dbias) + b * args.d + c, dbias, lanes);

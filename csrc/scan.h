@@ -12,7 +12,7 @@ using ssmoe::Rows;
 using ssmoe::Scan;
 
 #if SSMOE_BYTES == 64
-constexpr int kStates = 16;
+constexpr int kStates = 8;
 #else
 constexpr int kStates = 4;
 #endif
@@ -23,38 +23,45 @@ SSMOE_INLINE S* row_at(const Rows& rows, int64_t b, int64_t l) {
   return static_cast<S*>(rows.data) + b * rows.batch_stride + l * rows.row_stride;
 }
 
-template <class T>
+// This thread's working memory: it grows and stays, because fresh pages cost more than the work done in them.
+// One Scratch of a kind lives at a time.
+template <class T, int kSlot = 0>
 struct Scratch {
   explicit Scratch(int64_t count) {
-    void* raw = __builtin_malloc(count * sizeof(T) + 64);
-    memory = raw;
-    data = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63));
+    static thread_local void* memory = nullptr;
+    static thread_local int64_t size = 0;
+    const int64_t wanted = count * int64_t(sizeof(T)) + 64;
+    if (size < wanted) {
+      __builtin_free(memory);
+      memory = __builtin_malloc(wanted);
+      if (!memory) __builtin_trap();
+      size = wanted;
+    }
+    data = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
   }
-  ~Scratch() { __builtin_free(memory); }
   T* take(int64_t count) {
     T* p = data;
     data += (count + 15) & ~int64_t(15);
     return p;
   }
-  void* memory;
   T* data;
 };
 
 // (d, n) rows of channels c0.. to [vector][n][lane]; lanes past the last channel are zero
 template <class T>
-void pack_states(const T* source, T factor, int64_t c0, int64_t channels, int64_t n, T* out) {
+void pack_states(const T* source, int64_t c0, int64_t channels, int64_t n, T* out) {
   constexpr int W = kLanes<T>;
   for (int64_t c = 0; c < (channels + W - 1) / W * W; ++c) {
     T* to = out + (c / W) * n * W + c % W;
     for (int64_t i = 0; i < n; ++i)
-      to[i * W] = c < channels && source ? source[(c0 + c) * n + i] * factor : T(0);
+      to[i * W] = c < channels && source ? source[(c0 + c) * n + i] : T(0);
   }
 }
 template <class T>
-void unpack_states(const T* in, T factor, int64_t c0, int64_t channels, int64_t n, T* out) {
+void unpack_states(const T* in, int64_t c0, int64_t channels, int64_t n, T* out) {
   constexpr int W = kLanes<T>;
   for (int64_t c = 0; c < channels; ++c)
-    for (int64_t i = 0; i < n; ++i) out[(c0 + c) * n + i] = in[((c / W) * n + i) * W + c % W] * factor;
+    for (int64_t i = 0; i < n; ++i) out[(c0 + c) * n + i] = in[((c / W) * n + i) * W + c % W];
 }
 
 // B or C of a chunk in accumulator type, zero on padding
@@ -77,7 +84,7 @@ struct Chunk {
 };
 
 // states i0 .. i0 + N of one channel vector through a chunk; y gets or adds <C, h>
-template <class T, int N>
+template <class T, int N, bool kDeep>
 SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, const T* drive, const T* A, T* h,
                           T* y) {
   constexpr int W = kLanes<T>;
@@ -95,13 +102,22 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
     }
     Vec<T> step = get(delta + t * W), input = get(drive + t * W);
     Vec<T> even = i0 ? get(y + t * W) : splat<T>(0), odd = splat<T>(0);
+    constexpr int M = N < 4 ? N : 4;
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      state[i] = state[i] * exp<T>(step * get(a + i * W)) + input * B[i];
-      if (i % 2)
-        odd = odd + state[i] * C[i];
-      else
-        even = even + state[i] * C[i];
+    for (int j = 0; j < N; j += M) {
+      Vec<T> decay[M];
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) decay[i] = step * get(a + (i + j) * W);
+      exp_all<T, M, kDeep>(decay);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) state[i + j] = state[i + j] * decay[i] + input * B[i + j];
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        if (i % 2)
+          odd = odd + state[i + j] * C[i + j];
+        else
+          even = even + state[i + j] * C[i + j];
+      }
     }
     put<T>(y + t * W, even + odd);
   }
@@ -109,14 +125,27 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
   for (int i = 0; i < N; ++i) put(h + (i0 + i) * W, state[i]);
 }
 
-template <class T>
+template <class T, bool kDeep>
 void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y) {
   const int64_t n = chunk.args.n;
   int64_t i = 0;
-  for (; i + kStates <= n; i += kStates) advance<T, kStates>(chunk, i, delta, drive, A, h, y);
+  for (; i + kStates <= n; i += kStates) advance<T, kStates, kDeep>(chunk, i, delta, drive, A, h, y);
   if constexpr (kStates > 4)
-    for (; i + 4 <= n; i += 4) advance<T, 4>(chunk, i, delta, drive, A, h, y);
-  for (; i < n; ++i) advance<T, 1>(chunk, i, delta, drive, A, h, y);
+    for (; i + 4 <= n; i += 4) advance<T, 4, kDeep>(chunk, i, delta, drive, A, h, y);
+  for (; i < n; ++i) advance<T, 1, kDeep>(chunk, i, delta, drive, A, h, y);
+}
+
+// Whether some exp(delta A) of a chunk could fall below the smallest normal number.
+template <class T>
+bool deep(const T* delta, int64_t steps, const T* A, int64_t n) {
+  constexpr int W = kLanes<T>;
+  Vec<T> longest = splat<T>(0), steepest = splat<T>(0);
+  for (int64_t t = 0; t < steps; ++t) longest = larger<T>(get(delta + t * W), longest);
+  for (int64_t i = 0; i < n; ++i) steepest = larger<T>(-get(A + i * W), steepest);
+  Vec<T> product = longest * steepest;
+  bool any = false;
+  for (int w = 0; w < W; ++w) any = any || !(product[w] < -kShallow<T>);
+  return any;
 }
 
 // a row of length one: lanes = states, so that the state is read and written where it lies
@@ -145,7 +174,8 @@ void scan_one(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
       for (int64_t i = c * n; i < (c + lanes) * n; ++i) to[i] = from ? from[i] : T(0);
       continue;
     }
-    Vec<T> delta = softplus<T>(u);
+    softplus_all<T, 1>(&u, nullptr);
+    Vec<T> delta = u;
     put<T>(step, delta);
     put<T>(drive, delta * x);
     const bool keep = from && flag != ssmoe::kReset;
@@ -173,22 +203,64 @@ void scan_one(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
   }
 }
 
+// A group's part of chunk rows, read and written whole rows at a time: rows lie far apart, in different pages
+// and often in the same cache sets.
+constexpr int64_t kAhead = 4;
+
+template <class S>
+SSMOE_INLINE void prefetch_row(const Rows& rows, int64_t b, int64_t t, int64_t length, int64_t c0, int64_t channels) {
+  if (t >= length) return;
+  const char* p = reinterpret_cast<const char*>(row_at<S>(rows, b, t) + c0);
+  for (int64_t at = 0; at < int64_t(channels * sizeof(S)); at += 64) __builtin_prefetch(p + at, 0, 2);
+}
+
+template <class T>
+SSMOE_INLINE void clear(T* staged, int64_t t, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) put<T>(staged + (v * kChunk + t) * kLanes<T>, splat<T>(0));
+}
+
+// Step sizes and inputs of one position, [vector][kChunk][lane]; slope as in softplus_all
+template <class S, int N, class T>
+SSMOE_INLINE void stage_some(const S* x, const S* u, const T* bias, int64_t t, int64_t channels, int64_t v, T* delta,
+                             T* drive, T* slope) {
+  constexpr int W = kLanes<T>;
+  Vec<T> step[N], steep[N];
+  SSMOE_EACH_VECTOR step[i] = load_some(u + (v + i) * W, channels - (v + i) * W);
+  if (bias) {
+    SSMOE_EACH_VECTOR step[i] = step[i] + load_some(bias + (v + i) * W, channels - (v + i) * W);
+  }
+  softplus_all<T, N>(step, slope ? steep : nullptr);
+  SSMOE_EACH_VECTOR {
+    const int64_t at = ((v + i) * kChunk + t) * W;
+    put<T>(delta + at, step[i]);
+    put<T>(drive + at, step[i] * load_some(x + (v + i) * W, channels - (v + i) * W));
+    if (slope) put<T>(slope + at, steep[i]);
+  }
+}
+template <class S, class T>
+void stage(const S* x, const S* u, const T* bias, int64_t t, int64_t channels, T* delta, T* drive, T* slope) {
+  constexpr int W = kLanes<T>;
+  int64_t v = 0;
+  for (; (v + 4) * W <= channels; v += 4) stage_some<S, 4>(x, u, bias, t, channels, v, delta, drive, slope);
+  for (; v * W < channels; ++v) stage_some<S, 1>(x, u, bias, t, channels, v, delta, drive, slope);
+}
+
 template <class S>
 void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
   using T = typename Accumulator<S>::type;
   constexpr int W = kLanes<T>;
   const int64_t n = args.n, vectors = (channels + W - 1) / W, all_vectors = (args.d + W - 1) / W;
-  const int64_t chunks = (args.l + kChunk - 1) / kChunk;
+  const int64_t chunks = (args.l + kChunk - 1) / kChunk, staged = vectors * kChunk * W;
   const T *D = static_cast<const T*>(args.D), *bias = static_cast<const T*>(args.delta_bias);
-  Scratch<T> scratch(2 * vectors * n * W + 2 * kChunk * n + 3 * kChunk * W + 128);
+  Scratch<T> scratch(2 * vectors * n * W + 2 * kChunk * n + 3 * staged + 128);
   T *A = scratch.take(vectors * n * W), *h = scratch.take(vectors * n * W);
   T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n);
-  T *delta = scratch.take(kChunk * W), *drive = scratch.take(kChunk * W), *y = scratch.take(kChunk * W);
+  T *delta = scratch.take(staged), *drive = scratch.take(staged), *y = scratch.take(staged);
 
-  pack_states<T>(static_cast<const T*>(args.A), 1, c0, channels, n, A);
+  pack_states<T>(static_cast<const T*>(args.A), c0, channels, n, A);
   const T* from = static_cast<const T*>(args.initial_state);
   if (from) from += (args.slots ? args.slots[b] : b) * args.d * n;
-  pack_states<T>(from, 1, c0, channels, n, h);
+  pack_states<T>(from, c0, channels, n, h);
 
   for (int64_t t0 = 0; t0 < args.l; t0 += kChunk) {
     const int64_t steps = args.l - t0 < kChunk ? args.l - t0 : kChunk;
@@ -200,35 +272,44 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
       T* kept = static_cast<T*>(args.checkpoints) + ((b * chunks + t0 / kChunk) * all_vectors + c0 / W) * n * W;
       memcpy(kept, h, vectors * n * W * sizeof(T));
     }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t c = c0 + v * W, lanes = args.d - c;
-      Vec<T> offset = bias ? load_some(bias + c, lanes) : splat<T>(0);
-      for (int64_t t = 0; t < steps; ++t) {
-        if (flags && flags[t] == ssmoe::kPadding) {
-          put<T>(delta + t * W, splat<T>(0));
-          put<T>(drive + t * W, splat<T>(0));
-          continue;
-        }
-        Vec<T> step = softplus<T>(load_some(row_at<S>(args.delta, b, t0 + t) + c, lanes) + offset);
-        put<T>(delta + t * W, step);
-        put<T>(drive + t * W, step * load_some(row_at<S>(args.x, b, t0 + t) + c, lanes));
+    for (int64_t t = 0; t < steps; ++t) {
+      const S *x = row_at<S>(args.x, b, t0 + t) + c0, *u = row_at<S>(args.delta, b, t0 + t) + c0;
+      if (flags && flags[t] == ssmoe::kPadding) {
+        clear<T>(delta, t, vectors), clear<T>(drive, t, vectors);
+        continue;
       }
-      advance_all<T>(chunk, delta, drive, A + v * n * W, h + v * n * W, y);
-      Vec<T> skip = D ? load_some(D + c, lanes) : splat<T>(0);
-      for (int64_t t = 0; t < steps; ++t) {
-        Vec<T> out = get(y + t * W);
-        if (D) out = out + skip * load_some(row_at<S>(args.x, b, t0 + t) + c, lanes);
-        if (args.z.data) {
-          Vec<T> z = load_some(row_at<S>(args.z, b, t0 + t) + c, lanes);
+      prefetch_row<S>(args.x, b, t0 + t + kAhead, args.l, c0, channels);
+      prefetch_row<S>(args.delta, b, t0 + t + kAhead, args.l, c0, channels);
+      prefetch_row<S>(args.y, b, t0 + t, args.l, c0, channels);
+      stage<S>(x, u, bias ? bias + c0 : nullptr, t, channels, delta, drive, static_cast<T*>(nullptr));
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t at = v * kChunk * W;
+      const T* a = A + v * n * W;
+      if (deep<T>(delta + at, steps, a, n))
+        advance_all<T, true>(chunk, delta + at, drive + at, a, h + v * n * W, y + at);
+      else
+        advance_all<T, false>(chunk, delta + at, drive + at, a, h + v * n * W, y + at);
+    }
+    for (int64_t t = 0; t < steps; ++t) {
+      const bool padding = flags && flags[t] == ssmoe::kPadding;
+      const S* x = row_at<S>(args.x, b, t0 + t) + c0;
+      const S* gate = args.z.data ? row_at<S>(args.z, b, t0 + t) + c0 : nullptr;
+      S* to = row_at<S>(args.y, b, t0 + t) + c0;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t lanes = channels - v * W;
+        Vec<T> out = get(y + (v * kChunk + t) * W);
+        if (D) out = out + load_some(D + c0 + v * W, lanes) * load_some(x + v * W, lanes);
+        if (gate) {
+          Vec<T> z = load_some(gate + v * W, lanes);
           out = out * z * sigmoid<T>(z);
         }
-        if (flags && flags[t] == ssmoe::kPadding) out = splat<T>(0);
-        store_some(row_at<S>(args.y, b, t0 + t) + c, out, lanes);
+        store_some(to + v * W, padding ? splat<T>(0) : out, lanes);
       }
     }
   }
   T* to = static_cast<T*>(args.final_state) + (args.out_slots ? args.out_slots[b] : b) * args.d * n;
-  unpack_states<T>(h, 1, c0, channels, n, to);
+  unpack_states<T>(h, c0, channels, n, to);
 }
 
 template <class S>
@@ -246,7 +327,7 @@ void scan_forward(const Scan& args, int64_t begin, int64_t end) {
 // Partial sums of one channel vector over a chunk, [step][lane]
 template <class T>
 struct Partial {
-  T *delta, *drive, *x, *g;  // in
+  T *delta, *drive, *g;      // in
   T* y;                      // out: <C, h>, only with a gate
   T *ddrive, *ddecay;        // out: sum over n of dh B, and of dh h_{t-1} exp(delta A) A
   T *decay, *carried;        // scratch [step][N][lane]: exp(delta A), and that times h_{t-1}
@@ -254,15 +335,15 @@ struct Partial {
 
 // Recompute the states i0 .. i0 + N of a chunk, then walk it backwards.
 // With q = dh_t h_{t-1} exp(delta A):  ddelta += q A,  dA += q delta,  dB += dh drive,  dC += g h_t.
-template <class T, int N, bool kGate>
+template <class T, int N, bool kGate, bool kDeep>
 SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p, const T* A, const T* h, T* dh,
                           T* dA, T* dB, T* dC) {
   constexpr int W = kLanes<T>;
   const int64_t n = chunk.args.n;
   {
-    Vec<T> state[N], a[N];
+    Vec<T> state[N];
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) state[i] = get(h + (i0 + i) * W), a[i] = get(A + (i0 + i) * W);
+    for (int i = 0; i < N; ++i) state[i] = get(h + (i0 + i) * W);
     for (int64_t t = 0; t < chunk.steps; ++t) {
       if (chunk.flags && chunk.flags[t] == ssmoe::kReset) {
 #pragma GCC unroll 16
@@ -270,11 +351,14 @@ SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p
       }
       Vec<T> step = get(p.delta + t * W), input = get(p.drive + t * W);
       Vec<T> y = kGate && i0 ? get(p.y + t * W) : splat<T>(0);
+      Vec<T> decay[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) decay[i] = step * get(A + (i0 + i) * W);
+      exp_all<T, N, kDeep>(decay);
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) {
-        Vec<T> decay = exp<T>(step * a[i]);
-        Vec<T> carried = decay * state[i];
-        put<T>(p.decay + (t * N + i) * W, decay);
+        Vec<T> carried = decay[i] * state[i];
+        put<T>(p.decay + (t * N + i) * W, decay[i]);
         put<T>(p.carried + (t * N + i) * W, carried);
         state[i] = carried + input * chunk.B[t * n + i0 + i];
         if (kGate) y = y + state[i] * chunk.C[t * n + i0 + i];
@@ -286,7 +370,7 @@ SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) {
     gradient[i] = get(dh + (i0 + i) * W);
-    total[i] = get(dA + (i0 + i) * W);
+    total[i] = splat<T>(0);  // added up chunk by chunk, so that rounding grows with the number of chunks
     a[i] = get(A + (i0 + i) * W);
   }
   for (int64_t t = chunk.steps - 1; t >= 0; --t) {
@@ -317,17 +401,17 @@ SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) {
     put(dh + (i0 + i) * W, gradient[i]);
-    put(dA + (i0 + i) * W, total[i]);
+    put<T>(dA + (i0 + i) * W, get(dA + (i0 + i) * W) + total[i]);
   }
 }
 
-template <class T, bool kGate>
+template <class T, bool kGate, bool kDeep>
 void retreat_all(const Chunk<T>& chunk, const Partial<T>& p, const T* A, const T* h, T* dh, T* dA, T* dB, T* dC) {
   const int64_t n = chunk.args.n;
   int64_t i = 0;
   for (; i + kBackwardStates <= n; i += kBackwardStates)
-    retreat<T, kBackwardStates, kGate>(chunk, i, p, A, h, dh, dA, dB, dC);
-  for (; i < n; ++i) retreat<T, 1, kGate>(chunk, i, p, A, h, dh, dA, dB, dC);
+    retreat<T, kBackwardStates, kGate, kDeep>(chunk, i, p, A, h, dh, dA, dB, dC);
+  for (; i < n; ++i) retreat<T, 1, kGate, kDeep>(chunk, i, p, A, h, dh, dA, dB, dC);
 }
 
 template <class S>
@@ -340,23 +424,25 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
   const int64_t chunks = (args.l + kChunk - 1) / kChunk, packed = vectors * n * W;
   const T *D = static_cast<const T*>(args.D), *bias = static_cast<const T*>(args.delta_bias);
   const bool gate = args.z.data;
+  const int64_t staged = vectors * kChunk * W;
 
-  Scratch<T> scratch(3 * packed + 2 * vectors * W + (2 + 2 * W) * kChunk * n + kChunk * W * (8 + 2 * kBackwardStates) +
-                     512);
+  Scratch<T> scratch(3 * packed + 4 * vectors * W + (2 + 2 * W) * kChunk * n + 7 * staged +
+                     2 * kChunk * W * kBackwardStates + 512);
   T *A = scratch.take(packed), *dA = scratch.take(packed), *dh = scratch.take(packed);
   T *dD = scratch.take(vectors * W), *dbias = scratch.take(vectors * W);
+  T *chunk_dD = scratch.take(vectors * W), *chunk_dbias = scratch.take(vectors * W);
   T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n);
   T *dB = scratch.take(kChunk * n * W), *dC = scratch.take(kChunk * n * W);
-  T* slope = scratch.take(kChunk * W);
-  Partial<T> p;
-  T** const buffers[] = {&p.delta, &p.drive, &p.x, &p.g, &p.y, &p.ddrive, &p.ddecay};
-  for (T** buffer : buffers) *buffer = scratch.take(kChunk * W);
-  p.decay = scratch.take(kChunk * W * kBackwardStates);
-  p.carried = scratch.take(kChunk * W * kBackwardStates);
+  T* slope = scratch.take(staged);
+  Partial<T> all;
+  T** const buffers[] = {&all.delta, &all.drive, &all.g, &all.y, &all.ddrive, &all.ddecay};
+  for (T** buffer : buffers) *buffer = scratch.take(staged);
+  all.decay = scratch.take(kChunk * W * kBackwardStates);
+  all.carried = scratch.take(kChunk * W * kBackwardStates);
 
-  pack_states<T>(static_cast<const T*>(args.A), 1, c0, channels, n, A);
+  pack_states<T>(static_cast<const T*>(args.A), c0, channels, n, A);
   const T* dfinal = static_cast<const T*>(args.dfinal);
-  pack_states<T>(dfinal ? dfinal + b * args.d * n : nullptr, 1, c0, channels, n, dh);
+  pack_states<T>(dfinal ? dfinal + b * args.d * n : nullptr, c0, channels, n, dh);
   memset(dA, 0, packed * sizeof(T));
   memset(dD, 0, vectors * W * sizeof(T));
   memset(dbias, 0, vectors * W * sizeof(T));
@@ -369,61 +455,73 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
     const Chunk<T> chunk{args, b, t0, steps, flags, B, C};
     memset(dB, 0, kChunk * n * W * sizeof(T));
     memset(dC, 0, kChunk * n * W * sizeof(T));
+    memset(chunk_dD, 0, vectors * W * sizeof(T));
+    memset(chunk_dbias, 0, vectors * W * sizeof(T));
     const T* kept = static_cast<const T*>(args.checkpoints) + ((b * chunks + k) * all_vectors + c0 / W) * n * W;
+    for (int64_t t = 0; t < steps; ++t) {
+      const bool padding = flags && flags[t] == ssmoe::kPadding;
+      const S *x = row_at<S>(args.x, b, t0 + t) + c0, *u = row_at<S>(args.delta, b, t0 + t) + c0;
+      const S* z = gate ? row_at<S>(args.z, b, t0 + t) + c0 : nullptr;
+      const S* dy = args.dy.data ? row_at<S>(args.dy, b, t0 + t) + c0 : nullptr;
+      const int64_t ahead = t + kAhead < steps ? t0 + t + kAhead : args.l;
+      prefetch_row<S>(args.x, b, ahead, args.l, c0, channels);
+      prefetch_row<S>(args.delta, b, ahead, args.l, c0, channels);
+      prefetch_row<S>(args.dx, b, t0 + t, args.l, c0, channels);
+      prefetch_row<S>(args.ddelta, b, t0 + t, args.l, c0, channels);
+      if (dy) prefetch_row<S>(args.dy, b, ahead, args.l, c0, channels);
+      if (padding) {
+        clear<T>(all.delta, t, vectors), clear<T>(all.drive, t, vectors), clear<T>(all.g, t, vectors);
+        continue;
+      }
+      stage<S>(x, u, bias ? bias + c0 : nullptr, t, channels, all.delta, all.drive, slope);
+      for (int64_t v = 0; v < vectors; ++v) {
+        Vec<T> g = dy ? load_some(dy + v * W, channels - v * W) : splat<T>(0);
+        if (gate) {
+          Vec<T> open = load_some(z + v * W, channels - v * W);
+          g = g * open * sigmoid<T>(open);
+        }
+        put<T>(all.g + (v * kChunk + t) * W, g);
+      }
+    }
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t c = c0 + v * W, lanes = args.d - c;
-      Vec<T> offset = bias ? load_some(bias + c, lanes) : splat<T>(0);
-      Vec<T> skip = D ? load_some(D + c, lanes) : splat<T>(0);
-      for (int64_t t = 0; t < steps; ++t) {
-        if (flags && flags[t] == ssmoe::kPadding) {
-          T* const buffers[] = {p.delta, p.drive, p.x, p.g, slope};
-          for (T* buffer : buffers) put<T>(buffer + t * W, splat<T>(0));
+      const int64_t at = v * kChunk * W, state = v * n * W;
+      const Partial<T> p{all.delta + at, all.drive + at, all.g + at, all.y + at, all.ddrive + at, all.ddecay + at,
+                         all.decay, all.carried};
+      const T *a = A + state, *h = kept + state;
+      auto run = deep<T>(p.delta, steps, a, n) ? (gate ? retreat_all<T, true, true> : retreat_all<T, false, true>)
+                                               : (gate ? retreat_all<T, true, false> : retreat_all<T, false, false>);
+      run(chunk, p, a, h, dh + state, dA + state, dB, dC);
+    }
+    for (int64_t t = 0; t < steps; ++t) {
+      const bool padding = flags && flags[t] == ssmoe::kPadding;
+      const S* x_row = row_at<S>(args.x, b, t0 + t) + c0;
+      const S* z_row = gate ? row_at<S>(args.z, b, t0 + t) + c0 : nullptr;
+      const S* dy_row = args.dy.data ? row_at<S>(args.dy, b, t0 + t) + c0 : nullptr;
+      S *to_x = row_at<S>(args.dx, b, t0 + t) + c0, *to_delta = row_at<S>(args.ddelta, b, t0 + t) + c0;
+      S* to_z = gate ? row_at<S>(args.dz, b, t0 + t) + c0 : nullptr;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = (v * kChunk + t) * W, lanes = channels - v * W;
+        if (padding) {
+          store_some(to_x + v * W, splat<T>(0), lanes);
+          store_some(to_delta + v * W, splat<T>(0), lanes);
+          if (gate) store_some(to_z + v * W, splat<T>(0), lanes);
           continue;
         }
-        Vec<T> u = load_some(row_at<S>(args.delta, b, t0 + t) + c, lanes) + offset;
-        Vec<T> x = load_some(row_at<S>(args.x, b, t0 + t) + c, lanes);
-        Vec<T> g = args.dy.data ? load_some(row_at<S>(args.dy, b, t0 + t) + c, lanes) : splat<T>(0);
+        Vec<T> x = load_some(x_row + v * W, lanes), g = get(all.g + at), ddrive = get(all.ddrive + at);
+        Vec<T> skip = D ? load_some(D + c0 + v * W, lanes) : splat<T>(0);
+        Vec<T> ddelta = (get(all.ddecay + at) + ddrive * x) * get(slope + at);
+        put<T>(chunk_dD + v * W, get(chunk_dD + v * W) + g * x);
+        put<T>(chunk_dbias + v * W, get(chunk_dbias + v * W) + ddelta);
+        store_some(to_x + v * W, ddrive * get(all.delta + at) + g * skip, lanes);
+        store_some(to_delta + v * W, ddelta, lanes);
         if (gate) {
-          Vec<T> z = load_some(row_at<S>(args.z, b, t0 + t) + c, lanes);
-          g = g * z * sigmoid<T>(z);
-        }
-        Vec<T> step = softplus<T>(u);
-        put<T>(p.delta + t * W, step);
-        put<T>(p.drive + t * W, step * x);
-        put<T>(p.x + t * W, x);
-        put<T>(p.g + t * W, g);
-        put<T>(slope + t * W, sigmoid<T>(u));
-      }
-      const T *a = A + v * n * W, *h = kept + v * n * W;
-      if (gate)
-        retreat_all<T, true>(chunk, p, a, h, dh + v * n * W, dA + v * n * W, dB, dC);
-      else
-        retreat_all<T, false>(chunk, p, a, h, dh + v * n * W, dA + v * n * W, dB, dC);
-
-      Vec<T> sum_D = get(dD + v * W), sum_bias = get(dbias + v * W);
-      for (int64_t t = 0; t < steps; ++t) {
-        const bool padding = flags && flags[t] == ssmoe::kPadding;
-        Vec<T> x = get(p.x + t * W), g = get(p.g + t * W), ddrive = get(p.ddrive + t * W);
-        Vec<T> ddelta = (get(p.ddecay + t * W) + ddrive * x) * get(slope + t * W);
-        Vec<T> dx = ddrive * get(p.delta + t * W) + g * skip;
-        if (padding) dx = ddelta = splat<T>(0);
-        sum_D = sum_D + g * x;
-        sum_bias = sum_bias + ddelta;
-        store_some(row_at<S>(args.dx, b, t0 + t) + c, dx, lanes);
-        store_some(row_at<S>(args.ddelta, b, t0 + t) + c, ddelta, lanes);
-        if (gate) {
-          Vec<T> dz = splat<T>(0);
-          if (!padding && args.dy.data) {
-            Vec<T> z = load_some(row_at<S>(args.z, b, t0 + t) + c, lanes), s = sigmoid<T>(z);
-            Vec<T> y = get(p.y + t * W) + skip * x;
-            dz = load_some(row_at<S>(args.dy, b, t0 + t) + c, lanes) * y * s * (T(1) + z * (T(1) - s));
-          }
-          store_some(row_at<S>(args.dz, b, t0 + t) + c, dz, lanes);
+          Vec<T> z = load_some(z_row + v * W, lanes), s = sigmoid<T>(z), y = get(all.y + at) + skip * x;
+          Vec<T> dz = dy_row ? load_some(dy_row + v * W, lanes) * y * s * (T(1) + z * (T(1) - s)) : splat<T>(0);
+          store_some(to_z + v * W, dz, lanes);
         }
       }
-      put<T>(dD + v * W, sum_D);
-      put<T>(dbias + v * W, sum_bias);
     }
+    for (int64_t c = 0; c < vectors * W; ++c) dD[c] += chunk_dD[c], dbias[c] += chunk_dbias[c];
     T* to_B = static_cast<T*>(args.dB) + ((group * args.b + b) * args.l + t0) * n;
     T* to_C = static_cast<T*>(args.dC) + ((group * args.b + b) * args.l + t0) * n;
     for (int64_t i = 0; i < steps * n; ++i) {
@@ -432,10 +530,10 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
     }
   }
   const int64_t row = b * args.d;
-  unpack_states<T>(dA, 1, c0, channels, n, static_cast<T*>(args.dA) + row * n);
+  unpack_states<T>(dA, c0, channels, n, static_cast<T*>(args.dA) + row * n);
   memcpy(static_cast<T*>(args.dD) + row + c0, dD, channels * sizeof(T));
   memcpy(static_cast<T*>(args.ddelta_bias) + row + c0, dbias, channels * sizeof(T));
-  if (args.dinitial) unpack_states<T>(dh, 1, c0, channels, n, static_cast<T*>(args.dinitial) + row * n);
+  if (args.dinitial) unpack_states<T>(dh, c0, channels, n, static_cast<T*>(args.dinitial) + row * n);
 }
 
 template <class S>
