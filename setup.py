@@ -17,7 +17,15 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", *WARNINGS]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fPIC",
+    *WARNINGS,
+]
 LEVELS = {"Portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     COMMON.append("-DSSMOE_X86")
@@ -51,18 +59,23 @@ class BuildKernels(build_ext):
             if folder is None:
                 raise RuntimeError("torch is not installed here yet")
             self.link(ext, folder)
-        except Exception as error:  # noqa: BLE001  a package without kernels is complete; say it and go on
+        except Exception as error:  # a package without kernels is complete; say so and go on
             if os.environ.get("SSMOE_REQUIRE_KERNELS"):
                 raise
             reason = str(error).splitlines()[0]
-            print(f"ssmoe: CPU kernels not built ({reason}); the package runs on the reference backend", file=sys.stderr)
+            print(
+                f"ssmoe: CPU kernels not built ({reason}); the package runs on the reference backend",
+                file=sys.stderr,
+            )
 
     def link(self, ext: Extension, torch: Path) -> None:
         out, include = self.build_temp, [str(HERE / "csrc"), str(torch / "include")]
         # the stable ABI of 2.11
         macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
         # the C++ library's ABI is that of libtorch; ours stays inside
-        sources = [str(source) for source in sorted((HERE / "csrc").glob("*.cpp")) if source.name != "level.cpp"]
+        sources = [
+            str(source) for source in sorted((HERE / "csrc").glob("*.cpp")) if source.name != "level.cpp"
+        ]
         objects = self.compiler.compile(sources, out, macros, include, extra_postargs=COMMON)
         for level, flags in LEVELS.items():
             objects += self.compiler.compile(

@@ -12,7 +12,7 @@ PATH = Path(__file__).parent / "cpu" / "_kernels.so"
 def missing() -> str | None:
     """Why the CPU kernels cannot run here, in one line; None when they can. Loads them, once."""
     if not PATH.exists():
-        return "the CPU kernels were not built: install a C++ compiler and torch, then `pip install --no-build-isolation -e .`"
+        return "the CPU kernels were not built: with a C++ compiler and torch present, install ssmoe again"
     try:
         torch.ops.load_library(PATH)
     except OSError as error:

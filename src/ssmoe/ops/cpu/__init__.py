@@ -6,7 +6,7 @@
 from ssmoe.ops.extension import missing
 
 if reason := missing():
-    raise ImportError(reason)
+    raise ModuleNotFoundError(reason)
 
 from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
 from ssmoe.ops.cpu.describe import describe

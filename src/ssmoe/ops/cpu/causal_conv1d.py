@@ -20,7 +20,7 @@ def causal_conv1d(
     slots: Tensor | None = None,
     out_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve every channel along l and return (y, final_state); see the reference for shapes and meaning."""
+    """Convolve every channel along l and return (y, final_state); the reference has shapes and meaning."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -70,7 +70,14 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tenso
     dx, dweight, dbias, dinitial = torch.ops.ssmoe.causal_conv1d_backward(
         dy, dfinal, x, weight, bias, initial_state, ids, starts
     )
-    return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinitial, None, None
+    return (
+        dx,
+        dweight,
+        None if bias is None else dbias,
+        None if initial_state is None else dinitial,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd("ssmoe::causal_conv1d", _backward, setup_context=_save)

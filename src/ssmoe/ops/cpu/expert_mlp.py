@@ -42,7 +42,14 @@ def _expert_fake(
 
 @torch.library.register_fake("ssmoe::expert_mlp_backward")
 def _expert_backward_fake(
-    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, *rest: Any
+    dy: Tensor,
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    expert: Tensor,
+    weight: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     e, f, d = up.shape
     return (

@@ -60,13 +60,16 @@ def selective_scan(
 
 # positions between kept states (kChunk of csrc/kernels.h), and channels in a vector of this machine
 _CHUNK = 32
-_LANES = {dtype: torch.ops.ssmoe.cpu_lanes(dtype == torch.float64) for dtype in (torch.float32, torch.float64)}
+_LANES = {
+    dtype: torch.ops.ssmoe.cpu_lanes(dtype == torch.float64) for dtype in (torch.float32, torch.float64)
+}
 
 
 @torch.library.register_fake("ssmoe::selective_scan")
 def _scan_fake(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, initial_state: Tensor | None, ids: Tensor | None, starts: Tensor | None, keep: bool,
+    delta_bias: Tensor | None, initial_state: Tensor | None, ids: Tensor | None, starts: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     b, l, d = x.shape
     y = x.new_empty(b, l, d)
@@ -102,7 +105,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, delta, A, B, C, D, z, delta_bias, ids, starts, checkpoints = ctx.saved_tensors
     dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = torch.ops.ssmoe.selective_scan_backward(
         dy, dfinal, x, delta, A, B, C, D, z, delta_bias, ids, starts, checkpoints

@@ -22,7 +22,11 @@ def gathered(
 
 
 def in_place(
-    initial_state: Tensor | None, out_state: Tensor, slots: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+    initial_state: Tensor | None,
+    out_state: Tensor,
+    slots: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> bool:
     """Whether a kernel can read and write these states where they lie."""
     states = (out_state,) if initial_state is None else (initial_state, out_state)
