@@ -36,6 +36,7 @@ static int64_t lanes(bool float64) { return kernels().lanes[float64 ? kFloat64 :
 
 STABLE_TORCH_LIBRARY(ssmoe, m) {
   m.def("cpu_level() -> str");
+  m.def("cpu_release_memory() -> ()");
   m.def("cpu_lanes(bool float64) -> int");
   m.def(
       "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
@@ -67,6 +68,7 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CompositeExplicitAutograd, m) {
+  m.impl("cpu_release_memory", TORCH_BOX(&ssmoe::release_memory));
   m.impl("cpu_level", TORCH_BOX(&ssmoe::level));
   m.impl("cpu_lanes", TORCH_BOX(&ssmoe::lanes));
 }

@@ -125,8 +125,8 @@ inline const int64_t* slots_of(Keep& keep, const Maybe& slots, int64_t b) {
   return static_cast<const int64_t*>(keep.flat(slots, b, "slots"));
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty({sizes.data(), sizes.size()}, type);
-}
+// Uninitialised; large ones are recycled (memory.cpp).
+Tensor empty(std::vector<int64_t> sizes, ScalarType type);
+void release_memory();
 
 }  // namespace ssmoe

@@ -79,7 +79,8 @@ def test_without_the_library_auto_is_the_reference_and_says_why() -> None:
 def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    code = "from pathlib import Path; from ssmoe.ops import extension as e; e.PATH = Path({!r}); print(e.missing())"
+    code = "from pathlib import Path; from ssmoe.ops import extension as e; "
+    code += "e.PATH = Path({!r}); print(e.missing())"
     assert python(code.format(str(broken))).stdout.startswith("the CPU kernels do not load")
 
 
