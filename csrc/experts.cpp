@@ -6,13 +6,57 @@
 namespace ssmoe {
 namespace {
 
-// (r, c) view of rows begin.. of a contiguous matrix, or of one expert of a bank
-Tensor matrix(const Tensor& t, int64_t begin, int64_t count) { return torch::stable::narrow(const_cast<Tensor&>(t), 0, begin, count); }
+// A matrix in memory that is somebody else's. Not a view of a tensor: products run on torch's worker threads, where
+// autograd would follow a view.
+struct Matrix {
+  char* data;
+  int64_t rows, columns, row_stride, column_stride;
+  ScalarType type;
 
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+  int64_t item() const { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+  Matrix part(int64_t begin, int64_t count) const {
+    return {data + begin * row_stride * item(), count, columns, row_stride, column_stride, type};
+  }
+  Matrix t() const { return {data, columns, rows, column_stride, row_stride, type}; }
+  Tensor tensor() const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    return torch::stable::from_blob(data, {sizes, 2}, {strides, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
+  }
+};
 
-// out = a b
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+Matrix matrix(const Tensor& t) {
+  return {static_cast<char*>(t.mutable_data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1), t.scalar_type()};
+}
+Matrix one_of(const Tensor& bank, int64_t e) {
+  Matrix m{static_cast<char*>(const_cast<void*>(bank.const_data_ptr())), bank.size(1), bank.size(2), bank.stride(1),
+           bank.stride(2), bank.scalar_type()};
+  m.data += e * bank.stride(0) * m.item();
+  return m;
+}
+
+static bool onednn() { return true; }
+
+// out = a b. Measured (docs/log.md): torch's float32 product is MKL's, which reaches 40 % of an AMD core; oneDNN,
+// inside the same torch, reaches 90 %. Its op has no out= form, so the copy is part of the choice. bfloat16 is
+// oneDNN's in either.
+void multiply(const Matrix& left, const Matrix& right, const Matrix& product) {
+  const Tensor a = left.tensor(), b = right.tensor(), out = product.tensor();
+  if (onednn() && left.type == ScalarType::Float) {
+    std::vector<std::optional<double>> scalars;
+    StableIValue stack[] = {torch::stable::detail::from(a),
+                            torch::stable::detail::from(right.t().tensor()),
+                            torch::stable::detail::from(Maybe()),
+                            torch::stable::detail::from(std::string("none")),
+                            torch::stable::detail::from(scalars),
+                            torch::stable::detail::from(std::optional<std::string>())};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
+    Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+    Tensor target = out;
+    torch::stable::copy_(target, result);
+    return;
+  }
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
@@ -94,6 +138,24 @@ Tensor combined(const Bank& s, const Tensor& rows, const int64_t* place, int64_t
   return out;
 }
 
+// f(expert, first row, rows, alone): experts side by side, one thread each, unless they are too few for that; then
+// one after the other, each product on all threads.
+template <class F>
+void for_each_expert(const Bank& s, const Order& order, const F& f) {
+  auto one = [&](int64_t e, bool alone) { f(e, order.offset[e], order.offset[e + 1] - order.offset[e], alone); };
+  if (s.e >= 2 * int64_t(torch::stable::get_num_threads()))
+    for_each(s.e, [&](int64_t e) { one(e, true); });
+  else
+    for (int64_t e = 0; e < s.e; ++e) one(e, false);
+}
+
+void activate(Task<Activate> task, const Activate& args, int64_t rows, bool alone) {
+  if (alone)
+    task(args, 0, rows);
+  else
+    run(task, args, rows, 8);
+}
+
 // (y, order, up x, gate x): the last three are what the backward pass reads
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down,
                                                       const Maybe& gate, const Tensor& expert, const Tensor& weight,
@@ -107,20 +169,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Ten
   Tensor tokens = gathered(x, s, order, rows);
   Tensor hidden = empty({count, s.f}, type), gates = empty({gate ? count : 0, s.f}, type);
   Tensor inner = empty({count, s.f}, type), outputs = empty({count, s.d}, type);
-  for (int64_t e = 0; e < s.e; ++e) {
-    const int64_t begin = order.offset[e], n = order.offset[e + 1] - begin;
-    if (!n) continue;
-    Tensor own = matrix(tokens, begin, n), h = matrix(hidden, begin, n), in = matrix(inner, begin, n);
-    multiply(own, transposed(torch::stable::select(up, 0, e)), h);
-    Activate a{h.const_data_ptr(), nullptr, in.mutable_data_ptr(), s.f, activation};
+  const Matrix own = matrix(tokens), h = matrix(hidden), g = matrix(gates), in = matrix(inner), out = matrix(outputs);
+  for_each_expert(s, order, [&](int64_t e, int64_t begin, int64_t n, bool alone) {
+    if (!n) return;
+    multiply(own.part(begin, n), one_of(up, e).t(), h.part(begin, n));
+    Activate a{h.part(begin, n).data, nullptr, in.part(begin, n).data, s.f, activation};
     if (gate) {
-      Tensor g = matrix(gates, begin, n);
-      multiply(own, transposed(torch::stable::select(*gate, 0, e)), g);
-      a.gate = g.const_data_ptr();
+      multiply(own.part(begin, n), one_of(*gate, e).t(), g.part(begin, n));
+      a.gate = g.part(begin, n).data;
     }
-    run(kernels().activate[s.kind], a, n, 8);
-    multiply(in, transposed(torch::stable::select(down, 0, e)), matrix(outputs, begin, n));
-  }
+    activate(kernels().activate[s.kind], a, n, alone);
+    multiply(in.part(begin, n), one_of(down, e).t(), out.part(begin, n));
+  });
   Keep keep;
   Tensor y = combined(s, outputs, order.place, s.k, keep.flat(weight, count, "weight"));
   return {y, sorted, hidden, gates};
@@ -157,41 +217,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     if (gate) places.push_back(place < 0 ? -1 : place + count);
   }
 
-  for (int64_t e = 0; e < s.e; ++e) {
-    const int64_t begin = order.offset[e], n = order.offset[e + 1] - begin;
-    Tensor dup_e = torch::stable::select(dup, 0, e), ddown_e = torch::stable::select(ddown, 0, e);
+  const Matrix own = matrix(tokens), dy_rows = matrix(dout), h = matrix(hidden), g = matrix(gates), in = matrix(inner),
+               din = matrix(dinner), dh = matrix(dhidden), dg = matrix(dgates), dx_rows = matrix(dtokens);
+  auto* row_dw = static_cast<char*>(row_dweight.mutable_data_ptr());
+  for_each_expert(s, order, [&](int64_t e, int64_t begin, int64_t n, bool alone) {
     if (!n) {
-      torch::stable::zero_(dup_e);
-      torch::stable::zero_(ddown_e);
-      if (gate) {
-        Tensor dgate_e = torch::stable::select(dgate, 0, e);
-        torch::stable::zero_(dgate_e);
-      }
-      continue;
+      for (const Tensor* bank : {&dup, &ddown, &dgate})
+        if (bank->numel()) std::memset(one_of(*bank, e).data, 0, s.f * s.d * own.item());
+      return;
     }
-    Tensor own = matrix(tokens, begin, n), dy_e = matrix(dout, begin, n), h = matrix(hidden, begin, n);
-    Tensor in = matrix(inner, begin, n), din = matrix(dinner, begin, n), dh = matrix(dhidden, begin, n);
-    multiply(dy_e, torch::stable::select(down, 0, e), din);
-    Activate a{h.const_data_ptr(), nullptr, in.mutable_data_ptr(), s.f, activation, din.const_data_ptr(),
-               to + begin * item, dh.mutable_data_ptr(), nullptr,
-               static_cast<char*>(row_dweight.mutable_data_ptr()) + begin * item};
-    Tensor dg;
+    multiply(dy_rows.part(begin, n), one_of(down, e), din.part(begin, n));
+    Activate a{h.part(begin, n).data, nullptr, in.part(begin, n).data, s.f, activation, din.part(begin, n).data,
+               to + begin * item, dh.part(begin, n).data, nullptr, row_dw + begin * item};
     if (gate) {
-      dg = matrix(dgates, begin, n);
-      a.gate = matrix(gates, begin, n).const_data_ptr();
-      a.dgate = dg.mutable_data_ptr();
+      a.gate = g.part(begin, n).data;
+      a.dgate = dg.part(begin, n).data;
     }
-    run(kernels().activate_backward[s.kind], a, n, 8);
-    multiply(transposed(dy_e), in, ddown_e);
-    multiply(transposed(dh), own, dup_e);
-    multiply(dh, torch::stable::select(up, 0, e), matrix(dtokens, begin, n));
+    activate(kernels().activate_backward[s.kind], a, n, alone);
+    multiply(dy_rows.part(begin, n).t(), in.part(begin, n), one_of(ddown, e));
+    multiply(dh.part(begin, n).t(), own.part(begin, n), one_of(dup, e));
+    multiply(dh.part(begin, n), one_of(up, e), dx_rows.part(begin, n));
     if (gate) {
-      multiply(transposed(dg), own, torch::stable::select(dgate, 0, e));
-      multiply(dg, torch::stable::select(*gate, 0, e), matrix(dtokens, count + begin, n));
+      multiply(dg.part(begin, n).t(), own.part(begin, n), one_of(dgate, e));
+      multiply(dg.part(begin, n), one_of(*gate, e), dx_rows.part(count + begin, n));
     }
-  }
+  });
   auto* dw = static_cast<char*>(dweight.mutable_data_ptr());
-  auto* row_dw = static_cast<const char*>(row_dweight.const_data_ptr());
   for (int64_t i = 0; i < count; ++i) {
     if (order.place[i] >= 0)
       std::memcpy(dw + i * item, row_dw + order.place[i] * item, item);

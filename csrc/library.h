@@ -70,21 +70,25 @@ inline void expect(const Tensor& t, ScalarType type, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == type, "ssmoe cpu: ", name, " has the wrong dtype");
 }
 
-// Tasks are handed out one at a time, so that a slow or shared core holds nobody up.
-template <class Args>
-void run(Task<Args> task, const Args& args, int64_t count, int64_t grain = 1) {
-  const int64_t pieces = (count + grain - 1) / grain;
-  const int64_t threads = std::min<int64_t>(pieces, torch::stable::get_num_threads());
+// f(i) for every i, handed out one at a time, so that a slow or shared core holds nobody up.
+template <class F>
+void for_each(int64_t count, const F& f) {
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
   if (threads <= 1) {
-    if (count > 0) task(args, 0, count);
+    for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;)
-        task(args, piece * grain, std::min(count, (piece + 1) * grain));
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
+}
+
+template <class Args>
+void run(Task<Args> task, const Args& args, int64_t count, int64_t grain = 1) {
+  for_each((count + grain - 1) / grain,
+           [&](int64_t i) { task(args, i * grain, std::min(count, (i + 1) * grain)); });
 }
 
 // Channels a task: enough tasks for every thread to get several, never less than one widest vector.
