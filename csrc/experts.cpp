@@ -1,7 +1,9 @@
 // expert_mlp and its backward as torch ops: assignments sorted by expert, then one matrix product an expert.
 #include "library.h"
 
+#include <chrono>
 #include <cstring>
+#include <functional>
 
 namespace ssmoe {
 namespace {
@@ -35,32 +37,57 @@ Matrix one_of(const Tensor& bank, int64_t e) {
   return m;
 }
 
-static bool onednn() { return true; }
-
-// out = a b. Measured (docs/log.md): torch's float32 product is MKL's, which reaches 40 % of an AMD core; oneDNN,
-// inside the same torch, reaches 90 %. Its op has no out= form, so the copy is part of the choice. bfloat16 is
-// oneDNN's in either.
-void multiply(const Matrix& left, const Matrix& right, const Matrix& product) {
-  const Tensor a = left.tensor(), b = right.tensor(), out = product.tensor();
-  if (onednn() && left.type == ScalarType::Float) {
-    std::vector<std::optional<double>> scalars;
-    StableIValue stack[] = {torch::stable::detail::from(a),
-                            torch::stable::detail::from(right.t().tensor()),
-                            torch::stable::detail::from(Maybe()),
-                            torch::stable::detail::from(std::string("none")),
-                            torch::stable::detail::from(scalars),
-                            torch::stable::detail::from(std::optional<std::string>())};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
-    Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
-    Tensor target = out;
-    torch::stable::copy_(target, result);
-    return;
-  }
+void with_torch(const Tensor& a, const Tensor& b, const Tensor& out) {
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// oneDNN's op takes b transposed and has no out= form, so a copy is part of it
+void with_onednn(const Tensor& a, const Tensor& b_transposed, const Tensor& out) {
+  StableIValue stack[] = {torch::stable::detail::from(a),
+                          torch::stable::detail::from(b_transposed),
+                          torch::stable::detail::from(Maybe()),
+                          torch::stable::detail::from(std::string("none")),
+                          torch::stable::detail::from(std::vector<std::optional<double>>()),
+                          torch::stable::detail::from(std::optional<std::string>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
+  Tensor result = torch::stable::detail::to<Tensor>(stack[0]), target = out;
+  torch::stable::copy_(target, result);
+}
+
+double seconds(const std::function<void()>& f) {
+  double best = 1e9;
+  for (int i = 0; i < 5; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    f();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  }
+  return best;
+}
+
+// Whether oneDNN's float32 product is the faster here, copy included; measured once, a few milliseconds. torch's own
+// is MKL's, which reaches 40 % of an AMD core where oneDNN reaches 90 %. bfloat16 is oneDNN's in either.
+bool onednn() {
+  static const bool faster = [] {
+    Tensor a = torch::stable::new_zeros(empty({128, 512}, ScalarType::Float), {128, 512});
+    Tensor b = torch::stable::new_zeros(a, {512, 512}), out = torch::stable::new_zeros(a, {128, 512});
+    try {
+      return seconds([&] { with_onednn(a, b, out); }) < seconds([&] { with_torch(a, b, out); });
+    } catch (const std::exception&) {
+      return false;  // a torch without oneDNN
+    }
+  }();
+  return faster;
+}
+
+// product = left right
+void multiply(const Matrix& left, const Matrix& right, const Matrix& product) {
+  if (left.type == ScalarType::Float && onednn())
+    with_onednn(left.tensor(), right.t().tensor(), product.tensor());
+  else
+    with_torch(left.tensor(), right.tensor(), product.tensor());
 }
 
 // Where each assignment's row lies once rows are sorted by expert; stable, dropped assignments have none.
@@ -161,6 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Ten
                                                       const Maybe& gate, const Tensor& expert, const Tensor& weight,
                                                       int64_t activation) {
   const Bank s(x, up, down, gate, expert, weight);
+  if (s.kind == kFloat32) onednn();  // measured here, not on a worker thread
   const int64_t count = s.t * s.k;
   Tensor sorted = sort(expert, s.e);
   const Order order = read(sorted, count);
@@ -253,8 +281,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   return {dx, dup, ddown, dgate, dweight};
 }
 
+std::string products() { return onednn() ? "oneDNN" : "torch"; }
+
 }  // namespace
 }  // namespace ssmoe
+
+STABLE_TORCH_LIBRARY_IMPL(ssmoe, CompositeExplicitAutograd, m) { m.impl("cpu_products", TORCH_BOX(&ssmoe::products)); }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CPU, m) {
   m.impl("expert_mlp", TORCH_BOX(&ssmoe::expert_mlp));

@@ -36,6 +36,7 @@ static int64_t lanes(bool float64) { return kernels().lanes[float64 ? kFloat64 :
 
 STABLE_TORCH_LIBRARY(ssmoe, m) {
   m.def("cpu_level() -> str");
+  m.def("cpu_products() -> str");
   m.def("cpu_release_memory() -> ()");
   m.def("cpu_lanes(bool float64) -> int");
   m.def(
