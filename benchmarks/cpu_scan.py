@@ -1,10 +1,9 @@
-"""The selective scan on the CPU: ssmoe, peers of PyPI and itself in cache, side by side, forward and with backward.
+"""The selective scan on the CPU: ssmoe and peers of PyPI side by side, forward and with backward.
 
     pip install -e '.[benchmark]'; python benchmarks/cpu_scan.py [--threads 2] [--length 2048] [--peers]
 
-Peers: mambapy's parallel scan and the token loop of transformers' slow path. "In cache" is this
-kernel on tensors that stay in the inner caches: what is left when memory costs nothing. Huge pages for torch's
-own allocations: set THP_MEM_ALLOC_ENABLE=1 for the whole run.
+Peers: mambapy's parallel scan and the token loop of transformers' slow path (forward only: its backward is
+quadratic in length). Huge pages for torch's own allocations: set THP_MEM_ALLOC_ENABLE=1 for the whole run.
 """
 
 import argparse
@@ -75,16 +74,6 @@ def forward(f: object, args: list[Tensor]) -> float:
         return median_ms(lambda: f(*args))  # type: ignore[operator]
 
 
-def floor(args: list[Tensor], both: bool) -> float:
-    """Time of the same number of positions with rows of 64 channels, which stay in the inner caches."""
-    l, d = args[0].shape[1], args[0].shape[2]
-    groups, threads = d // 64, torch.get_num_threads()
-    short = inputs(256, 64 * threads, args[2].shape[1], args[0].dtype)
-    scan = ops.load("cpu").selective_scan
-    time = forward_backward(scan, short) if both else forward(scan, short)
-    return time * (l / 256) * groups / threads
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=2048)
@@ -103,18 +92,17 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             args = inputs(arguments.length, arguments.channels, arguments.states, dtype)
             print(
-                f"{threads} threads, {dtype}, L {arguments.length} D {arguments.channels} N {arguments.states}"
+                f"{threads} threads, {dtype}, L {arguments.length}"
+                f" D {arguments.channels} N {arguments.states}"
             )
             rows: dict[str, object] = {"ssmoe": scan}
             if arguments.peers and dtype == torch.float32:
                 rows |= peers()
             for name, f in rows.items():
                 print(f"  {name:24} forward {forward(f, args):9.2f} ms", flush=True)
-                # its backward is quadratic in length: minutes a call
                 if f is not transformers_slow:
-                    print(f"  {name:24} with backward {forward_backward(f, args):9.2f} ms", flush=True)
-            print(f"  ssmoe in cache           forward {floor(args, False):9.2f} ms")
-            print(f"  ssmoe in cache           with backward {floor(args, True):9.2f} ms")
+                    both = forward_backward(f, args)
+                    print(f"  {name:24} with backward {both:9.2f} ms", flush=True)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

@@ -86,3 +86,16 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 def test_the_library_lies_in_the_package() -> None:
     assert PATH.parent.name == "cpu"
+
+
+def test_a_build_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    root = Path(__file__).parents[2]
+    command = ["setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CPU kernels not built" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

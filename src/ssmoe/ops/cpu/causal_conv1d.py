@@ -40,18 +40,15 @@ def causal_conv1d(
     return y, write_state(state, slots, out_state)
 
 
-@torch.library.register_fake("ssmoe::causal_conv1d")
 def _conv_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     b, l, d = x.shape
     return x.new_empty(b, l, d), x.new_empty(b, d, weight.shape[1] - 1)
 
 
-@torch.library.register_fake("ssmoe::causal_conv1d_into")
 def _conv_into_fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("ssmoe::causal_conv1d_backward")
 def _conv_backward_fake(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -80,4 +77,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tenso
     )
 
 
+torch.library.register_fake("ssmoe::causal_conv1d", _conv_fake)
+torch.library.register_fake("ssmoe::causal_conv1d_into", _conv_into_fake)
+torch.library.register_fake("ssmoe::causal_conv1d_backward", _conv_backward_fake)
 torch.library.register_autograd("ssmoe::causal_conv1d", _backward, setup_context=_save)

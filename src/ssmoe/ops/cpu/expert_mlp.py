@@ -31,7 +31,6 @@ def expert_mlp(
     return y
 
 
-@torch.library.register_fake("ssmoe::expert_mlp")
 def _expert_fake(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, activation: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,7 +39,6 @@ def _expert_fake(
     return x.new_empty(t, d), order, x.new_empty(t * k, f), x.new_empty(0 if gate is None else t * k, f)
 
 
-@torch.library.register_fake("ssmoe::expert_mlp_backward")
 def _expert_backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -74,4 +72,6 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     return dx, dup, ddown, None if gate is None else dgate, None, dweight, None
 
 
+torch.library.register_fake("ssmoe::expert_mlp", _expert_fake)
+torch.library.register_fake("ssmoe::expert_mlp_backward", _expert_backward_fake)
 torch.library.register_autograd("ssmoe::expert_mlp", _backward, setup_context=_save)

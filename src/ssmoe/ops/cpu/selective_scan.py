@@ -65,7 +65,6 @@ _LANES = {
 }
 
 
-@torch.library.register_fake("ssmoe::selective_scan")
 def _scan_fake(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, initial_state: Tensor | None, ids: Tensor | None, starts: Tensor | None,
@@ -79,12 +78,10 @@ def _scan_fake(
     return y, state, A.new_empty(kept)
 
 
-@torch.library.register_fake("ssmoe::selective_scan_into")
 def _scan_into_fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("ssmoe::selective_scan_backward")
 def _scan_backward_fake(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, *rest: Any,
@@ -118,4 +115,7 @@ def _backward(
     )  # fmt: skip
 
 
+torch.library.register_fake("ssmoe::selective_scan", _scan_fake)
+torch.library.register_fake("ssmoe::selective_scan_into", _scan_into_fake)
+torch.library.register_fake("ssmoe::selective_scan_backward", _scan_backward_fake)
 torch.library.register_autograd("ssmoe::selective_scan", _backward, setup_context=_save)
