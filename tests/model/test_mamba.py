@@ -48,4 +48,4 @@ def test_initial_values_are_the_papers() -> None:
     steps = F.softplus(delta_bias.detach())
     assert 0.001 * 0.999 <= float(steps.min()) < 0.005
     assert 0.05 < float(steps.max()) <= 0.1 * 1.001
-    assert float(block.delta_proj.weight.abs().max()) <= block.dt_rank**-0.5
+    assert float(block.delta_proj.weight.detach().abs().max()) <= block.dt_rank**-0.5
