@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssmoe.ops import BACKENDS, Ops, load, resolve
+from ssmoe.ops import BACKENDS, Ops, load, missing, resolve
 
 PACKAGES = ("ssmoe", "torch", "numpy", "triton", "safetensors", "tokenizers", "pydantic", "matplotlib")
 
@@ -53,7 +53,7 @@ def diagnose() -> Diagnosis:
         devices=[f"cpu: {platform.machine()}, {os.cpu_count()} cores", *(f"cuda: {name}" for name in gpus)],
         threads=torch.get_num_threads(),
         backends={device: _auto(device) for device in ("cpu", *(["cuda"] if gpus else []))},
-        checks=[check for backend in BACKENDS for check in self_check(load(backend))],
+        checks=[check for backend in BACKENDS if not missing(backend) for check in self_check(load(backend))],
     )
 
 

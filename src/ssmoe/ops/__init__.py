@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ssmoe.ops import extension
 from ssmoe.ops.segments import Segments
 
-__all__ = ["BACKENDS", "Ops", "Segments", "load", "resolve"]
+__all__ = ["BACKENDS", "Ops", "Segments", "load", "missing", "resolve"]
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 class Ops(NamedTuple):
@@ -25,8 +26,15 @@ class Ops(NamedTuple):
     expert_mlp: Callable[..., Tensor]
 
 
+def missing(backend: str) -> str | None:
+    """Why a backend cannot be loaded on this machine, in one line; None when it can."""
+    return extension.missing() if backend == "cpu" else None
+
+
 def resolve(backend: str, device: str) -> str:
     """The backend's name for a device type ("cpu", "cuda", ...); "auto" picks the fastest one present.
+
+    On a CPU that is "cpu", or "reference" where the kernels were not built: `missing("cpu")` then says why.
 
     Raises ValueError for an unknown name, and for "auto" on a device that has no kernels here: a slower
     backend must be named, never fallen back to.
@@ -36,7 +44,7 @@ def resolve(backend: str, device: str) -> str:
     if backend != "auto":
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(BACKENDS)}")
     if device == "cpu":
-        return "reference"
+        return "reference" if missing("cpu") else "cpu"
     raise ValueError(
         f"no kernels for device {device!r} yet; the reference runs there, slowly: pass backend='reference'"
     )
@@ -47,6 +55,8 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
     match resolve(backend, device):
         case "reference":
             from ssmoe.ops import reference as module
+        case "cpu":
+            from ssmoe.ops import cpu as module
         case name:
             raise AssertionError(name)
     return Ops(
