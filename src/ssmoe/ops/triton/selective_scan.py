@@ -1,0 +1,258 @@
+"""The selective scan on a GPU: checks, the custom op with its gradient, and how the kernels are launched."""
+# pyright: basic
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ssmoe.ops.reference.pool import read_state, write_state
+from ssmoe.ops.segments import Segments
+from ssmoe.ops.triton import scan_kernels as kernels
+from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+
+# positions between two saved states; the backward replays this many from registers
+CHECKPOINT = 4
+FORWARD_CHANNELS = 32
+BACKWARD_CHANNELS = 16
+# warps that fill the chip; below half of it, length is split into chunks that run side by side
+FULL = 2112
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    segments: Segments | None = None,
+    slots: Tensor | None = None,
+    out_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The selective scan of `ssmoe.ops.reference.selective_scan`, for float32 and bfloat16 activations.
+
+    Two runs are bitwise equal: no kernel uses atomics.
+    """
+    check_activations(x=x, delta=delta, z=z, B=B, C=C)
+    b, length, d = x.shape
+    n = A.shape[-1]
+    check_shape(x=(x, (b, length, d)), delta=(delta, (b, length, d)), z=(z, (b, length, d)), A=(A, (d, n)))
+    check_shape(B=(B, (b, length, n)), C=(C, (b, length, n)), D=(D, (d,)), delta_bias=(delta_bias, (d,)))
+    if min(b, length, d, n) < 1 or n > 256:
+        raise ValueError(f"x {tuple(x.shape)} with state width {n}: sizes start at 1 and the state width ends at 256")
+    initial = None
+    if initial_state is not None:
+        initial = read_state(initial_state, slots, x.new_empty((b, d, n), dtype=torch.float32))
+    flags = None
+    if segments is not None:
+        check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
+        flags = segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
+    tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, final, _ = scan_forward(x, delta, A, B, C, D, z, delta_bias, initial, flags, save)
+    return y, write_state(final, slots, out_state)
+
+
+class _Plan(NamedTuple):
+    """How the length is cut: blocks of T positions, chunks of blocks that run side by side."""
+
+    t: int
+    blocks: int
+    chunks: int
+    chunk_blocks: int
+
+
+def _plan(b: int, length: int, d: int, t: int, channels: int) -> _Plan:
+    blocks = triton.cdiv(length, t)
+    warps = b * triton.cdiv(d, channels)
+    chunks = min(FULL // warps, blocks // 8) if warps < FULL // 8 else 1
+    chunk_blocks = triton.cdiv(blocks, max(chunks, 1))
+    return _Plan(t, blocks, triton.cdiv(blocks, chunk_blocks), chunk_blocks)
+
+
+def _pack(B: Tensor, C: Tensor, flags: Tensor | None) -> Tensor:
+    b, length, n = B.shape
+    width = triton.next_power_of_2(n)
+    packed = torch.empty(b, length, 2 * width, dtype=torch.float32, device=B.device)
+    B, C = row_major(B), row_major(C)
+    tile = max(1, 1024 // width)
+    kernels.pack_kernel[(triton.cdiv(b * length, tile),)](
+        B, C, packed if flags is None else flags, packed, b * length, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+        N=n, NP=width, ROWS=tile, SEGMENTS=flags is not None, num_warps=4,
+    )  # fmt: skip
+    return packed
+
+
+@torch.library.custom_op("ssmoe::scan_forward", mutates_args=())
+def scan_forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+    flags: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final_state, the states at every CHECKPOINT-th position if `save`)."""
+    b, length, d = x.shape
+    n = A.shape[1]
+    plan = _plan(b, length, d, CHECKPOINT if save else 8, FORWARD_CHANNELS)
+    x, delta, z = row_major(x), row_major(delta), None if z is None else row_major(z)
+    like = {"dtype": torch.float32, "device": x.device}
+    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    final = torch.empty(b, d, n, **like)
+    checkpoints = torch.empty((b, plan.blocks, d, n) if save else (0,), **like)
+    states = torch.empty((b, plan.chunks, d, n) if plan.chunks > 1 else (0,), **like)
+    steps = torch.empty((b, plan.chunks, d) if plan.chunks > 1 else (0,), **like)
+    zz = x if z is None else z
+    constants = {
+        "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_zl": zz.stride(1),
+        "N": n, "NP": triton.next_power_of_2(n), "BD": FORWARD_CHANNELS, "T": plan.t,
+        "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
+        "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial is not None,
+        "SEGMENTS": flags is not None, "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
+    }  # fmt: skip
+    initial = None if initial is None else initial.contiguous()
+    with on_device(x):
+        packed = _pack(B, C, flags)
+        scaled = (A.to(torch.float32) * kernels.LOG2E.value).t().contiguous()
+        arguments = (
+            x, delta, zz, packed, scaled, *some(x, D, delta_bias, initial, flags), y, checkpoints, final, states, steps,
+            length, d, plan.blocks, plan.chunks, plan.chunk_blocks, x.stride(0), delta.stride(0), zz.stride(0),
+        )  # fmt: skip
+        groups = triton.cdiv(d, FORWARD_CHANNELS)
+        if plan.chunks > 1:
+            kernels.forward_kernel[(groups * (plan.chunks - 1) * b,)](
+                *arguments, SAVE=False, LOCAL=True, **constants
+            )
+            _combine(A, initial, states, steps, flags is not None, reverse=False)
+        kernels.forward_kernel[(groups * plan.chunks * b,)](*arguments, SAVE=save, LOCAL=False, **constants)
+    return y, final, checkpoints
+
+
+def _combine(A: Tensor, initial: Tensor | None, states: Tensor, steps: Tensor, segments: bool, *, reverse: bool):
+    b, chunks, d, n = states.shape
+    kernels.combine_kernel[(triton.cdiv(d, 8), b)](
+        A.contiguous(), *some(A, initial), states, steps, d, chunks, N=n, NP=triton.next_power_of_2(n), BD=8,
+        HAS_INITIAL=initial is not None, SEGMENTS=segments, REVERSE=reverse, num_warps=1,
+    )  # fmt: skip
+
+
+@scan_forward.register_fake
+def _(x, delta, A, B, C, D, z, delta_bias, initial, flags, save):  # noqa: ARG001
+    b, length, d = x.shape
+    n = A.shape[1]
+    blocks = (length + CHECKPOINT - 1) // CHECKPOINT
+    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    final = x.new_empty((b, d, n), dtype=torch.float32)
+    return y, final, x.new_empty((b, blocks, d, n) if save else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("ssmoe::scan_backward", mutates_args=())
+def scan_backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    flags: Tensor | None,
+    checkpoints: Tensor,
+    initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, delta, A, B, C, D, z, delta_bias and the initial state, empty where there is no input."""
+    b, length, d = x.shape
+    n = A.shape[1]
+    width = triton.next_power_of_2(n)
+    channels = BACKWARD_CHANNELS
+    plan = _plan(b, length, d, CHECKPOINT, channels)
+    x, delta, z, dy = row_major(x), row_major(delta), None if z is None else row_major(z), row_major(dy)
+    dfinal = dfinal.contiguous()
+    groups = triton.cdiv(d, channels)
+    like = {"dtype": torch.float32, "device": x.device}
+    dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
+    dz = torch.empty((b, length, d) if z is not None else (0,), dtype=x.dtype if z is None else z.dtype, device=x.device)
+    dpacked = torch.empty(groups, b, length, 2 * width, **like)
+    parts = b * plan.chunks
+    dA = torch.empty(parts, d, n, **like)
+    dskip = torch.empty((parts, d) if D is not None else (0,), **like)
+    dbias = torch.empty((parts, d) if delta_bias is not None else (0,), **like)
+    dinitial = torch.empty((b, d, n) if initial else (0,), **like)
+    states = torch.empty((b, plan.chunks, d, n) if plan.chunks > 1 else (0,), **like)
+    steps = torch.empty((b, plan.chunks, d) if plan.chunks > 1 else (0,), **like)
+    zz = x if z is None else z
+    constants = {
+        "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_zl": zz.stride(1),
+        "stride_yl": dy.stride(1), "N": n, "NP": width, "BD": channels, "T": plan.t,
+        "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
+        "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial, "SEGMENTS": flags is not None,
+        "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
+    }  # fmt: skip
+    with on_device(x):
+        packed = _pack(B, C, flags)
+        arguments = (
+            x, delta, zz, packed, A.contiguous(), *some(x, D, delta_bias, flags), checkpoints, dy, dfinal, states, steps,
+            dx, ddelta, dz, dpacked, dA, dskip, dbias, dinitial,
+            length, b, plan.blocks, plan.chunks, plan.chunk_blocks,
+            x.stride(0), delta.stride(0), zz.stride(0), dy.stride(0),
+        )  # fmt: skip
+        if plan.chunks > 1:
+            kernels.backward_kernel[(groups * (plan.chunks - 1) * b,)](*arguments, LOCAL=True, **constants)
+            _combine(A, dfinal, states, steps, flags is not None, reverse=True)
+        kernels.backward_kernel[(groups * plan.chunks * b,)](*arguments, LOCAL=False, **constants)
+    dpacked = dpacked.sum(0)
+    dB = dpacked[..., :n].to(B.dtype, copy=True)
+    dC = dpacked[..., width : width + n].to(C.dtype, copy=True)
+    dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
+    dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
+    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, dz, dbias, dinitial
+
+
+@scan_backward.register_fake
+def _(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, initial):  # noqa: ARG001
+    def like(t, shape, present=True):
+        return torch.empty(shape if present else (0,), dtype=t.dtype, device=x.device)
+
+    state = checkpoints
+    return (
+        like(x, x.shape), like(delta, delta.shape), like(A, A.shape), like(B, B.shape), like(C, C.shape),
+        like(state if D is None else D, A.shape[:1], D is not None),
+        like(x if z is None else z, x.shape, z is not None),
+        like(state if delta_bias is None else delta_bias, A.shape[:1], delta_bias is not None),
+        like(state, (x.shape[0], *A.shape), initial),
+    )  # fmt: skip
+
+
+def _save(ctx, inputs, output):
+    x, delta, A, B, C, D, z, delta_bias, initial, flags, _ = inputs
+    ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, flags, output[2])
+    ctx.initial = initial is not None
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, dy, dfinal, _):
+    x, delta, A, B, C, D, z, delta_bias, flags, checkpoints = ctx.saved_tensors
+    grads = scan_backward(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, ctx.initial)
+    dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
+    return (
+        dx, ddelta, dA, dB, dC, dD if D is not None else None, dz if z is not None else None,
+        dbias if delta_bias is not None else None, dinitial if ctx.initial else None, None, None,
+    )  # fmt: skip
+
+
+scan_forward.register_autograd(_backward, setup_context=_save)
