@@ -59,6 +59,20 @@ def load_flags(pointer, t, length, T: tl.constexpr, EVEN: tl.constexpr, PRESENT:
 
 
 @triton.jit
+def touch_rows(packed, t, length, T: tl.constexpr, NP: tl.constexpr):
+    """Bring T rows of B and C into L1, where the steps then read them; hand the values to `drop`."""
+    at = tl.arange(0, T * 2 * NP)
+    return tl.load(packed + at, mask=(at < (length - t) * (2 * NP)) & (at >= -t * (2 * NP)), other=0.0)
+
+
+@triton.jit
+def drop(values, pointer, zero):
+    """A use that the compiler cannot remove and that never happens: `zero` is 0 at run time."""
+    at = tl.arange(0, values.shape[0])
+    tl.store(pointer + at, values, mask=at < zero)
+
+
+@triton.jit
 def load_decay(A, n, c, d, N: tl.constexpr, SEGMENTS: tl.constexpr):
     """A in units of log2(e), zero where n or channel lie outside, as an (n, channels) tile."""
     a = tl.load(A + c * N + n, mask=(n < N) & (c < d), other=0.0).to(tl.float32) * LOG2E
@@ -90,10 +104,10 @@ def pack_kernel(
 
 # `A` comes transposed, with a row length of unknown alignment: a load that cannot be vectorised along channels
 # keeps Triton's default layout, one channel a lane, for the whole loop
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["columns", "zero"])
 def forward_kernel(
     x, delta, z, packed, A_transposed, skip, bias, initial, flags, y, checkpoints, final, chunk_states, chunk_steps,
-    length, columns, blocks, chunks, chunk_blocks, stride_xb, stride_db, stride_zb,
+    length, columns, zero, blocks, chunks, chunk_blocks, stride_xb, stride_db, stride_zb,
     d: tl.constexpr, stride_xl: tl.constexpr, stride_dl: tl.constexpr, stride_zl: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
     EVEN: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -133,7 +147,7 @@ def forward_kernel(
     delta_at = delta + b * stride_db + t * stride_dl + channel
     z_at = z + b * stride_zb + t * stride_zl + channel
     y_at = y + (b * length + t) * d + channel
-    packed_at = packed + (b * length + t) * (2 * NP) + n
+    packed_at = packed + (b * length + t) * (2 * NP)
     flags_at = flags + b * length + t
     steps = tl.zeros((BD,), tl.float32)
 
@@ -149,6 +163,7 @@ def forward_kernel(
         ahead = keep & (block + 1 < last)
         next_x = load_rows(x_at, stride_xl, t + T, length, ahead, T, EVEN)
         next_delta = load_rows(delta_at, stride_dl, t + T, length, ahead, T, EVEN)
+        touched = touch_rows(packed_at + T * 2 * NP, t + T, length, T, NP)
         if SAVE:
             tl.store(checkpoints + ((b * blocks + block) * d + c2) * N + n2, h, mask=inside)
         ys = ()
@@ -165,12 +180,12 @@ def forward_kernel(
             elif not EVEN:
                 step = tl.where(t + i < length, step, 0.0)
                 decay_step = step
-            bt = tl.load(packed_at + i * 2 * NP, mask=present, other=0.0)
+            bt = tl.load(packed_at + i * 2 * NP + n, mask=present, other=0.0)
             h = tl.exp2(decay_step[None, :] * a) * h + (step * row)[None, :] * bt[:, None]
             if LOCAL:
                 steps += decay_step
             else:
-                ct = tl.load(packed_at + (i * 2 + 1) * NP, mask=present, other=0.0)
+                ct = tl.load(packed_at + (i * 2 + 1) * NP + n, mask=present, other=0.0)
                 out = tl.sum(h * ct[:, None], axis=0)
                 if HAS_SKIP:
                     out += skip_row * row
@@ -184,6 +199,7 @@ def forward_kernel(
             for i in tl.static_range(T):
                 mask = keep if EVEN else keep & (t + i < length)
                 tl.store(y_at + i * d, ys[i].to(y.dtype.element_ty), mask=mask)
+        drop(touched, packed, zero)
         t += T
         z_at += T * stride_zl
         y_at += T * d
@@ -200,7 +216,7 @@ def forward_kernel(
 @triton.jit
 def combine_kernel(
     A, initial, chunk_states, chunk_steps, d, chunks,
-    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
     HAS_INITIAL: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Turn each chunk's own state into the state that enters it, in place; REVERSE: the same for adjoints."""
@@ -215,23 +231,27 @@ def combine_kernel(
     h = tl.zeros((NP, BD), tl.float32)
     if HAS_INITIAL:
         h = tl.load(initial + (b * d + c2) * N + n2, mask=inside, other=0.0)
-    for i in range(chunks):
-        chunk = chunks - 1 - i if REVERSE else i
-        at = chunk_states + ((b * chunks + chunk) * d + c2) * N + n2
-        if i + 1 < chunks:
-            own = tl.load(at, mask=inside, other=0.0)
-            steps = tl.load(chunk_steps + (b * chunks + chunk) * d + channel, mask=keep, other=0.0)
-            tl.store(at, h, mask=inside)
-            h = own + tl.exp2(steps[None, :] * a) * h
-        else:
-            tl.store(at, h, mask=inside)
+    for begin in range(0, chunks, T):
+        owns = ()
+        steps = ()
+        for i in tl.static_range(T):
+            chunk = chunks - 1 - begin - i if REVERSE else begin + i
+            live = begin + i < chunks - 1
+            at = (b * chunks + chunk) * d
+            owns = owns + (tl.load(chunk_states + (at + c2) * N + n2, mask=inside & live, other=0.0),)
+            steps = steps + (tl.load(chunk_steps + at + channel, mask=keep & live, other=0.0),)
+        for i in tl.static_range(T):
+            chunk = chunks - 1 - begin - i if REVERSE else begin + i
+            at = (b * chunks + chunk) * d
+            tl.store(chunk_states + (at + c2) * N + n2, h, mask=inside & (begin + i < chunks))
+            h = owns[i] + tl.exp2(steps[i][None, :] * a) * h
 
 
 @triton.jit
 def backward_kernel(
     x, delta, z, packed, A, skip, bias, flags, checkpoints, dy, dfinal, chunk_states, chunk_steps,
     dx, ddelta, dz, dpacked, dA, dskip, dbias, dinitial,
-    length, batch, blocks, chunks, chunk_blocks, stride_xb, stride_db, stride_zb, stride_yb,
+    length, batch, zero, blocks, chunks, chunk_blocks, stride_xb, stride_db, stride_zb, stride_yb,
     d: tl.constexpr, stride_xl: tl.constexpr, stride_dl: tl.constexpr, stride_zl: tl.constexpr,
     stride_yl: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
@@ -279,13 +299,16 @@ def backward_kernel(
     z_at = z + b * stride_zb + t * stride_zl + channel
     dy_at = dy + b * stride_yb + t * stride_yl + channel
     out_at = (b * length + t) * d + channel
-    packed_at = packed + (b * length + t) * (2 * NP) + n
+    packed_at = packed + (b * length + t) * (2 * NP)
     dpacked_at = dpacked + ((group.to(tl.int64) * batch + b) * length + t) * (2 * NP) + n
     flags_at = flags + b * length + t
 
     next_x = load_rows(x_at, stride_xl, t, length, keep, T, EVEN)
     next_delta = load_rows(delta_at, stride_dl, t, length, keep, T, EVEN)
     next_dy = load_rows(dy_at, stride_yl, t, length, keep, T, EVEN)
+    saved_at = checkpoints + ((b * blocks + last - 1) * d + c2) * N + n2
+    if not LOCAL:
+        next_h = tl.load(saved_at, mask=inside, other=0.0)
     for back in range(0, last - first):
         block = last - 1 - back
         xs, deltas, dys = next_x, next_delta, next_dy
@@ -293,8 +316,11 @@ def backward_kernel(
             zs = load_rows(z_at, stride_zl, t, length, keep, T, EVEN)
         marks = load_flags(flags_at, t, length, T, EVEN, SEGMENTS)
         if not LOCAL:
-            h = tl.load(checkpoints + ((b * blocks + block) * d + c2) * N + n2, mask=inside, other=0.0)
+            h = next_h
             states = (h,)
+            saved_at -= d * N
+            next_h = tl.load(saved_at, mask=inside & (block > first), other=0.0)
+        touched = touch_rows(packed_at - T * 2 * NP, t - T, length, T, NP)
         ahead = keep & (block > first)
         x_at -= T * stride_xl
         delta_at -= T * stride_dl
@@ -329,14 +355,14 @@ def backward_kernel(
                 steps += decay_step
             else:
                 present = (n >= 0) if EVEN else (n >= 0) & (t + i < length)
-                bt = tl.load(packed_at + i * 2 * NP, mask=present, other=0.0)
+                bt = tl.load(packed_at + i * 2 * NP + n, mask=present, other=0.0)
                 h = decay * h + (step * row)[None, :] * bt[:, None]
                 states = states + (h,)
 
         for i in tl.static_range(T - 1, -1, -1):
             live = (n >= 0) if EVEN else (n >= 0) & (t + i < length)
             store = keep if EVEN else keep & (t + i < length)
-            ct = tl.load(packed_at + (i * 2 + 1) * NP, mask=live, other=0.0)[:, None]
+            ct = tl.load(packed_at + (i * 2 + 1) * NP + n, mask=live, other=0.0)[:, None]
             grad = dys[i].to(tl.float32)
             if SEGMENTS:
                 grad = tl.where((marks[i] & 1) != 0, grad, 0.0)
@@ -356,7 +382,7 @@ def backward_kernel(
             if LOCAL:
                 g = g * decays[i]
             else:
-                bt = tl.load(packed_at + i * 2 * NP, mask=live, other=0.0)[:, None]
+                bt = tl.load(packed_at + i * 2 * NP + n, mask=live, other=0.0)[:, None]
                 width = widths[i]
                 row = rows[i]
                 db = tl.sum(g * (width * row)[None, :], axis=1)
@@ -376,6 +402,7 @@ def backward_kernel(
                 sum_bias += dvalue if EVEN else tl.where(t + i < length, dvalue, 0.0)
                 tl.store(dx + out_at + i * d, drow.to(dx.dtype.element_ty), mask=store)
                 tl.store(ddelta + out_at + i * d, dvalue.to(ddelta.dtype.element_ty), mask=store)
+        drop(touched, packed, zero)
         t -= T
         z_at -= T * stride_zl
         out_at -= T * d

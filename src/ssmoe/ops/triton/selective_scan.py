@@ -15,6 +15,8 @@ from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, r
 # positions between two saved states; the backward replays this many from registers
 CHECKPOINT = 4
 FORWARD_CHANNELS = 32
+FORWARD_STEPS = 8
+BACKWARD_REGISTERS = None
 BACKWARD_CHANNELS = 16
 # warps that fill the chip; below half of it, length is split into chunks that run side by side
 FULL = 2112
@@ -106,7 +108,7 @@ def scan_forward(
     """(y, final_state, the states at every CHECKPOINT-th position if `save`)."""
     b, length, d = x.shape
     n = A.shape[1]
-    plan = _plan(b, length, d, CHECKPOINT if save else 8, FORWARD_CHANNELS)
+    plan = _plan(b, length, d, CHECKPOINT if save else FORWARD_STEPS, FORWARD_CHANNELS)
     x, delta, z = row_major(x), row_major(delta), None if z is None else row_major(z)
     like = {"dtype": torch.float32, "device": x.device}
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
@@ -128,7 +130,7 @@ def scan_forward(
         scaled = (A.to(torch.float32) * kernels.LOG2E.value).t().contiguous()
         arguments = (
             x, delta, zz, packed, scaled, *some(x, D, delta_bias, initial, flags), y, checkpoints, final, states, steps,
-            length, d, plan.blocks, plan.chunks, plan.chunk_blocks, x.stride(0), delta.stride(0), zz.stride(0),
+            length, d, 0, plan.blocks, plan.chunks, plan.chunk_blocks, x.stride(0), delta.stride(0), zz.stride(0),
         )  # fmt: skip
         groups = triton.cdiv(d, FORWARD_CHANNELS)
         if plan.chunks > 1:
@@ -143,7 +145,7 @@ def scan_forward(
 def _combine(A: Tensor, initial: Tensor | None, states: Tensor, steps: Tensor, segments: bool, *, reverse: bool):
     b, chunks, d, n = states.shape
     kernels.combine_kernel[(triton.cdiv(d, 8), b)](
-        A.contiguous(), *some(A, initial), states, steps, d, chunks, N=n, NP=triton.next_power_of_2(n), BD=8,
+        A.contiguous(), *some(A, initial), states, steps, d, chunks, N=n, NP=triton.next_power_of_2(n), BD=8, T=8,
         HAS_INITIAL=initial is not None, SEGMENTS=segments, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
 
@@ -202,13 +204,14 @@ def scan_backward(
         "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
         "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial, "SEGMENTS": flags is not None,
         "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
+        "maxnreg": BACKWARD_REGISTERS,
     }  # fmt: skip
     with on_device(x):
         packed = _pack(B, C, flags)
         arguments = (
             x, delta, zz, packed, A.contiguous(), *some(x, D, delta_bias, flags), checkpoints, dy, dfinal, states, steps,
             dx, ddelta, dz, dpacked, dA, dskip, dbias, dinitial,
-            length, b, plan.blocks, plan.chunks, plan.chunk_blocks,
+            length, b, 0, plan.blocks, plan.chunks, plan.chunk_blocks,
             x.stride(0), delta.stride(0), zz.stride(0), dy.stride(0),
         )  # fmt: skip
         if plan.chunks > 1:
@@ -243,10 +246,14 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, flags, output[2])
     ctx.initial = initial is not None
     ctx.mark_non_differentiable(output[2])
+    # no zeros as large as the checkpoints for the gradient that they do not have
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dfinal, _):
     x, delta, A, B, C, D, z, delta_bias, flags, checkpoints = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dfinal = x.new_zeros((x.shape[0], *A.shape), dtype=torch.float32) if dfinal is None else dfinal
     grads = scan_backward(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, ctx.initial)
     dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
     return (
