@@ -26,10 +26,11 @@ def load_bins(expert, at, count, E: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def count_kernel(expert, counts, count, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Each block's number of assignments to every expert."""
+    """Each block's number of assignments to every expert, (bins, blocks)."""
     block = tl.program_id(0).to(tl.int64)
+    blocks = tl.num_programs(0)
     bins = load_bins(expert, block * BLOCK + tl.arange(0, BLOCK), count, E, BINS)
-    tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(bins, BINS))
+    tl.store(counts + tl.arange(0, BINS).to(tl.int64) * blocks + block, tl.histogram(bins, BINS))
 
 
 @triton.jit
@@ -43,10 +44,22 @@ def place_kernel(
     other = load_bins(expert, block * BLOCK + tl.arange(0, BLOCK), count, E, BINS)
     order = tl.arange(0, BLOCK)
     earlier = (bins[:, None] == other[None, :]) & (order[None, :] < order[:, None])
-    row = tl.load(before + block * BINS + bins) + tl.sum(earlier.to(tl.int32), axis=1)
+    row = tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block) + tl.sum(earlier.to(tl.int32), axis=1)
     kept = (at < count) & (bins < E)
     tl.store(rows + at, tl.where(kept, row, -1), mask=at < count)
     tl.store(assignments + row, at.to(tl.int32), mask=kept)
+
+
+@triton.jit
+def clear_kernel(rows, y, tokens, d, BT: tl.constexpr, BD: tl.constexpr):
+    """Zero the rows of tokens whose only assignment was dropped; no product writes them."""
+    groups = tl.cdiv(d, BD)
+    pid = tl.program_id(0)
+    t = (pid // groups).to(tl.int64) * BT + tl.arange(0, BT)
+    c = (pid % groups) * BD + tl.arange(0, BD)
+    dropped = (t < tokens) & (tl.load(rows + t, mask=t < tokens, other=0) < 0)
+    mask = dropped[:, None] & (c < d)[None, :]
+    tl.store(y + t[:, None] * d + c[None, :], tl.zeros((BT, BD), y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

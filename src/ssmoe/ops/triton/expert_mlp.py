@@ -82,17 +82,17 @@ def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
     bins = max(triton.next_power_of_2(e + 1), 16)
     device = expert.device
     num_tiles = count // tile + min(e, count)
-    counts = torch.empty(blocks, bins, dtype=torch.int32, device=device)
+    counts = torch.empty(bins, blocks, dtype=torch.int32, device=device)
     rows = torch.empty(count, dtype=torch.int32, device=device)
     assignments = torch.full((num_tiles * tile,), -1, dtype=torch.int32, device=device)
     constants = {"E": e, "BINS": bins, "BLOCK": BLOCK, "num_warps": 4}
     kernels.count_kernel[(blocks,)](expert, counts, count, **constants)
-    through = counts.cumsum(0, dtype=torch.int32)
-    tiles_of = (through[-1, :e] + (tile - 1)) // tile
+    through = counts.cumsum(1, dtype=torch.int32)
+    tiles_of = (through[:e, -1] + (tile - 1)) // tile
     last_tile = tiles_of.cumsum(0, dtype=torch.int32)
     offsets = torch.nn.functional.pad(last_tile * tile, (1, 0))
     start = torch.nn.functional.pad(offsets[:-1], (0, bins - e))
-    kernels.place_kernel[(blocks,)](expert, through - counts + start, rows, assignments, count, **constants)
+    kernels.place_kernel[(blocks,)](expert, through - counts + start[:, None], rows, assignments, count, **constants)
     number = torch.arange(num_tiles, dtype=torch.int32, device=device)
     tiles = torch.searchsorted(last_tile, number, right=True, out_int32=True)
     return _Routes(rows, assignments, tiles, offsets)
@@ -119,9 +119,13 @@ def _precision(a: Tensor) -> str:
 
 
 def _gather_output(slots: Tensor, routes: _Routes, t: int, top_k: int) -> Tensor:
-    if top_k == 1:
-        return slots
     d = slots.shape[1]
+    if top_k == 1:
+        width = min(512, triton.next_power_of_2(d))
+        kernels.clear_kernel[(triton.cdiv(t, 32) * triton.cdiv(d, width),)](
+            routes.rows, slots, t, d, BT=32, BD=width, num_warps=4
+        )
+        return slots
     y = torch.empty(t, d, dtype=slots.dtype, device=slots.device)
     width = min(512, triton.next_power_of_2(d))
     kernels.combine_kernel[(triton.cdiv(t, 4) * triton.cdiv(d, width),)](
@@ -131,9 +135,8 @@ def _gather_output(slots: Tensor, routes: _Routes, t: int, top_k: int) -> Tensor
 
 
 def _slots(x: Tensor, count: int) -> Tensor:
-    """One row an assignment; where it is the token's only one, a dropped row must read zero."""
-    make = torch.zeros if count == x.shape[0] else torch.empty
-    return make(count, x.shape[1], dtype=x.dtype, device=x.device)
+    """One row an assignment."""
+    return torch.empty(count, x.shape[1], dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("ssmoe::expert_forward", mutates_args=())
