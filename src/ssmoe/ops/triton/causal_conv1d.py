@@ -14,6 +14,11 @@ from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, r
 
 NONE = kernels.NONE.value
 CHANNELS = 256
+# the streaming kernels: channels and warps of a program, positions loaded together and blocks of them
+STREAM_CHANNELS = 512
+STREAM_WARPS = 4
+FORWARD_BLOCK = (8, 16)
+BACKWARD_BLOCK = (4, 16)
 
 
 def causal_conv1d(
@@ -126,6 +131,16 @@ def conv_forward(
     b, length, d = x.shape
     x = row_major(x)
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    k = weight.shape[1]
+    if sources is None and k > 1:
+        steps, blocks = FORWARD_BLOCK
+        with on_device(x):
+            kernels.stream_forward_kernel[(b * triton.cdiv(length, steps * blocks) * triton.cdiv(d, STREAM_CHANNELS),)](
+                x, *some(x, weight, bias, past), y, length, x.stride(0), d=d, stride_xl=x.stride(1), K=k, T=steps,
+                BLOCKS=blocks, BD=STREAM_CHANNELS, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
+                num_warps=STREAM_WARPS,
+            )  # fmt: skip
+        return y
     channels = min(CHANNELS, triton.next_power_of_2(d))
     tile = 16
     with on_device(x):
@@ -157,33 +172,48 @@ def conv_backward(
     b, length, d = x.shape
     k = weight.shape[1]
     x, dy = row_major(x), row_major(dy)
-    channels = min(CHANNELS, triton.next_power_of_2(d))
-    tile, tiles = 8, 16
-    spans = b * triton.cdiv(length, tile * tiles)
-    dinner = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
-    dx = torch.empty_like(dinner)
-    dweight = torch.empty(spans, d, k, dtype=torch.float32, device=x.device)
-    dbias = torch.empty((spans, d) if bias is not None else (0,), dtype=torch.float32, device=x.device)
+    streams = sources is None and k > 1
+    channels = STREAM_CHANNELS if streams else min(CHANNELS, triton.next_power_of_2(d))
+    steps, blocks = BACKWARD_BLOCK if streams else (8, 16)
+    if streams and k - 1 > steps:
+        steps = triton.next_power_of_2(k - 1)
+    spans = b * triton.cdiv(length, steps * blocks)
+    grid = (spans * triton.cdiv(d, channels),)
+    like = {"dtype": torch.float32, "device": x.device}
+    dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(spans, d, k, **like)
+    dbias = torch.empty((spans, d) if bias is not None else (0,), **like)
+    if streams:
+        dinner = torch.empty((b, k - 1, d) if past is not None else (0,), **like)
+    else:
+        dinner = torch.empty_like(dx)
+    constants = {"K": k, "BD": channels, "HAS_BIAS": bias is not None, "HAS_INITIAL": past is not None}
     with on_device(x):
-        kernels.slope_kernel[(spans * triton.cdiv(d, channels),)](
-            x, *some(x, weight, bias, past, sources), dy, dinner, dweight, dbias, length, d,
-            x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
-            K=k, BT=tile, BD=channels, TILES=tiles, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
-            TABLE=sources is not None, num_warps=4,
-        )  # fmt: skip
-        kernels.convolve_kernel[(b * triton.cdiv(length, 16) * triton.cdiv(d, channels),)](
-            dinner, *some(x, weight, bias, past, targets), dx, length, d, dinner.stride(0), dinner.stride(1),
-            K=k, BT=16, BD=channels, HAS_BIAS=False, HAS_INITIAL=False,
-            TABLE=targets is not None, FORWARD=False, num_warps=4,
-        )  # fmt: skip
-    dpast = x.new_empty(0) if past is None else _past_gradient(dinner, weight, past_targets).to(past.dtype)
+        if streams:
+            kernels.stream_backward_kernel[grid](
+                x, *some(x, weight, bias, past), dy, dx, dinner, dweight, dbias, length, x.stride(0), dy.stride(0),
+                d=d, stride_xl=x.stride(1), stride_yl=dy.stride(1), T=steps, BLOCKS=blocks,
+                num_warps=STREAM_WARPS, **constants,
+            )  # fmt: skip
+        else:
+            kernels.slope_kernel[grid](
+                x, *some(x, weight, bias, past, sources), dy, dinner, dweight, dbias, length, d,
+                x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+                BT=steps, TILES=blocks, TABLE=sources is not None, num_warps=4, **constants,
+            )  # fmt: skip
+            kernels.convolve_kernel[(b * triton.cdiv(length, 16) * triton.cdiv(d, channels),)](
+                dinner, *some(x, weight, bias, past, targets), dx, length, d, dinner.stride(0), dinner.stride(1),
+                K=k, BT=16, BD=channels, HAS_BIAS=False, HAS_INITIAL=False,
+                TABLE=targets is not None, FORWARD=False, num_warps=4,
+            )  # fmt: skip
+    dpast = x.new_empty(0) if past is None else _past_gradient(dinner, weight, past_targets, length).to(past.dtype)
     dbias = dbias.sum(0).to(bias.dtype) if bias is not None else dbias
     return dx, dweight.sum(0).to(weight.dtype), dbias, dpast
 
 
-def _past_gradient(dinner: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
+def _past_gradient(dinner: Tensor, weight: Tensor, targets: Tensor | None, length: int) -> Tensor:
     """(b, d, k - 1): row i is tap j of position i - j, or of the one that the table names."""
-    b, length, d = dinner.shape
+    b, _, d = dinner.shape
     k = weight.shape[1]
     if targets is None:
         device = dinner.device

@@ -153,6 +153,10 @@ def forward_kernel(
 
     next_x = load_rows(x_at, stride_xl, t, length, keep, T, EVEN)
     next_delta = load_rows(delta_at, stride_dl, t, length, keep, T, EVEN)
+    present = (n >= 0) if EVEN else (n >= 0) & (t < length)
+    next_b = tl.load(packed_at + n, mask=present, other=0.0)
+    if not LOCAL:
+        next_c = tl.load(packed_at + NP + n, mask=present, other=0.0)
     for block in range(first, last):
         xs, deltas = next_x, next_delta
         if HAS_Z and not LOCAL:
@@ -168,7 +172,6 @@ def forward_kernel(
             tl.store(checkpoints + ((b * blocks + block) * d + c2) * N + n2, h, mask=inside)
         ys = ()
         for i in tl.static_range(T):
-            present = (n >= 0) if EVEN else (n >= 0) & (t + i < length)
             step, _ = softplus_sigmoid(deltas[i].to(tl.float32) + bias_row)
             row = xs[i].to(tl.float32)
             decay_step = step
@@ -180,12 +183,16 @@ def forward_kernel(
             elif not EVEN:
                 step = tl.where(t + i < length, step, 0.0)
                 decay_step = step
-            bt = tl.load(packed_at + i * 2 * NP + n, mask=present, other=0.0)
+            # one step ahead of their use; the last block's last step has nothing ahead
+            bt = next_b
+            present = (n >= 0) & (t + i + 1 < length) if i + 1 == T or not EVEN else (n >= 0)
+            next_b = tl.load(packed_at + (i * 2 + 2) * NP + n, mask=present, other=0.0)
             h = tl.exp2(decay_step[None, :] * a) * h + (step * row)[None, :] * bt[:, None]
             if LOCAL:
                 steps += decay_step
             else:
-                ct = tl.load(packed_at + (i * 2 + 1) * NP + n, mask=present, other=0.0)
+                ct = next_c
+                next_c = tl.load(packed_at + (i * 2 + 3) * NP + n, mask=present, other=0.0)
                 out = tl.sum(h * ct[:, None], axis=0)
                 if HAS_SKIP:
                     out += skip_row * row

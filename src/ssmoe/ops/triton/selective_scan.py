@@ -15,10 +15,11 @@ from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, r
 # positions between two saved states; the backward replays this many from registers
 CHECKPOINT = 4
 FORWARD_CHANNELS = 32
-FORWARD_STEPS = 8
-BACKWARD_REGISTERS = None
-BACKWARD_CHANNELS = 16
-# warps that fill the chip; below half of it, length is split into chunks that run side by side
+FORWARD_REGISTERS = 128
+# the backward is cheaper by the channel with 32, but 16 give twice the warps
+BACKWARD_CHANNELS = 32
+FEW_CHANNELS = 16
+# warps that keep the chip busy: four (forward) and two (backward) a scheduler
 FULL = 2112
 
 
@@ -70,12 +71,19 @@ class _Plan(NamedTuple):
     chunk_blocks: int
 
 
-def _plan(b: int, length: int, d: int, t: int, channels: int) -> _Plan:
-    blocks = triton.cdiv(length, t)
+def _plan(b: int, length: int, d: int, channels: int, *, below: int) -> _Plan:
+    """Chunks that together make FULL warps, where there would be fewer than `below`; each costs another pass."""
+    blocks = triton.cdiv(length, CHECKPOINT)
     warps = b * triton.cdiv(d, channels)
-    chunks = min(FULL // warps, blocks // 8) if warps < FULL // 8 else 1
-    chunk_blocks = triton.cdiv(blocks, max(chunks, 1))
-    return _Plan(t, blocks, triton.cdiv(blocks, chunk_blocks), chunk_blocks)
+    chunks = max(1, min(FULL // warps, blocks // 16)) if warps < below else 1
+    chunk_blocks = triton.cdiv(blocks, chunks)
+    return _Plan(CHECKPOINT, blocks, triton.cdiv(blocks, chunk_blocks), chunk_blocks)
+
+
+def _backward_channels(b: int, d: int) -> int:
+    """Few channels a warp where the many would leave schedulers idle and chunks would not pay."""
+    warps = b * triton.cdiv(d, BACKWARD_CHANNELS)
+    return FEW_CHANNELS if FULL // 8 <= warps < FULL // 2 else BACKWARD_CHANNELS
 
 
 def _pack(B: Tensor, C: Tensor, flags: Tensor | None) -> Tensor:
@@ -108,7 +116,7 @@ def scan_forward(
     """(y, final_state, the states at every CHECKPOINT-th position if `save`)."""
     b, length, d = x.shape
     n = A.shape[1]
-    plan = _plan(b, length, d, CHECKPOINT if save else FORWARD_STEPS, FORWARD_CHANNELS)
+    plan = _plan(b, length, d, FORWARD_CHANNELS, below=FULL // 2)
     x, delta, z = row_major(x), row_major(delta), None if z is None else row_major(z)
     like = {"dtype": torch.float32, "device": x.device}
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
@@ -123,6 +131,7 @@ def scan_forward(
         "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
         "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial is not None,
         "SEGMENTS": flags is not None, "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
+        "maxnreg": FORWARD_REGISTERS,
     }  # fmt: skip
     initial = None if initial is None else initial.contiguous()
     with on_device(x):
@@ -180,8 +189,8 @@ def scan_backward(
     b, length, d = x.shape
     n = A.shape[1]
     width = triton.next_power_of_2(n)
-    channels = BACKWARD_CHANNELS
-    plan = _plan(b, length, d, CHECKPOINT, channels)
+    channels = _backward_channels(b, d)
+    plan = _plan(b, length, d, channels, below=FULL // 8)
     x, delta, z, dy = row_major(x), row_major(delta), None if z is None else row_major(z), row_major(dy)
     dfinal = dfinal.contiguous()
     groups = triton.cdiv(d, channels)
@@ -204,7 +213,6 @@ def scan_backward(
         "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
         "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial, "SEGMENTS": flags is not None,
         "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
-        "maxnreg": BACKWARD_REGISTERS,
     }  # fmt: skip
     with on_device(x):
         packed = _pack(B, C, flags)
