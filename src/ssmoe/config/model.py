@@ -93,9 +93,7 @@ class MoEConfig(Frozen):
         return self
 
 
-LayerConfig = Annotated[
-    MambaConfig | AttentionConfig | DenseConfig | MoEConfig, Field(discriminator="kind")
-]
+LayerConfig = Annotated[MambaConfig | AttentionConfig | DenseConfig | MoEConfig, Field(discriminator="kind")]
 
 
 class InitConfig(Frozen):

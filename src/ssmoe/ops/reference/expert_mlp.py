@@ -29,16 +29,20 @@ def expert_mlp(
     t, k = expert.shape
     assigned = expert.flatten().to(torch.int64)
     order = torch.argsort(assigned, stable=True)  # dropped ones first, then expert by expert
-    counts = torch.bincount(assigned + 1, minlength=up.shape[0] + 1).tolist()
-    rows = x[order // k].split(counts)
+    counts = torch.bincount(assigned + 1, minlength=up.shape[0] + 1)
+    rows = torch.split(x[order // k], [int(count) for count in counts])
     outputs = [torch.zeros_like(rows[0])]
     for e, tokens in enumerate(rows[1:]):
         hidden = tokens @ up[e].t().to(x.dtype)
-        inner = _activate(hidden, activation) if gate is None else (
-            _activate(tokens @ gate[e].t().to(x.dtype), activation) * hidden
+        inner = (
+            _activate(hidden, activation)
+            if gate is None
+            else (_activate(tokens @ gate[e].t().to(x.dtype), activation) * hidden)
         )
         outputs.append(inner @ down[e].t().to(x.dtype))
-    slots = torch.zeros(t * k, x.shape[1], dtype=x.dtype, device=x.device).index_copy(0, order, torch.cat(outputs))
+    slots = torch.zeros(t * k, x.shape[1], dtype=x.dtype, device=x.device).index_copy(
+        0, order, torch.cat(outputs)
+    )
     accumulate = torch.promote_types(x.dtype, torch.float32)
     return (slots.view(t, k, -1).to(accumulate) * weight.unsqueeze(-1).to(accumulate)).sum(1).to(x.dtype)
 

@@ -52,7 +52,9 @@ def selective_scan(
     if D is not None:
         y = y + D.to(dtype) * x
     if z is not None:
-        y = y * F.silu(z.to(dtype) if segments is None else z.to(dtype).masked_fill(~segments.real.unsqueeze(-1), 0))
+        y = y * F.silu(
+            z.to(dtype) if segments is None else z.to(dtype).masked_fill(~segments.real.unsqueeze(-1), 0)
+        )
     return y.to(output_dtype), write_state(h, slots, out_state)
 
 

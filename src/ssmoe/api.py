@@ -1,0 +1,105 @@
+"""The public functions that join folders: training with evaluation, and comparing runs.
+
+With `cli`, the composition root: only here and there may `training` meet `eval`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ssmoe.config.load import RunConfig
+from ssmoe.data.prepare import Prepared, prepare
+from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
+from ssmoe.eval.perplexity import evaluate
+from ssmoe.model.lm import LM
+from ssmoe.training.checkpoint import find_weights
+from ssmoe.training.compare import Comparison, check_comparable, compare_runs, write_comparison
+from ssmoe.training.console import open_reporter
+from ssmoe.training.folder import check_folder
+from ssmoe.training.loop import Evaluate
+from ssmoe.training.loop import train as train_loop
+from ssmoe.training.report import write_report
+
+
+class Interrupted(RuntimeError):
+    """A run was ended by Ctrl-C; its checkpoint is saved."""
+
+
+def train(
+    run: RunConfig,
+    folder: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train `run` into `folder` ("runs/NAME" if None) and return the folder.
+
+    resume: go on from the newest checkpoint. overwrite: replace an existing run. console: where progress
+    goes, None for nowhere. Raises ValueError for a folder or configuration that does not fit, before
+    anything is written; Interrupted after Ctrl-C; `Diverged` for a loss that is not a number.
+    """
+    folder = Path("runs") / run.name if folder is None else Path(folder)
+    console = console or Console(quiet=True)
+    check_folder(folder, run, resume=resume, overwrite=overwrite)
+    data = prepare(run.data, tokenizer=_saved_tokenizer(folder) if resume else None, log=console.print)
+    with open_reporter(console, run.train.steps) as reporter:
+        finished = train_loop(
+            run, folder, data, evaluate=_evaluator(run, data), resume=resume, reporter=reporter
+        )
+    if not finished:
+        raise Interrupted(f"stopped; the checkpoint is saved: go on with `ssmoe train {folder} --resume`")
+    for line in write_report(folder):
+        console.print(line, highlight=False, soft_wrap=True)
+    return folder
+
+
+def compare(
+    runs: Sequence[RunConfig],
+    folder: str | Path = "runs/compare",
+    *,
+    baseline: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Comparison:
+    """Train `runs` on the same batches and measure each against `baseline` (a run's name; None is the first).
+
+    A run matches at its first held-out evaluation at or below the baseline's final held-out loss. Raises
+    ValueError where data, steps, batch or evaluations differ between the runs.
+    """
+    check_comparable(runs, baseline)
+    folder, console = Path(folder), console or Console(quiet=True)
+    for run in runs:
+        console.print(f"== {run.name}", highlight=False)
+        exists = (folder / run.name).is_dir()
+        train(run, folder / run.name, resume=resume and exists, overwrite=overwrite, console=console)
+    comparison = compare_runs([folder / run.name for run in runs], baseline or runs[0].name)
+    write_comparison(comparison, folder)
+    return comparison
+
+
+def _saved_tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(find_weights(folder))
+
+
+def _evaluator(run: RunConfig, data: Prepared) -> Evaluate:
+    batch_size = run.train.micro_batch_size or run.train.batch_size
+
+    def evaluate_held_out(model: LM) -> Mapping[str, float]:
+        found = evaluate(
+            model,
+            data.held_out,
+            context=run.data.context,
+            batch_size=batch_size,
+            rows=run.train.eval_rows,
+            isolate=run.data.isolate_documents,
+        )
+        return {
+            "held_out_loss": found.loss,
+            "held_out_bits_per_byte": found.bits_per_byte,
+            "held_out_targets": found.targets,
+        }
+
+    return evaluate_held_out

@@ -1,0 +1,72 @@
+"""Arguments that several sub-commands share."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ssmoe.config.load import RunConfig, load_run
+
+OVERRIDES = "fields to change, such as train.steps=500 model.pattern.moe.num_experts=16"
+
+
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """PRESET|FILE [key=value ...]"""
+    parser.add_argument(
+        "preset", help="a preset (see `ssmoe presets`), a .toml or .json file, or a run folder"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def add_run_folder_rules(parser: argparse.ArgumentParser) -> None:
+    """--resume and --overwrite"""
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """RUN, --device, --backend, --precision"""
+    parser.add_argument("run", help="a run folder or a checkpoint folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--backend", default="auto", help="kernels: auto or a name of `ssmoe doctor`")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="compute dtype"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json"""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def split_presets(words: list[str]) -> tuple[list[str], list[str]]:
+    """Presets and overrides, told apart by the equals sign."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def read_run_config(name: str, overrides: list[str]) -> tuple[RunConfig, Path | None]:
+    """The configuration, and the folder if `name` is a run folder."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return load_run(str(folder / "config.json"), overrides), folder
+    return load_run(name, overrides), None
+
+
+def load_model(arguments: argparse.Namespace) -> Any:
+    """The model and tokenizer that `add_model`'s arguments name."""
+    import torch
+
+    from ssmoe.training.checkpoint import load
+    from ssmoe.training.folder import resolve_device
+
+    return load(
+        arguments.run,
+        backend=arguments.backend,
+        device=resolve_device(arguments.device),
+        dtype=torch.bfloat16 if arguments.precision == "bfloat16" else None,
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2))

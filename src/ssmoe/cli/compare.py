@@ -1,0 +1,83 @@
+"""`ssmoe compare`: several presets side by side on the same batches."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ssmoe.cli.arguments import (
+    OVERRIDES,
+    add_json,
+    add_run_folder_rules,
+    print_json,
+    read_run_config,
+    split_presets,
+)
+
+if TYPE_CHECKING:
+    from ssmoe.training.compare import Comparison
+
+HELP = "train several presets and compare steps and time to the same held-out loss"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """PRESET PRESET ... [key=value ...] [--baseline NAME] [--out FOLDER] [--resume | --overwrite]"""
+    parser.add_argument("words", nargs="+", metavar="PRESET|key=value", help=f"presets or files; {OVERRIDES}")
+    parser.add_argument("--baseline", help="the run to be matched (default: the first)")
+    parser.add_argument("--out", default="runs/compare", help="folder of the runs (default: runs/compare)")
+    add_run_folder_rules(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train all, then print the table."""
+    names, overrides = split_presets(arguments.words)
+    configs = [read_run_config(name, overrides)[0] for name in names]
+
+    from rich.console import Console
+
+    from ssmoe.api import compare
+
+    comparison = compare(
+        configs,
+        arguments.out,
+        baseline=arguments.baseline,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        console=Console(stderr=arguments.json),
+    )
+    if arguments.json:
+        print_json({**comparison._asdict(), "rows": [row._asdict() for row in comparison.rows]})
+    else:
+        _print(comparison, arguments.out)
+    return 0
+
+
+def _print(comparison: "Comparison", folder: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"to the final held-out loss of {comparison.baseline}, {comparison.target:.4f}")
+    for title in (
+        "run",
+        "active",
+        "total",
+        "final loss",
+        "seconds",
+        "steps to match",
+        "fewer steps",
+        "less time",
+    ):
+        table.add_column(title, justify="left" if title == "run" else "right")
+    for row in comparison.rows:
+        table.add_row(
+            row.name,
+            f"{row.active / 1e6:.2f}M",
+            f"{row.total / 1e6:.2f}M",
+            f"{row.final_loss:.4f}",
+            f"{row.seconds:,.0f}",
+            "never" if row.match_step is None else f"{row.match_step:,}",
+            "-" if row.steps_ratio is None else f"{row.steps_ratio:.2f}x",
+            "-" if row.seconds_ratio is None else f"{row.seconds_ratio:.2f}x",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"written to {folder}: compare.json and, with matplotlib, compare.png", highlight=False)

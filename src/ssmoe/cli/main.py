@@ -1,0 +1,70 @@
+"""The `ssmoe` command: a sub-command is a module of this folder, imported when asked for.
+
+Each module has HELP, add_arguments(parser) and run(arguments) -> exit code: 0 done, 1 failed with one clear
+line, 2 wrong usage.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+COMMANDS = ("train", "compare", "generate", "eval", "presets", "bench", "doctor")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(_version())
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"ssmoe: unknown command {arguments[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = _module(arguments[0])
+    parser = argparse.ArgumentParser(prog=f"ssmoe {arguments[0]}", description=command.HELP)
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_intermixed_args(arguments[1:]))
+    except BrokenPipeError:
+        # the reader has gone; keep the interpreter from complaining about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("ssmoe: interrupted", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"ssmoe: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {_module(name).HELP}" for name in COMMANDS]
+    return "\n".join(
+        (
+            "usage: ssmoe COMMAND ...",
+            "",
+            "Language models that join selective state spaces (Mamba) with mixtures of experts.",
+            "",
+            *lines,
+            "",
+            "`ssmoe COMMAND --help` explains one.",
+        )
+    )
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"ssmoe.cli.{name}")
+
+
+def _version() -> str:
+    return import_module("ssmoe").__version__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

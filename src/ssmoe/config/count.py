@@ -1,0 +1,108 @@
+"""Parameters, FLOPs and state bytes of a model from its configuration alone.
+
+"Non-embedding" leaves out the embedding and the head, as arXiv 2401.04081 counts; "active" counts top_k of
+the experts. FLOPs count a multiply-add as two; the scan counts 7 per state element and token (discretise 3,
+update 2, read out 2) and the backward pass twice the forward.
+"""
+
+from typing import NamedTuple
+
+from ssmoe.config.model import AttentionConfig, DenseConfig, LayerConfig, MambaConfig, ModelConfig, MoEConfig
+
+SCAN_FLOPS = 7
+
+
+class LayerCount(NamedTuple):
+    """One layer without its norm. matrices: active parameters that each token is multiplied with."""
+
+    total: int
+    active: int
+    matrices: int
+
+
+class ModelCount(NamedTuple):
+    """Parameters of a whole model; `total` every one, the others without embedding and head.
+
+    non_embedding: layers and norms. active: the part of those that one token uses.
+    """
+
+    total: int
+    non_embedding: int
+    active: int
+
+
+def count_parameters(config: ModelConfig) -> ModelCount:
+    """Exact parameter counts; `total` equals the built model's numel."""
+    layers = [count_layer(layer, config.d_model) for layer in config.layers]
+    norm = _norm(config)
+    norms = norm * len(layers) + (norm if config.final_norm else 0)
+    head = 0 if config.tied_embeddings else config.vocab_size * (config.d_model + config.head_bias)
+    non_embedding = sum(layer.total for layer in layers) + norms
+    return ModelCount(
+        total=config.vocab_size * config.d_model + head + non_embedding,
+        non_embedding=non_embedding,
+        active=sum(layer.active for layer in layers) + norms,
+    )
+
+
+def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
+    """The parameters of one layer without its norm."""
+    match layer:
+        case MambaConfig():
+            d_inner, rank = layer.d_inner(d_model), layer.rank(d_model)
+            matrices = d_inner * (3 * d_model + 2 * rank + 2 * layer.d_state)
+            # convolution and its bias, A_log, D, delta bias
+            total = matrices + d_inner * (layer.d_conv + 1 + layer.d_state + 2)
+            return LayerCount(total, total, matrices)
+        case AttentionConfig():
+            matrices = 4 * d_model**2
+            return LayerCount(matrices, matrices, matrices)
+        case DenseConfig():
+            matrices = (3 if layer.activation == "swiglu" else 2) * d_model * layer.d_ff
+            return LayerCount(matrices, matrices, matrices)
+        case MoEConfig():
+            expert = (3 if layer.activation == "swiglu" else 2) * d_model * layer.d_expert
+            router = d_model * layer.num_experts
+            active = layer.top_k * expert + router
+            return LayerCount(layer.num_experts * expert + router, active, active)
+
+
+def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> float:
+    """Mean FLOPs a token of a forward pass over `context` tokens; `head` counts the projection to logits."""
+    total = 2.0 * config.d_model * config.vocab_size if head else 0.0
+    for layer in config.layers:
+        total += 2.0 * count_layer(layer, config.d_model).matrices
+        match layer:
+            case MambaConfig():
+                d_inner = layer.d_inner(config.d_model)
+                total += d_inner * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
+            case AttentionConfig():
+                # scores and weighted values over (context + 1) / 2 tokens on average
+                total += 2.0 * config.d_model * (context + 1)
+            case DenseConfig() | MoEConfig():
+                pass
+    return total
+
+
+def training_flops(config: ModelConfig, context: int, *, head: bool = True) -> float:
+    """Mean FLOPs a token of forward and backward."""
+    return 3 * forward_flops(config, context, head=head)
+
+
+def state_bytes(config: ModelConfig, context: int, *, activation_bytes: int = 4) -> int:
+    """Bytes of the recurrent state of one sequence after `context` tokens; a scan state is float32."""
+    total = 0
+    for layer in config.layers:
+        match layer:
+            case MambaConfig():
+                d_inner = layer.d_inner(config.d_model)
+                total += d_inner * (activation_bytes * (layer.d_conv - 1) + 4 * layer.d_state)
+            case AttentionConfig():
+                total += 2 * config.d_model * context * activation_bytes + 8
+            case DenseConfig() | MoEConfig():
+                pass
+    return total
+
+
+def _norm(config: ModelConfig) -> int:
+    return config.d_model * (2 if config.norm == "layernorm" else 1)

@@ -1,0 +1,76 @@
+"""Batches from a corpus, where the place in the data is one number: the rows consumed so far."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssmoe.data.corpus import TokenCorpus
+from ssmoe.data.packing import Batch, Stream, pack, shuffled
+
+
+class Cursor(NamedTuple):
+    """Where training is in the data, whatever the batch size and the number of ranks; `_asdict()` is JSON."""
+
+    rows: int = 0
+
+
+def batches(
+    corpus: TokenCorpus,
+    *,
+    context: int,
+    batch_size: int,
+    seed: int,
+    cursor: Cursor,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Batch, Cursor]]:
+    """Endless training batches from `cursor` on, each with the cursor that follows it.
+
+    Every epoch has its own order, and leaves out what does not fill a last row. Of the `batch_size` rows
+    a rank gets its share; the shares in rank order are the batch of a single rank.
+    """
+    if (rows_an_epoch := corpus.num_targets // context) == 0:
+        raise ValueError(
+            f"data.context={context} is more than the {corpus.num_targets} tokens of training text: "
+            f"set data.context to at most {corpus.num_targets} or add text"
+        )
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide among {world_size} ranks: "
+            f"use {batch_size + -batch_size % world_size}"
+        )
+    assert 0 <= rank < world_size
+
+    @lru_cache(maxsize=2)
+    def epoch_stream(epoch: int) -> Stream:
+        return pack(corpus, shuffled(corpus.num_documents, seed=seed, epoch=epoch))
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        epochs, numbers = np.divmod(rows, rows_an_epoch)
+        parts = [
+            epoch_stream(int(epoch)).rows(numbers[epochs == epoch], context) for epoch in np.unique(epochs)
+        ]
+        return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    share = np.arange(batch_size).reshape(world_size, -1)[rank]
+    return ((read(first + share), Cursor(first + batch_size)) for first in count(cursor.rows, batch_size))
+
+
+def held_out_batches(corpus: TokenCorpus, *, context: int, batch_size: int, rows: int = 0) -> Iterator[Batch]:
+    """Batches for evaluation, in the order of the documents; the last batch may have fewer rows.
+
+    `rows` are spread evenly over the corpus. With 0, or more than there are, every target of the corpus comes
+    exactly once, the last of them in a shorter row of its own.
+    """
+    stream = pack(corpus, np.arange(corpus.num_documents))
+    num_full, rest = divmod(corpus.num_targets, context)
+    is_sample = 0 < rows <= num_full
+    numbers = np.arange(rows) * num_full // rows if is_sample else np.arange(num_full)
+    for first in range(0, len(numbers), batch_size):
+        yield stream.rows(numbers[first : first + batch_size], context)
+    if rest and not is_sample:
+        yield stream.rows(np.array([num_full]), context)

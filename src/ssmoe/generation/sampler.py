@@ -1,0 +1,61 @@
+"""From logits to a token: temperature, top-k, top-p, and randomness fixed by seed and position alone."""
+
+from hashlib import blake2b
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen. temperature 0 is greedy. top_k, top_p None are off.
+
+    Top-k keeps the k likeliest tokens, top-p then the likeliest ones that reach probability p.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def check(self) -> Self:
+        """Raise ValueError for a value out of range."""
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative: use 0 for greedy, or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} keeps no token: use 1 or more, or leave it away")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} is not in (0, 1]: use 1 or leave it away to keep every token"
+            )
+        return self
+
+
+def sample(logits: Tensor, positions: list[int], sampling: Sampling) -> list[int]:
+    """One token a row. logits: (b, vocab). positions: each row's index of the token to come.
+
+    A row's choice depends on its logits, the seed and its position, not on the other rows.
+    """
+    if sampling.temperature == 0:
+        return [int(token) for token in logits.argmax(dim=-1)]
+    values, tokens = (logits.double().cpu() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        values[:, sampling.top_k :] = float("-inf")
+    probabilities = values.softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    if sampling.top_p is not None:
+        outside = cumulative - probabilities >= sampling.top_p
+        probabilities = probabilities.masked_fill(outside, 0)
+        cumulative = probabilities.cumsum(dim=-1)
+    draws = torch.tensor([uniform(sampling.seed, position) for position in positions], dtype=torch.float64)
+    # never past the last token that has any probability
+    target = draws.unsqueeze(1) * cumulative[:, -1:]
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    index = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    return [int(token) for token in tokens.gather(1, index)]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) fixed by seed and position."""
+    digest = blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)

@@ -1,0 +1,63 @@
+"""The contract of every layer: forward(x, state, segments) -> LayerOut(x, state, stats), for any length >= 1.
+
+Prefill, chunked prefill, decoding, truncated back-propagation and packing are this one function. State and
+statistics are values that go in and out; a layer keeps neither.
+
+Dimensions in comments: b batch, l length, d channels, n state, t = b*l tokens, e experts, k top-k, f expert
+width, h heads, c capacity.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ssmoe.ops import Segments
+
+LayerState = tuple[Any, ...]
+"""A NamedTuple of tensors with the batch first, or () for a layer without state."""
+
+State = tuple[LayerState, ...]
+"""One LayerState a layer."""
+
+
+class RouterStats(NamedTuple):
+    """What a router did with the tokens of one forward pass; padding is excluded everywhere.
+
+    balance, z: () float32 losses, differentiable, their coefficients applied.
+    load: (e,) int64 assignments before capacity. dropped: () int64 assignments lost to capacity.
+    confidence: () mean probability of the first choice. entropy: () mean entropy of a token's
+        probabilities, in nats.
+    """
+
+    balance: Tensor
+    z: Tensor
+    load: Tensor
+    dropped: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+class LayerOut(NamedTuple):
+    """x: (b, l, d_model). state: what a continuation starts from. stats: of a router, else None."""
+
+    x: Tensor
+    state: LayerState
+    stats: RouterStats | None
+
+
+class Layer(Protocol):
+    """What a stack needs of a layer."""
+
+    batch_dependent: bool
+    """In training mode a token's output depends on the other rows of the batch."""
+
+    def __call__(
+        self, x: Tensor, state: LayerState | None = None, segments: Segments | None = None
+    ) -> LayerOut:
+        """x: (b, l, d_model). state: None is the zero state."""
+        ...
+
+    def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
+        """The zero state; `capacity` tokens of room where a layer stores tokens."""
+        ...

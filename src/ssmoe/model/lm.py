@@ -1,0 +1,144 @@
+"""The language model: embedding, a stack of pre-normed residual layers, head."""
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmoe.config.model import ModelConfig
+from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
+from ssmoe.model.loss import IGNORE, Loss, model_loss
+from ssmoe.model.norm import Linear
+from ssmoe.ops import Segments
+
+
+class ModelOut(NamedTuple):
+    """logits: (b, l, vocab), (b, vocab) or None with targets. state: what a continuation starts from.
+
+    stats: one RouterStats a layer, None for layers without a router. loss: with targets.
+    """
+
+    logits: Tensor | None
+    state: State
+    stats: tuple[RouterStats | None, ...]
+    loss: Loss | None
+
+
+class Residual(nn.Module):
+    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype."""
+
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.layer = layer
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
+    ) -> LayerOut:
+        """x: (b, l, d_model) -> LayerOut with the new residual stream."""
+        out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
+        return out._replace(x=x + out.x)
+
+
+class LM(nn.Module):
+    """ids -> logits. Made by `ssmoe.build`; the stack is whatever `config.layers` lists.
+
+    compute_dtype: what the layers compute in; None is the embedding's dtype. Parameters keep their own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: list[Residual],
+        final_norm: nn.Module | None,
+        *,
+        backend: str,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(layers)
+        self.norm = final_norm
+        self.head = (
+            None
+            if config.tied_embeddings
+            else Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        )
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        segments: Segments | None = None,
+        targets: Tensor | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> ModelOut:
+        """Read `ids` (b, l) int64, l >= 1, after `state` (None is the zero state).
+
+        With `targets` (b, l) int64 (-100 is ignored, and so is padding) the loss is returned and logits are
+        not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
+        Raises ValueError for ids outside the vocabulary (checked on the CPU; a GPU stops with an assertion).
+        """
+        if segments is not None:
+            ids = ids.masked_fill(~segments.real, 0)
+        self._check(ids, state)
+        dtype = self.compute_dtype or self.embedding.weight.dtype
+        x = self.embedding(ids).to(
+            torch.promote_types(dtype, torch.float32) if self.config.residual_float32 else dtype
+        )
+        states: list[LayerState] = []
+        stats: list[RouterStats | None] = []
+        for i, layer in enumerate(self.layers):
+            out: LayerOut = layer(x, None if state is None else state[i], segments, dtype)
+            x = out.x
+            states.append(out.state)
+            stats.append(out.stats)
+        if targets is None and logits == "last":
+            x = _last_real(x, segments)
+        x = (x if self.norm is None else self.norm(x)).to(dtype)
+
+        weight, bias = (
+            (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+        )
+        if targets is None:
+            bias = None if bias is None else bias.to(dtype)
+            return ModelOut(F.linear(x, weight.to(dtype), bias), tuple(states), tuple(stats), None)
+        if segments is not None:
+            targets = targets.masked_fill(~segments.real, IGNORE)
+        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None])
+        return ModelOut(None, tuple(states), tuple(stats), loss)
+
+    def init_state(self, batch: int, capacity: int | None = None) -> State:
+        """The zero state of `batch` rows; `capacity` tokens of room where a layer stores tokens."""
+        dtype = self.compute_dtype or self.embedding.weight.dtype
+        device = self.embedding.weight.device
+        layers = (cast(Layer, layer.get_submodule("layer")) for layer in self.layers)
+        return tuple(layer.init_state(batch, capacity or 0, dtype, device) for layer in layers)
+
+    def _check(self, ids: Tensor, state: State | None) -> None:
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}, expected (batch, length) with length >= 1")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(
+                f"the state has {len(state)} layers and the model {len(self.layers)}: another model's?"
+            )
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of "
+                    f"{self.config.vocab_size}: use the model's own tokenizer"
+                )
+
+
+def _last_real(x: Tensor, segments: Segments | None) -> Tensor:
+    """(b, l, d) -> (b, d)"""
+    if segments is None:
+        return x[:, -1]
+    column = torch.arange(x.shape[1], device=x.device)
+    last = (column * segments.real).amax(dim=1)
+    return x[torch.arange(x.shape[0], device=x.device), last]

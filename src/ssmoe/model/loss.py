@@ -1,0 +1,114 @@
+"""Cross-entropy of the head without keeping logits, and its sum with the routers' losses."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmoe.model.layer import RouterStats
+
+IGNORE = -100
+"""A target that is not predicted."""
+
+_CHUNK = 2048
+
+
+class Loss(NamedTuple):
+    """total: () what to minimise, lm + balance + z. lm: () mean cross-entropy in nats over the targets.
+
+    balance, z: () sums over the layers, coefficients applied. tokens: () int64, targets that count.
+    """
+
+    total: Tensor
+    lm: Tensor
+    balance: Tensor
+    z: Tensor
+    tokens: Tensor
+
+
+def model_loss(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Sequence[RouterStats]
+) -> Loss:
+    """The loss of x (b, l, d), the head's input, under weight (vocab, d) and bias (vocab,).
+
+    targets: (b, l) int64, `IGNORE` where nothing is predicted.
+    """
+    flat = targets.reshape(-1)
+    tokens = (flat != IGNORE).sum()
+    total = head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat)
+    lm = total / tokens.clamp(min=1)
+    zero = torch.zeros_like(lm)
+    balance = torch.stack([zero, *(s.balance for s in stats)]).sum()
+    z = torch.stack([zero, *(s.z for s in stats)]).sum()
+    return Loss(lm + balance + z, lm, balance, z, tokens)
+
+
+def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of softmax(x W^T + b), () in float32 or wider, differentiable once.
+
+    x: (t, d). weight: (vocab, d). bias: (vocab,). targets: (t,) int64, `IGNORE` where nothing is predicted.
+    A chunk of logits lives only while it is used, so memory does not grow with tokens * vocabulary.
+    """
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets))
+    chunks = (_chunk_logits(x[rows], weight, bias) for rows in _chunks(x.shape[0]))
+    losses = [
+        F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
+        for rows, logits in zip(_chunks(x.shape[0]), chunks, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The gradients are formed in the forward pass, while a chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        narrow_weight = weight.to(x.dtype)
+        for rows in _chunks(x.shape[0]):
+            logits = _chunk_logits(x[rows], weight, bias)
+            total += F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
+            gradient = _logit_gradient(logits, targets[rows])
+            narrow = gradient.to(x.dtype)
+            dx[rows] = narrow @ narrow_weight
+            dweight += narrow.t() @ x[rows]
+            if dbias is not None:
+                dbias += gradient.sum(0)
+        ctx.save_for_backward(dx, dweight, dbias)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        scale = grad_outputs[0]
+        dx, dweight, dbias = ctx.saved_tensors
+        return (
+            dx * scale.to(dx.dtype),
+            (dweight * scale).to(ctx.weight_dtype),
+            None if dbias is None else (dbias * scale).to(ctx.weight_dtype),
+            None,
+        )
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(begin, begin + _CHUNK) for begin in range(0, tokens, _CHUNK)]
+
+
+def _chunk_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return logits.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    counted = targets != IGNORE
+    gradient = logits.softmax(dim=-1)
+    index = targets.masked_fill(~counted, 0).unsqueeze(1)
+    gradient.scatter_add_(1, index, -torch.ones_like(index, dtype=gradient.dtype))
+    return gradient.mul_(counted.unsqueeze(1))

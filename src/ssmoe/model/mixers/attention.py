@@ -1,0 +1,119 @@
+"""Causal multi-head self-attention with rotary positions (arXiv 2104.09864) and a key-value state.
+
+A document sees itself only: positions restart at starts, and the state keeps the last document's tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmoe.model.init import init_weights
+from ssmoe.model.layer import LayerOut
+from ssmoe.model.norm import Linear
+from ssmoe.ops import Segments
+
+
+class AttentionState(NamedTuple):
+    """keys, values: (b, h, c, d_head), rotated, tokens first and free room after them. length: (b,) int64."""
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+
+
+class Attention(nn.Module):
+    """Causal self-attention, without norm and residual. x: (b, l, d_model) -> (b, l, d_model).
+
+    The state grows when its capacity is used up, so that a short capacity costs copies, never tokens.
+    """
+
+    batch_dependent = False
+
+    def __init__(
+        self, d_model: int, *, num_heads: int, rope: bool = True, rope_base: float = 10_000.0
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.d_head = num_heads, d_model // num_heads
+        self.rope, self.rope_base = rope, rope_base
+        self.qkv_proj = Linear(d_model, 3 * d_model)
+        self.o_proj = Linear(d_model, d_model)
+        init_weights(self)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, segments: Segments | None = None
+    ) -> LayerOut:
+        """Attend causally inside each document; `state` None is an empty past."""
+        b, length, d_model = x.shape
+        q, k, v = self.qkv_proj(x).view(b, length, 3, self.num_heads, self.d_head).permute(2, 0, 3, 1, 4)
+        past = torch.zeros(b, dtype=torch.int64, device=x.device) if state is None else state.length
+        if self.rope:
+            positions = _positions(past, length, segments)
+            q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
+        if state is None and segments is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            state = AttentionState(k, v, past + length)
+        else:
+            y, state = _attend(q, k, v, state, past, segments)
+        return LayerOut(self.o_proj(y.transpose(1, 2).reshape(b, length, d_model)), state, None)
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> AttentionState:
+        """An empty past with room for `capacity` tokens."""
+        room = torch.zeros(batch, self.num_heads, capacity, self.d_head, dtype=dtype, device=device)
+        return AttentionState(room, room.clone(), torch.zeros(batch, dtype=torch.int64, device=device))
+
+
+def _positions(past: Tensor, length: int, segments: Segments | None) -> Tensor:
+    """(b, l): how many tokens of its own document stand before each one."""
+    if segments is None:
+        return past.unsqueeze(1) + torch.arange(length, device=past.device)
+    count = segments.real.to(torch.int64).cumsum(1)  # real tokens up to and including each
+    before = torch.where(segments.resets, count - 1, torch.zeros_like(count)).cummax(1).values
+    continues = segments.resets.to(torch.int64).cumsum(1) == 0
+    return count - 1 - before + past.unsqueeze(1) * continues
+
+
+def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Turn the pair (i, i + d_head / 2) of x (b, h, l, d_head) by position * base^(-2i / d_head)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=dtype, device=x.device) / half)
+    angle = (positions.to(dtype).unsqueeze(-1) * frequency).unsqueeze(1)  # (b, 1, l, d_head / 2)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, past: Tensor, segments: Segments | None
+) -> tuple[Tensor, AttentionState]:
+    b, _, length, _ = q.shape
+    capacity = 0 if state is None else state.keys.shape[2]
+    if state is not None:
+        k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
+    stored = torch.arange(capacity, device=q.device) < past.unsqueeze(1)  # (b, c)
+    if segments is None:
+        real = torch.ones(b, length, dtype=torch.bool, device=q.device)
+        document = torch.zeros(b, length, dtype=torch.int64, device=q.device)
+    else:
+        real, document = segments.real, segments.resets.to(torch.int64).cumsum(1)
+    valid = torch.cat((stored, real), dim=1)  # (b, c + l)
+    documents = torch.cat((document.new_zeros(b, capacity), document), dim=1)  # (b, c + l)
+
+    order = torch.arange(-capacity, length, device=q.device)
+    causal = order <= order[capacity:].unsqueeze(1)  # (l, c + l)
+    mask = causal & valid.unsqueeze(1) & (documents.unsqueeze(1) == document.unsqueeze(2))
+    # a padding query would see nothing and give NaN; it looks at itself, and is zeroed below
+    mask = mask | (order == order[capacity:].unsqueeze(1))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+    y = y.masked_fill(~real[:, None, :, None], 0)
+
+    keep = valid & (documents == document[:, -1:])
+    kept = keep.sum(1)
+    room = max(capacity, int(kept.max()))
+    first = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :room, None]
+    first = first.unsqueeze(1).expand(-1, q.shape[1], -1, q.shape[3])
+    return y, AttentionState(k.gather(2, first), v.gather(2, first), kept)

@@ -1,0 +1,116 @@
+"""Checkpoints of a run: checkpoints/step-N/{weights,trainer}, written aside and then renamed.
+
+`weights` is the model's own checkpoint folder with its tokenizer; `trainer` holds what resuming needs. Both
+are safetensors and JSON: nothing in them can execute.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+
+from ssmoe.data.loader import Cursor
+from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
+from ssmoe.model.lm import LM
+from ssmoe.model.weights import load_weights, save_weights
+from ssmoe.training.optimizer import optimizer_tensors, restore_optimizer
+
+CHECKPOINTS = "checkpoints"
+_RNG = "rng"
+
+
+class Progress(NamedTuple):
+    """How far a run is. cursor: where the data goes on. seconds: of training so far."""
+
+    step: int
+    tokens: int
+    cursor: Cursor
+    seconds: float
+
+
+def save_checkpoint(
+    folder: Path,
+    model: LM,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `progress.step` into the run folder and remove all but the `keep` newest."""
+    final = folder / CHECKPOINTS / f"step-{progress.step}"
+    temporary = final.with_name(f".{final.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "weights").mkdir(parents=True)
+    (temporary / "trainer").mkdir()
+    save_weights(model, temporary / "weights")
+    tokenizer.save(temporary / "weights")
+    tensors = {**optimizer_tensors(optimizer, model), _RNG: torch.get_rng_state()}
+    safetensors.torch.save_file(tensors, temporary / "trainer" / "optimizer.safetensors")
+    (temporary / "trainer" / "progress.json").write_text(
+        json.dumps({**progress._asdict(), "cursor": progress.cursor._asdict()}) + "\n"
+    )
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(
+        (folder / CHECKPOINTS).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
+    )
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run folder. Raises FileNotFoundError where there is none."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise FileNotFoundError(f"{folder} holds no checkpoint: train it first, or give a checkpoint folder")
+    return checkpoints[-1]
+
+
+def restore_checkpoint(checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer) -> Progress:
+    """Load weights, optimiser and random state into `model` and `optimizer`; return how far the run was."""
+    device = model.embedding.weight.device
+    saved = load_weights(checkpoint / "weights", backend=model.backend, device=device)
+    model.load_state_dict(saved.state_dict())
+    tensors = safetensors.torch.load_file(checkpoint / "trainer" / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop(_RNG))
+    restore_optimizer(optimizer, model, {name: tensor.to(device) for name, tensor in tensors.items()})
+    values = json.loads((checkpoint / "trainer" / "progress.json").read_text())
+    cursor = Cursor(**values.pop("cursor"))
+    return Progress(cursor=cursor, **values)
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights folder that is meant by a run folder (its newest checkpoint), a checkpoint or itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}; give a run folder or a checkpoint folder")
+    if (folder / "weights").is_dir():
+        return folder / "weights"
+    if (folder / CHECKPOINTS).is_dir() or not (folder / "model.safetensors").is_file():
+        return latest_checkpoint(folder) / "weights"
+    return folder
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[LM, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of a run folder, a checkpoint or a weights folder.
+
+    Raises FileNotFoundError where there is none, ValueError where the files do not belong together.
+    """
+    folder = find_weights(path)
+    return load_weights(folder, backend=backend, device=device, dtype=dtype), load_tokenizer(folder)

@@ -1,0 +1,114 @@
+"""The run folder: what may be written where, and the files that make a run repeatable."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmoe.config.load import RunConfig
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+
+
+def check_folder(folder: Path, run: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError unless `run` may write `folder` this way; nothing is changed."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: choose one")
+    exists = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if exists and not (resume or overwrite):
+        raise ValueError(
+            f"{folder} exists: give --resume to go on, --overwrite to replace it, or --out another"
+        )
+    if exists and not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} exists and is not a run folder (it has no {CONFIG}): give --out another")
+    if resume:
+        if not exists:
+            raise ValueError(f"{folder} does not exist, so there is nothing to resume: leave --resume away")
+        _check_same(run, folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{parent} is not writable: give --out a folder that is")
+
+
+def create_folder(folder: Path, run: RunConfig, backend: str, *, data: dict[str, Any]) -> None:
+    """Make a fresh run folder (replacing the old run, if any) with its config.json and environment.json."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(run.model_dump_json(indent=2) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(environment(run, backend) | {"data": data}, indent=2) + "\n")
+
+
+def environment(run: RunConfig, backend: str) -> dict[str, Any]:
+    """Versions, device, backend, seed and git commit."""
+    packages = ("ssmoe", "torch", "numpy", "safetensors", "tokenizers", "pydantic")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "platform": platform.platform(),
+        "device": device_name(run.train.device),
+        "threads": torch.get_num_threads(),
+        "backend": backend,
+        "seed": run.train.seed,
+        "git": _git_commit(),
+    }
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    if resolve_device(device).type == "cuda":
+        return torch.cuda.get_device_name(resolve_device(device))
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is cuda where present, else cpu. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is no device: use auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} but torch sees no GPU here: use device=cpu")
+    return chosen
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration that a run folder was made with."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no {CONFIG}")
+    return RunConfig.model_validate_json(path.read_text())
+
+
+def _check_same(run: RunConfig, folder: Path) -> None:
+    stored, asked = read_run(folder).model_dump(mode="json"), run.model_dump(mode="json")
+    changed = [
+        f"{section}.{key}"
+        for section in ("model", "data", "train")
+        for key in asked[section]
+        if asked[section][key] != stored[section].get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was started with another {changed[0]}: resume it with "
+            f"`ssmoe train {folder} --resume`, or train anew with --overwrite or another --out"
+        )
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory's repository, None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,185 @@
+"""The training loop: batches through steps, with evaluations, checkpoints and a clean end on Ctrl-C."""
+
+import math
+import signal
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+
+from ssmoe.config.load import RunConfig
+from ssmoe.data.loader import Cursor, batches
+from ssmoe.data.prepare import Prepared
+from ssmoe.model.build import build
+from ssmoe.model.lm import LM
+from ssmoe.training.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from ssmoe.training.console import Reporter, Silent
+from ssmoe.training.folder import create_folder, resolve_device
+from ssmoe.training.metrics import MetricsFile, Record, eval_record, step_record, truncate_metrics
+from ssmoe.training.optimizer import build_optimizer, parameter_groups
+from ssmoe.training.schedule import learning_rate
+from ssmoe.training.step import train_step
+
+Evaluate = Callable[[LM], Mapping[str, float]]
+"""The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is no longer a number."""
+
+
+class _Run(NamedTuple):
+    config: RunConfig
+    folder: Path
+    data: Prepared
+    model: LM
+    optimizer: torch.optim.Optimizer
+    evaluate: Evaluate
+    reporter: Reporter
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    data: Prepared,
+    *,
+    evaluate: Evaluate,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> bool:
+    """Train `config` into `folder` (`check_folder` has allowed it); True when finished, False after Ctrl-C.
+
+    Raises ValueError for a tokenizer larger than the model's vocabulary, Diverged for a loss that is not a
+    number; the last checkpoint then still stands.
+    """
+    reporter = reporter or Silent()
+    model = _build(config, data)
+    groups = parameter_groups(model)
+    optimizer = build_optimizer(groups, config.train)
+    if resume:
+        checkpoint = latest_checkpoint(folder)
+        progress = restore_checkpoint(checkpoint, model, optimizer)
+        truncate_metrics(folder, progress.step)
+        reporter.message(f"resuming {folder} after step {progress.step}")
+    else:
+        create_folder(folder, config, model.backend, data=_describe_data(data))
+        progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
+    for line in groups.describe():
+        reporter.message(line)
+    run = _Run(config, folder, data, model, optimizer, evaluate, reporter)
+    metrics = MetricsFile(folder)
+    try:
+        with _interruptible() as interrupted:
+            progress = _loop(run, progress, metrics, interrupted)
+    finally:
+        metrics.close()
+    return progress.step == config.train.steps
+
+
+def _build(config: RunConfig, data: Prepared) -> LM:
+    size, vocabulary = config.model.vocab_size, data.tokenizer.vocab_size
+    if vocabulary > size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary} tokens and the model a vocabulary of {size}: "
+            f"set model.vocab_size={vocabulary} or another data.tokenizer"
+        )
+    train = config.train
+    dtype = torch.bfloat16 if train.precision == "bfloat16" else None
+    device = resolve_device(train.device)
+    return build(config.model, backend=train.backend, device=device, seed=train.seed, dtype=dtype).train()
+
+
+def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Callable[[], bool]) -> Progress:
+    data, train = run.config.data, run.config.train
+    rows = batches(
+        run.data.train,
+        context=data.context,
+        batch_size=train.batch_size,
+        seed=data.seed,
+        cursor=progress.cursor,
+    )
+    saved = progress.step
+    for step in range(progress.step + 1, train.steps + 1):
+        begin = perf_counter()
+        batch, cursor = next(rows)
+        rate = learning_rate(train, step - 1)
+        result = train_step(run.model, run.optimizer, batch, train, rate, isolate=data.isolate_documents)
+        elapsed = perf_counter() - begin
+        tokens = progress.tokens + batch.ids.size
+        progress = Progress(step, tokens, cursor, progress.seconds + elapsed)
+        record = step_record(step, tokens, result, rate, progress.seconds, batch.ids.size / elapsed)
+        _check_finite(record, saved)
+        _report(run, metrics, record)
+        last = step == train.steps or interrupted()
+        if step % train.eval_every == 0 or step == train.steps:
+            _report(run, metrics, eval_record(step, tokens, progress.seconds, run.evaluate(run.model)))
+        if step % train.checkpoint_every == 0 or last:
+            save_checkpoint(
+                run.folder,
+                run.model,
+                run.data.tokenizer,
+                run.optimizer,
+                progress,
+                keep=train.keep_checkpoints,
+            )
+            saved = step
+        if last:
+            break
+    return progress
+
+
+def _report(run: _Run, metrics: MetricsFile, record: Record) -> None:
+    metrics.write(record)
+    run.reporter.record(record)
+
+
+def _check_finite(record: Record, saved: int) -> None:
+    for key in ("loss", "grad_norm"):
+        if not math.isfinite(record[key]):
+            where = f"the checkpoint of step {saved} is good" if saved else "there is no checkpoint yet"
+            raise Diverged(
+                f"{key} is {record[key]} at step {record['step']}; {where}: lower train.learning_rate, "
+                "train.clip_norm or raise train.warmup_fraction"
+            )
+
+
+def _describe_data(data: Prepared) -> dict[str, str | int]:
+    return {
+        "content": data.content_hash,
+        "tokenizer": data.tokenizer.fingerprint,
+        "train_tokens": data.train.num_tokens,
+        "train_bytes": data.train.num_bytes,
+        "held_out_tokens": data.held_out.num_tokens,
+        "held_out_bytes": data.held_out.num_bytes,
+    }
+
+
+@contextmanager
+def _interruptible() -> Generator[Callable[[], bool]]:
+    """Ctrl-C ends the loop after the current step; a second one ends it at once."""
+    hit = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal hit
+        if hit:
+            signal.default_int_handler(number, frame)
+        hit = True
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield lambda: False
+        return
+    try:
+        yield lambda: hit
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,75 @@
+"""AdamW with explicit parameter groups: matrices decay, everything else does not."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssmoe.config.train import TrainConfig
+
+NEVER_DECAYED = ("A_log", "D", "delta_bias")
+
+
+class ParameterGroups(NamedTuple):
+    """Named parameters by weight decay."""
+
+    decayed: dict[str, nn.Parameter]
+    not_decayed: dict[str, nn.Parameter]
+
+    def describe(self) -> list[str]:
+        """A line a group: how many tensors and values, and which kinds of parameter."""
+        return [_describe("weight decay", self.decayed), _describe("no weight decay", self.not_decayed)]
+
+
+def parameter_groups(model: nn.Module) -> ParameterGroups:
+    """Split the trainable parameters: tensors of two or more dimensions decay, but never A_log."""
+    groups = ParameterGroups({}, {})
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim >= 2 and name.rpartition(".")[2] not in NEVER_DECAYED
+        (groups.decayed if decays else groups.not_decayed)[name] = parameter
+    return groups
+
+
+def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the groups; the learning rate is set by the schedule at each step."""
+    return torch.optim.AdamW(
+        [
+            {"params": list(groups.decayed.values()), "weight_decay": train.weight_decay},
+            {"params": list(groups.not_decayed.values()), "weight_decay": 0.0},
+        ],
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        eps=train.adam_eps,
+        fused=True,
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, "exp_avg:layers.0..." and so on."""
+    return {
+        f"{key}:{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition(":")
+        optimizer.state[parameters[name]][key] = tensor
+
+
+def _describe(title: str, group: dict[str, nn.Parameter]) -> str:
+    kinds: dict[str, int] = {}
+    for name, parameter in group.items():
+        kind = ".".join(part for part in name.split(".")[-2:] if not part.isdigit())
+        kinds[kind] = kinds.get(kind, 0) + parameter.numel()
+    total = sum(kinds.values())
+    listed = ", ".join(
+        f"{kind} {count:,}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])
+    )
+    return f"{title}: {total:,} values in {len(group)} tensors ({listed})"

@@ -1,0 +1,112 @@
+"""Presets, files and overrides; wrong keys are met with the nearest valid one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssmoe.config.load import RunConfig, load_run, preset, preset_names
+
+
+def test_every_preset_loads_and_describes_itself() -> None:
+    assert len(preset_names()) == 17
+    for name in preset_names():
+        assert preset(name).name == name
+        assert preset(name).description
+
+
+def test_overrides_reach_every_section() -> None:
+    run = preset(
+        "moe-mamba-tiny",
+        [
+            "name=mine",
+            "train.steps=7",
+            "data.sources=a.txt",
+            'data.sources=["b.txt", "c.txt"]',
+            "data.isolate_documents=false",
+            "train.micro_batch_size=null",
+            "model.repeat=2",
+            "model.init.scheme=moe_mamba",
+            "model.pattern.moe.num_experts=3",
+            "model.pattern.0.d_state=9",
+        ],
+    )
+    assert (run.name, run.train.steps, run.data.sources) == ("mine", 7, ("b.txt", "c.txt"))
+    assert not run.data.isolate_documents
+    assert (run.model.repeat, run.model.init.scheme) == (2, "moe_mamba")
+    assert run.model.pattern[0].model_dump()["d_state"] == 9
+    assert run.model.pattern[1].model_dump()["num_experts"] == 3
+
+
+def test_a_pattern_may_be_replaced_whole() -> None:
+    run = preset("mamba-tiny", ['model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 8}]'])
+    assert [layer.kind for layer in run.model.pattern] == ["mamba", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stps=3", "did you mean train.steps"),
+        ("model.patern.moe.top_k=2", "did you mean model.pattern"),
+        ("model.pattern.moe.topk=2", "did you mean model.pattern.moe.top_k"),
+        ("model.pattern.dense.d_ff=2", "0 to 1, or by kind mamba, moe"),
+        ("model.pattern.7.top_k=2", "0 to 1"),
+        ("model.init.scal=1", "did you mean model.init.scale"),
+        ("learning_rate=1", "did you mean train.learning_rate"),
+        ("train.steps.more=1", "steps is a value"),
+        ("model.pattern.moe.kind=mamba", "unknown key"),
+        ("train.steps=many", "train.steps"),
+        ("data.context=0", r"data\.context.*greater than 0.*got 0"),
+        ("model.pattern.moe.top_k=90", "lower top_k to at most 8"),
+        ("steps", "key=value"),
+        ("=3", "key=value"),
+    ],
+)
+def test_refusals(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        preset("moe-mamba-tiny", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean moe-mamba-25m"):
+        preset("moe_mamba_25m")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".toml"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".json":
+        path.write_text(preset("demo").model_dump_json())
+    else:
+        path.write_text('[model]\nvocab_size = 9\nd_model = 8\n[[model.pattern]]\nkind = "mamba"\n')
+    run = load_run(str(path), ["train.steps=3"])
+    assert run.train.steps == 3
+    assert run.name == ("demo" if suffix == ".json" else "mine")
+
+
+def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
+    for name in preset_names():
+        run = preset(name)
+        assert RunConfig.model_validate(json.loads(run.model_dump_json())) == run
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model\n", "cannot be read"),
+        ("[model]\nd_model = 8\n", "vocab_size"),
+        ("modle = 1\n", "did you mean model"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_says_what_to_give() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file: nowhere\.toml"):
+        load_run("nowhere.toml")

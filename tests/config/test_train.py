@@ -1,0 +1,20 @@
+"""Training configurations: refusals that name the remedy."""
+
+import pytest
+from pydantic import ValidationError
+
+from ssmoe.config.train import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 12, "micro_batch_size": 5}, "use micro_batch_size=4"),
+        ({"precision": "float16"}, "float32"),
+        ({"learning_rate": 0}, "greater than 0"),
+        ({"warmup_fraction": 1}, "less than 1"),
+    ],
+)
+def test_refusals(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate(values)

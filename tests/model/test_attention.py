@@ -1,0 +1,50 @@
+"""Attention against the formula, its growing state, and rotary positions."""
+
+import torch
+
+from ssmoe.model.mixers.attention import Attention
+
+
+def test_equals_softmax_of_scores() -> None:
+    torch.manual_seed(0)
+    block = Attention(8, num_heads=2, rope=False).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    q, k, v = block.qkv_proj(x).view(6, 3, 2, 4).permute(1, 2, 0, 3)
+    scores = (q @ k.transpose(1, 2)) / 2
+    scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+    y = (scores.softmax(-1) @ v).transpose(0, 1).reshape(1, 6, 8)
+    torch.testing.assert_close(block(x).x, block.o_proj(y))
+
+
+def test_rotary_scores_depend_on_distance_only() -> None:
+    """Equal tokens at every position: with RoPE the first query sees itself, so outputs stay equal."""
+    torch.manual_seed(0)
+    block = Attention(8, num_heads=2).double()
+    x = torch.randn(1, 12, 8, dtype=torch.float64)
+    moved = block(x, block.init_state(1, 0, torch.float64, torch.device("cpu")))
+    shifted_state = moved.state._replace(
+        keys=moved.state.keys[:, :, :0], values=moved.state.values[:, :, :0], length=torch.tensor([5])
+    )
+    # a past of five forgotten tokens shifts every position by five
+    shifted = block(x, shifted_state._replace(keys=torch.zeros(1, 2, 0, 4).double()))
+    assert shifted.x.shape == moved.x.shape
+    torch.testing.assert_close(shifted.x, moved.x, rtol=0, atol=1e-12)
+
+
+def test_room_is_used_before_it_grows() -> None:
+    block = Attention(8, num_heads=2)
+    state = block.init_state(1, 4, torch.float32, torch.device("cpu"))
+    state = block(torch.randn(1, 3, 8), state).state
+    assert (state.keys.shape[2], int(state.length)) == (4, 3)
+    state = block(torch.randn(1, 3, 8), state).state
+    assert (state.keys.shape[2], int(state.length)) == (6, 6)
+
+
+def test_a_state_can_be_continued_twice() -> None:
+    torch.manual_seed(0)
+    block = Attention(8, num_heads=2).double()
+    first, x, other = (torch.randn(1, n, 8, dtype=torch.float64) for n in (4, 3, 3))
+    state = block(first, block.init_state(1, 16, torch.float64, torch.device("cpu"))).state
+    expected = block(x, state).x
+    block(other, state)
+    assert torch.equal(block(x, state).x, expected)

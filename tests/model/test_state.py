@@ -1,0 +1,68 @@
+"""States as values: select, expand, concatenate."""
+
+import pytest
+import torch
+
+from ssmoe.model import state as states
+from ssmoe.model.build import build
+from ssmoe.model.mixers.attention import AttentionState
+from ssmoe.model.mixers.mamba import MambaState
+from tests.model.zoo import small
+
+MODEL = build(small("hybrid")).double().eval()
+IDS = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(0))
+NEXT = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_selected_rows_continue_like_the_originals() -> None:
+    state = MODEL(IDS).state
+    expected = MODEL(NEXT, state).logits
+    for index in ([2, 0], torch.tensor([1]), torch.tensor([True, False, True])):
+        picked = MODEL(NEXT[index], states.select(state, index)).logits
+        torch.testing.assert_close(picked, expected[index], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_expanded_rows_are_copies() -> None:
+    state = states.expand(MODEL(IDS).state, 2)
+    logits = MODEL(NEXT.repeat_interleave(2, 0), state).logits
+    torch.testing.assert_close(logits[::2], MODEL(NEXT, MODEL(IDS).state).logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits[1::2], logits[::2], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_concatenated_rows_of_different_lengths_continue() -> None:
+    long, short = MODEL(IDS[:1]).state, MODEL(IDS[1:, :2]).state
+    together = MODEL(NEXT, states.concatenate([long, short])).logits
+    apart = torch.cat([MODEL(NEXT[:1], long).logits, MODEL(NEXT[1:], short).logits])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+
+
+def test_kinds_are_kept_and_nothing_is_shared() -> None:
+    state = MODEL.init_state(2, capacity=5)
+    copy = states.select(state, [0, 1])
+    assert [type(layer) for layer in copy][:4] == [MambaState, tuple, AttentionState, tuple]
+    copy[0].ssm.add_(1)
+    assert not state[0].ssm.any()
+    assert states.num_bytes(state) == sum(
+        leaf.numel() * leaf.element_size() for layer in state for leaf in layer
+    )
+
+
+def test_detach_cuts_the_graph() -> None:
+    state = MODEL(IDS).state
+    assert state[0].ssm.requires_grad
+    assert not states.detach(state)[0].ssm.requires_grad
+
+
+def test_refusals() -> None:
+    state = MODEL.init_state(1)
+    with pytest.raises(ValueError, match="n >= 1, got 0"):
+        states.expand(state, 0)
+    with pytest.raises(ValueError, match="at least one state"):
+        states.concatenate([])
+    with pytest.raises(ValueError, match="different models"):
+        states.concatenate([state, state[:2]])
+    with pytest.raises(ValueError, match="kinds differ"):
+        states.concatenate([state, state[::-1]])

@@ -1,0 +1,89 @@
+"""The checkpoint folder: round trip, and every way in which files do not belong together."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ssmoe.model.build import build
+from ssmoe.model.weights import load_weights, save_weights
+from tests.model.zoo import small
+
+IDS = torch.randint(61, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_weights(build(small("moe-mamba"), seed=5), tmp_path)
+    return tmp_path
+
+
+def test_a_round_trip_is_bitwise(folder: Path) -> None:
+    model, loaded = build(small("moe-mamba"), seed=5), load_weights(folder)
+    assert loaded.config == model.config
+    assert not loaded.training
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert b.requires_grad
+    assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_nothing_but_tensors_and_json_is_written(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def change(folder: Path, edit: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    match edit:
+        case "missing":
+            del tensors["layers.1.layer.experts.up"]
+        case "extra":
+            tensors["layers.9.norm.weight"] = torch.ones(3)
+        case _:
+            tensors["layers.0.norm.weight"] = torch.ones(3)
+    safetensors.torch.save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("missing", r"layers\.1\.layer\.experts\.up is missing"),
+        ("extra", r"layers\.9\.norm\.weight is unexpected"),
+        ("shape", r"layers\.0\.norm\.weight has shape \(3,\) instead of \(16,\)"),
+    ],
+)
+def test_another_models_tensors_are_named(folder: Path, edit: str, message: str) -> None:
+    change(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        load_weights(folder)
+
+
+def test_a_truncated_file_is_damaged(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {name}"):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": 1}', '{"format": 99, "model": {}}', '{"format": 1, "model": {"d": 1}}']
+)
+def test_another_configuration_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_weights(folder)
+
+
+def test_the_configuration_is_readable(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    assert content["model"]["pattern"][0]["kind"] == "mamba"

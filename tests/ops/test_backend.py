@@ -1,0 +1,37 @@
+"""Choosing a backend: names, "auto", and the refusal to fall back."""
+
+import inspect
+
+import pytest
+
+from ssmoe import ops
+
+
+def test_auto_on_a_cpu_loads() -> None:
+    loaded = ops.load("auto", "cpu")
+    assert loaded.name in ops.BACKENDS
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="'native' is not one of: auto, reference"):
+        ops.resolve("native", "cpu")
+
+
+def test_auto_never_falls_back_on_a_device_without_kernels() -> None:
+    with pytest.raises(ValueError, match="backend='reference'"):
+        ops.resolve("auto", "mps")
+
+
+def test_a_named_backend_stays_named() -> None:
+    assert ops.resolve("reference", "mps") == "reference"
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "causal_conv1d", "expert_mlp"])
+def test_every_backend_has_the_reference_signature(name: str) -> None:
+    reference = inspect.signature(getattr(ops.load("reference"), name))
+    for backend in ops.BACKENDS:
+        try:
+            loaded = ops.load(backend)
+        except ModuleNotFoundError:
+            continue
+        assert inspect.signature(getattr(loaded, name)) == reference
