@@ -5,6 +5,7 @@ the definition. `resolve` turns "auto" into a name once, when a model is built; 
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ssmoe.ops.segments import Segments
 
 __all__ = ["BACKENDS", "Ops", "Segments", "load", "resolve"]
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 
 
 class Ops(NamedTuple):
@@ -37,6 +38,10 @@ def resolve(backend: str, device: str) -> str:
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(BACKENDS)}")
     if device == "cpu":
         return "reference"
+    if device == "cuda":
+        if find_spec("triton") is not None:
+            return "triton"
+        raise ValueError("the GPU kernels need triton: pip install triton, or pass backend='reference', slow")
     raise ValueError(
         f"no kernels for device {device!r} yet; the reference runs there, slowly: pass backend='reference'"
     )
@@ -47,6 +52,8 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
     match resolve(backend, device):
         case "reference":
             from ssmoe.ops import reference as module
+        case "triton":
+            from ssmoe.ops import triton as module
         case name:
             raise AssertionError(name)
     return Ops(
