@@ -18,7 +18,7 @@ from tests.ops.triton_cases import F32, conv_inputs, expert_inputs, scan_inputs
 from ssmoe.ops import load
 from ssmoe.ops.triton.causal_conv1d import conv_forward
 from ssmoe.ops.triton.expert_mlp import expert_forward
-from ssmoe.ops.triton.selective_scan import scan_forward
+from ssmoe.ops.triton.selective_scan import gate_forward, scan_forward
 
 ops = load("triton")
 scan, conv, experts = scan_inputs(1, 5, 3, 2, F32), conv_inputs(1, 5, 3, 4, F32), expert_inputs(9, 8, 8, 3, 1, F32)
@@ -38,8 +38,9 @@ def run(f):
 for a, b in zip(run(block), run(torch.compile(block, fullgraph=True, backend="aot_eager"))):
     torch.testing.assert_close(a, b)
 
-args = [scan[k].requires_grad_() for k in ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
-torch.library.opcheck(scan_forward, (*args, None, True))
+args = [scan[k].requires_grad_() for k in ("x", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")]
+torch.library.opcheck(scan_forward, (*args[:6], None, *args[6:], None, True))
+torch.library.opcheck(gate_forward, (args[0], scan["z"].requires_grad_(), None))
 torch.library.opcheck(conv_forward, (conv["x"].requires_grad_(), conv["weight"], conv["bias"], None, None, None, None))
 e = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in experts.items()}
 torch.library.opcheck(expert_forward, (e["x"], e["up"], e["down"], None, e["expert"], e["weight"], "relu"))
@@ -64,8 +65,8 @@ def found() -> dict[str, dict[str, tuple[float, float]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL)
 def test_parity(case: str, found: dict[str, dict[str, tuple[float, float]]]) -> None:
-    # the interpreter truncates to bfloat16 where a GPU rounds: three times the error at most
-    factor, floor = (3, 1e-6) if "bfloat16" in case else (2, 5e-7)
+    # the interpreter truncates to bfloat16 where a GPU rounds, at each of two stores; the GPU suite asks for 2
+    factor, floor = (6, 1e-6) if "bfloat16" in case else (2, 5e-7)
     for name, (ours, eager) in found[case].items():
         assert ours <= factor * eager + floor, f"{name}: {ours:.1e}, eager {eager:.1e}"
 

@@ -85,13 +85,13 @@ def _places(segments: Segments, k: int) -> _Places:
     def look(start: Tensor, offsets: Tensor) -> Tensor:
         own = document.gather(1, start)  # (b, s)
         at = (start.unsqueeze(-1) + offsets).clamp(0, spare).flatten(1)
-        same = document.gather(1, at).view(*start.shape, -1) == own.unsqueeze(-1)
-        found = position.gather(1, at).view(*start.shape, -1)
+        same = document.gather(1, at).view(*start.shape, len(offsets)) == own.unsqueeze(-1)
+        found = position.gather(1, at).view(*start.shape, len(offsets))
         return torch.where(same & (own >= 0).unsqueeze(-1), found, NONE).to(torch.int32)
 
     taps = torch.arange(k, device=device)
     past = torch.arange(room, device=device).expand(b, -1)
-    last = count + room - 1
+    last = (count + room - 1).clamp(min=0)
     return _Places(
         sources=look(slot, taps - room),
         targets=look(slot, room - taps),

@@ -256,13 +256,12 @@ def combine_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, delta, z, packed, A, skip, bias, flags, checkpoints, dy, dfinal, chunk_states, chunk_steps,
-    dx, ddelta, dz, dpacked, dA, dskip, dbias, dinitial,
-    length, batch, zero, blocks, chunks, chunk_blocks, stride_xb, stride_db, stride_zb, stride_yb,
-    d: tl.constexpr, stride_xl: tl.constexpr, stride_dl: tl.constexpr, stride_zl: tl.constexpr,
-    stride_yl: tl.constexpr,
+    x, delta, packed, A, skip, bias, flags, checkpoints, dy, dfinal, chunk_states, chunk_steps,
+    dx, ddelta, dpacked, dA, dskip, dbias, dinitial,
+    length, batch, zero, blocks, chunks, chunk_blocks, stride_xb, stride_db, stride_yb,
+    d: tl.constexpr, stride_xl: tl.constexpr, stride_dl: tl.constexpr, stride_yl: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
-    EVEN: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, SEGMENTS: tl.constexpr, LOCAL: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of one chunk, BD channels; blocks of T positions are replayed from their checkpoints.
@@ -303,7 +302,6 @@ def backward_kernel(
     t = ((last - 1) * T).to(tl.int64)
     x_at = x + b * stride_xb + t * stride_xl + channel
     delta_at = delta + b * stride_db + t * stride_dl + channel
-    z_at = z + b * stride_zb + t * stride_zl + channel
     dy_at = dy + b * stride_yb + t * stride_yl + channel
     out_at = (b * length + t) * d + channel
     packed_at = packed + (b * length + t) * (2 * NP)
@@ -319,8 +317,6 @@ def backward_kernel(
     for back in range(0, last - first):
         block = last - 1 - back
         xs, deltas, dys = next_x, next_delta, next_dy
-        if HAS_Z:
-            zs = load_rows(z_at, stride_zl, t, length, keep, T, EVEN)
         marks = load_flags(flags_at, t, length, T, EVEN, SEGMENTS)
         if not LOCAL:
             h = next_h
@@ -373,18 +369,6 @@ def backward_kernel(
             grad = dys[i].to(tl.float32)
             if SEGMENTS:
                 grad = tl.where((marks[i] & 1) != 0, grad, 0.0)
-            if HAS_Z:
-                gate = zs[i].to(tl.float32)
-                if SEGMENTS:
-                    gate = tl.where((marks[i] & 1) != 0, gate, 0.0)
-                sigmoid = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
-                if not LOCAL:
-                    inner = tl.sum(states[i + 1] * ct, axis=0)
-                    if HAS_SKIP:
-                        inner += skip_row * rows[i]
-                    slope_z = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                    tl.store(dz + out_at + i * d, (grad * inner * slope_z).to(dz.dtype.element_ty), mask=store)
-                grad = grad * gate * sigmoid
             g += ct * grad[None, :]
             if LOCAL:
                 g = g * decays[i]
@@ -411,7 +395,6 @@ def backward_kernel(
                 tl.store(ddelta + out_at + i * d, dvalue.to(ddelta.dtype.element_ty), mask=store)
         drop(touched, packed, zero)
         t -= T
-        z_at -= T * stride_zl
         out_at -= T * d
         packed_at -= T * 2 * NP
         dpacked_at -= T * 2 * NP
@@ -429,3 +412,32 @@ def backward_kernel(
             tl.store(dbias + part * d + channel, sum_bias, mask=keep)
         if HAS_INITIAL and chunk == 0:
             tl.store(dinitial + (b * d + c2) * N + n2, g, mask=inside)
+
+
+@triton.jit
+def gate_kernel(
+    y, z, flags, dout, out, dz, rows, length, stride_zb, stride_zl, stride_ob, stride_ol,
+    d: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SEGMENTS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """out = y silu(z), zero on padding; BACKWARD: out and dz are the gradients of y and z, from dout."""
+    groups = tl.cdiv(d, BD)
+    pid = tl.program_id(0)
+    row = ((pid // groups).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
+    c = ((pid % groups) * BD + tl.arange(0, BD))[None, :]
+    inside = (row < rows) & (c < d)
+    b = row // length
+    t = row - b * length
+    keep = inside
+    if SEGMENTS:
+        keep = inside & ((tl.load(flags + row, mask=row < rows, other=0).to(tl.int32) & 1) != 0)
+    gate = tl.load(z + b * stride_zb + t * stride_zl + c, mask=keep, other=0.0).to(tl.float32)
+    value = tl.load(y + row * d + c, mask=keep, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
+    if BACKWARD:
+        grad = tl.load(dout + b * stride_ob + t * stride_ol + c, mask=keep, other=0.0).to(tl.float32)
+        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(dz + row * d + c, (grad * value * slope).to(dz.dtype.element_ty), mask=inside)
+        result = grad * gate * sigmoid
+    else:
+        result = value * gate * sigmoid
+    tl.store(out + row * d + c, result.to(out.dtype.element_ty), mask=inside)

@@ -58,7 +58,11 @@ def selective_scan(
         flags = segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, final, _ = scan_forward(x, delta, A, B, C, D, z, delta_bias, initial, flags, save)
+    # with gradients the gate is its own pass: inside the backward scan it would cost far more than it reads
+    fused = None if save else z
+    y, final, _ = scan_forward(x, delta, A, B, C, D, fused, delta_bias, initial, flags, save)
+    if save and z is not None:
+        y = gate_forward(y, z, flags)
     return y, write_state(final, slots, out_state)
 
 
@@ -179,25 +183,23 @@ def scan_backward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    z: Tensor | None,
     delta_bias: Tensor | None,
     flags: Tensor | None,
     checkpoints: Tensor,
     initial: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, delta, A, B, C, D, z, delta_bias and the initial state, empty where there is no input."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, delta, A, B, C, D, delta_bias and the initial state, empty where there is no input."""
     b, length, d = x.shape
     n = A.shape[1]
     width = triton.next_power_of_2(n)
     channels = _backward_channels(b, d)
     plan = _plan(b, length, d, channels, below=FULL // 8)
-    x, delta, z, dy = row_major(x), row_major(delta), None if z is None else row_major(z), row_major(dy)
+    x, delta, dy = row_major(x), row_major(delta), row_major(dy)
     dfinal = dfinal.contiguous()
     groups = triton.cdiv(d, channels)
     like = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
-    dz = torch.empty((b, length, d) if z is not None else (0,), dtype=x.dtype if z is None else z.dtype, device=x.device)
     dpacked = torch.empty(groups, b, length, 2 * width, **like)
     parts = b * plan.chunks
     dA = torch.empty(parts, d, n, **like)
@@ -206,21 +208,20 @@ def scan_backward(
     dinitial = torch.empty((b, d, n) if initial else (0,), **like)
     states = torch.empty((b, plan.chunks, d, n) if plan.chunks > 1 else (0,), **like)
     steps = torch.empty((b, plan.chunks, d) if plan.chunks > 1 else (0,), **like)
-    zz = x if z is None else z
     constants = {
-        "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_zl": zz.stride(1),
-        "stride_yl": dy.stride(1), "N": n, "NP": width, "BD": channels, "T": plan.t,
-        "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
+        "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_yl": dy.stride(1),
+        "N": n, "NP": width, "BD": channels, "T": plan.t,
+        "EVEN": length % plan.t == 0, "HAS_SKIP": D is not None,
         "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial, "SEGMENTS": flags is not None,
         "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     with on_device(x):
         packed = _pack(B, C, flags)
         arguments = (
-            x, delta, zz, packed, A.contiguous(), *some(x, D, delta_bias, flags), checkpoints, dy, dfinal, states, steps,
-            dx, ddelta, dz, dpacked, dA, dskip, dbias, dinitial,
+            x, delta, packed, A.contiguous(), *some(x, D, delta_bias, flags), checkpoints, dy, dfinal, states, steps,
+            dx, ddelta, dpacked, dA, dskip, dbias, dinitial,
             length, b, 0, plan.blocks, plan.chunks, plan.chunk_blocks,
-            x.stride(0), delta.stride(0), zz.stride(0), dy.stride(0),
+            x.stride(0), delta.stride(0), dy.stride(0),
         )  # fmt: skip
         if plan.chunks > 1:
             kernels.backward_kernel[(groups * (plan.chunks - 1) * b,)](*arguments, LOCAL=True, **constants)
@@ -231,11 +232,11 @@ def scan_backward(
     dC = dpacked[..., width : width + n].to(C.dtype, copy=True)
     dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
     dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
-    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, dz, dbias, dinitial
+    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, dbias, dinitial
 
 
 @scan_backward.register_fake
-def _(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, initial):  # noqa: ARG001
+def _(dy, dfinal, x, delta, A, B, C, D, delta_bias, flags, checkpoints, initial):  # noqa: ARG001
     def like(t, shape, present=True):
         return torch.empty(shape if present else (0,), dtype=t.dtype, device=x.device)
 
@@ -243,7 +244,6 @@ def _(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, initi
     return (
         like(x, x.shape), like(delta, delta.shape), like(A, A.shape), like(B, B.shape), like(C, C.shape),
         like(state if D is None else D, A.shape[:1], D is not None),
-        like(x if z is None else z, x.shape, z is not None),
         like(state if delta_bias is None else delta_bias, A.shape[:1], delta_bias is not None),
         like(state, (x.shape[0], *A.shape), initial),
     )  # fmt: skip
@@ -251,7 +251,8 @@ def _(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, initi
 
 def _save(ctx, inputs, output):
     x, delta, A, B, C, D, z, delta_bias, initial, flags, _ = inputs
-    ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, flags, output[2])
+    assert z is None, "with gradients the gate is gate_forward's"
+    ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, flags, output[2])
     ctx.initial = initial is not None
     ctx.mark_non_differentiable(output[2])
     # no zeros as large as the checkpoints for the gradient that they do not have
@@ -259,15 +260,67 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dfinal, _):
-    x, delta, A, B, C, D, z, delta_bias, flags, checkpoints = ctx.saved_tensors
+    x, delta, A, B, C, D, delta_bias, flags, checkpoints = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dfinal = x.new_zeros((x.shape[0], *A.shape), dtype=torch.float32) if dfinal is None else dfinal
-    grads = scan_backward(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, checkpoints, ctx.initial)
-    dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
+    grads = scan_backward(dy, dfinal, x, delta, A, B, C, D, delta_bias, flags, checkpoints, ctx.initial)
+    dx, ddelta, dA, dB, dC, dD, dbias, dinitial = grads
     return (
-        dx, ddelta, dA, dB, dC, dD if D is not None else None, dz if z is not None else None,
+        dx, ddelta, dA, dB, dC, dD if D is not None else None, None,
         dbias if delta_bias is not None else None, dinitial if ctx.initial else None, None, None,
     )  # fmt: skip
 
 
 scan_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _gate(y: Tensor, z: Tensor, flags: Tensor | None, dout: Tensor | None, out: Tensor, dz: Tensor) -> None:
+    b, length, d = y.shape
+    z = row_major(z)
+    given = y if dout is None else row_major(dout)
+    width = min(512, triton.next_power_of_2(d))
+    with on_device(y):
+        kernels.gate_kernel[(triton.cdiv(b * length, 4) * triton.cdiv(d, width),)](
+            y, z, *some(y, flags), given, out, dz, b * length, length,
+            z.stride(0), z.stride(1), given.stride(0), given.stride(1),
+            d=d, BT=4, BD=width, SEGMENTS=flags is not None, BACKWARD=dout is not None, num_warps=4,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("ssmoe::gate_forward", mutates_args=())
+def gate_forward(y: Tensor, z: Tensor, flags: Tensor | None) -> Tensor:
+    """y silu(z) for y (b, l, d), zero on padding."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    _gate(y.contiguous(), z, flags, None, out, out)
+    return out
+
+
+@gate_forward.register_fake
+def _(y, z, flags):  # noqa: ARG001
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+@torch.library.custom_op("ssmoe::gate_backward", mutates_args=())
+def gate_backward(dout: Tensor, y: Tensor, z: Tensor, flags: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of y and z."""
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    _gate(y.contiguous(), z, flags, dout, dy, dz)
+    return dy, dz
+
+
+@gate_backward.register_fake
+def _(dout, y, z, flags):  # noqa: ARG001
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    return dy, torch.empty(z.shape, dtype=z.dtype, device=z.device)
+
+
+def _save_gate(ctx, inputs, output):  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gate(ctx, dout):
+    return *gate_backward(dout, *ctx.saved_tensors), None
+
+
+gate_forward.register_autograd(_backward_gate, setup_context=_save_gate)
