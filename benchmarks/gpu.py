@@ -30,11 +30,14 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="rows whose name contains this")
     only = parser.parse_args().only
     check()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; milliseconds")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}; milliseconds")
     print(f"{'work':58} {'recorded':>9} {'floor':>7} {'reach':>7} {'ssmoe':>7}  reached")
     for row in rows():
         if only in row.work:
@@ -57,7 +60,11 @@ def rows() -> Iterator[Row]:
         yield Row(f"scan forward + backward, {name}", *both, lambda s=(b, length, d): scan(*s, backward=True))
     yield Row("convolution forward, B64 D1024 L1024", 0.081, 0.063, 0.08, lambda: convolution(64, 1024, 1024))
     yield Row("Mamba block d512, 65,536 tokens, forward + backward", 7.49, None, 3.2, mamba)
-    for e, f, k, recorded, reach in ((32, 1536, 1, 3.2, 1.8), (128, 384, 4, None, 2.3), (256, 192, 8, None, 2.5)):
+    for e, f, k, recorded, reach in (
+        (32, 1536, 1, 3.2, 1.8),
+        (128, 384, 4, None, 2.3),
+        (256, 192, 8, None, 2.5),
+    ):
         name = f"experts {e} x {f} top-{k}, d512, 65,536 tokens, fwd + bwd"
         yield Row(name, recorded, 0.83, reach, lambda c=(e, f, k): experts(*c))
 
@@ -80,11 +87,11 @@ def scan(b: int, length: int, d: int, *, backward: bool) -> float:
     D, bias = normal(d, dtype=torch.float32), normal(d, dtype=torch.float32)
     inputs = (x, delta, A, normal(b, length, 16), normal(b, length, 16), D)
     if not backward:
-        return graphed(lambda: scan_forward(*inputs, None, bias, None, None, False))
+        return graphed(lambda: scan_forward(*inputs, None, bias, None, None, False, False))
     dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
 
     def run() -> None:
-        _, _, checkpoints = scan_forward(*inputs, None, bias, None, None, True)
+        _, _, checkpoints = scan_forward(*inputs, None, bias, None, None, True, False)
         scan_backward(dy, dfinal, *inputs, bias, None, checkpoints, False)
 
     return graphed(run)

@@ -51,7 +51,9 @@ def test_scan_without_the_optional_inputs(dtype: torch.dtype) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 3, 4), (2, 63, 33, 2), (3, 300, 1030, 4), (1, 100, 64, 8)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 2, 3, 4), (2, 63, 33, 2), (3, 300, 1030, 4), (1, 100, 64, 8)]
+)
 @pytest.mark.parametrize("segmented", [False, True])
 def test_convolution(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
     segments = documents(shape[0], shape[1], "cuda") if segmented else None
@@ -61,7 +63,9 @@ def test_convolution(shape: tuple[int, int, int, int], dtype: torch.dtype, segme
 @BOTH
 @pytest.mark.parametrize("activation", ["relu", "relu_squared", "silu"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("shape", [(1, 16, 16, 4, 2), (100, 33, 70, 5, 1), (3000, 96, 200, 8, 2), (900, 64, 48, 64, 8)])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16, 4, 2), (100, 33, 70, 5, 1), (3000, 96, 200, 8, 2), (900, 64, 48, 64, 8)]
+)
 def test_experts(
     shape: tuple[int, int, int, int, int], activation: str, gated: bool, dtype: torch.dtype
 ) -> None:
@@ -136,7 +140,9 @@ def test_scan_past_two_to_the_31() -> None:
     assert b * length * d > 2**31
     ops = load("triton")
     normal = torch.randn
-    x, delta, dy = (torch.empty(b, length, d, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3))
+    x, delta, dy = (
+        torch.empty(b, length, d, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3)
+    )
     B, C = (normal(b, length, n, device="cuda").bfloat16() for _ in range(2))
     A = -torch.rand(d, n, device="cuda") - 0.5
 
@@ -144,7 +150,11 @@ def test_scan_past_two_to_the_31() -> None:
         leaves = [t[rows].detach().requires_grad_() for t in (x, delta)]
         y, state = ops.selective_scan(*leaves, A, B[rows], C[rows])
         dx, ddelta = torch.autograd.grad(y, leaves, dy[rows])
-        return torch.stack((y[-1, -2000:], dx[-1, -2000:], ddelta[-1, -2000:])), state[-1].detach(), dx[-1, :9]
+        return (
+            torch.stack((y[-1, -2000:], dx[-1, -2000:], ddelta[-1, -2000:])),
+            state[-1].detach(),
+            dx[-1, :9],
+        )
 
     for whole, alone in zip(run(slice(0, b)), run(slice(b - 1, b)), strict=True):
         torch.testing.assert_close(whole, alone, rtol=2e-2, atol=2e-2)

@@ -18,7 +18,9 @@ Errors = dict[str, tuple[float, float]]
 """For each output and gradient: the kernels' error and eager torch's, both against float64."""
 
 
-def scan_inputs(b: int, length: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+def scan_inputs(
+    b: int, length: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     normal = normals(device)
     return {
         "x": normal(b, length, d).to(dtype),
@@ -33,7 +35,9 @@ def scan_inputs(b: int, length: int, d: int, n: int, dtype: torch.dtype, device:
     }
 
 
-def conv_inputs(b: int, length: int, d: int, k: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+def conv_inputs(
+    b: int, length: int, d: int, k: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     normal = normals(device)
     return {
         "x": normal(b, length, d).to(dtype),
@@ -95,7 +99,9 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
     return result
 
 
-def everything(op: Callable[..., object], inputs: dict[str, Tensor], options: dict[str, object]) -> dict[str, Tensor]:
+def everything(
+    op: Callable[..., object], inputs: dict[str, Tensor], options: dict[str, object]
+) -> dict[str, Tensor]:
     leaves = {
         key: t.detach().clone().requires_grad_() if t.is_floating_point() else t for key, t in inputs.items()
     }
@@ -144,7 +150,9 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "scan, bare": lambda: errors(
         "selective_scan", without(scan_inputs(1, 9, 5, 4, F32), "D", "z", "delta_bias", "initial_state")
     ),
-    "scan, segments": lambda: errors("selective_scan", scan_inputs(3, 8, 33, 4, F32), segments=documents(3, 8)),
+    "scan, segments": lambda: errors(
+        "selective_scan", scan_inputs(3, 8, 33, 4, F32), segments=documents(3, 8)
+    ),
     "scan, bfloat16": lambda: errors("selective_scan", scan_inputs(2, 7, 5, 4, BF16)),
     "convolution": lambda: errors("causal_conv1d", conv_inputs(2, 7, 5, 4, F32)),
     "convolution, length 1": lambda: errors("causal_conv1d", conv_inputs(2, 1, 5, 4, F32)),
@@ -165,9 +173,13 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, swiglu": lambda: errors(
         "expert_mlp", expert_inputs(30, 33, 40, 5, 2, F32, gated=True), activation="silu"
     ),
-    "experts, many rows": lambda: errors("expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"),
+    "experts, many rows": lambda: errors(
+        "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
+    ),
     "experts, one token": lambda: errors(
-        "expert_mlp", {**expert_inputs(1, 16, 16, 4, 2, F32), "expert": torch.tensor([[2, 0]])}, activation="silu"
+        "expert_mlp",
+        {**expert_inputs(1, 16, 16, 4, 2, F32), "expert": torch.tensor([[2, 0]])},
+        activation="silu",
     ),
 }
 

@@ -3,7 +3,10 @@
 Where segments tell positions apart, every tap is a gather instead: a table (b, l, k) names each tap's source row: t >= 0 a row of x, -1 to -(k - 1) a row of the
 initial state counted from its end, NONE nothing.
 """
-# pyright: basic
+# Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
 import triton
 import triton.language as tl
@@ -57,7 +60,23 @@ def convolve_kernel(
     channel = (pid % groups) * BD + tl.arange(0, BD)
     out = tl.zeros((BT, BD), tl.float32)
     for j in tl.static_range(K):
-        row = tap(x, initial, table, b, t, channel, length, d, stride_xb, stride_xl, j, K, FORWARD, HAS_INITIAL, TABLE)
+        row = tap(
+            x,
+            initial,
+            table,
+            b,
+            t,
+            channel,
+            length,
+            d,
+            stride_xb,
+            stride_xl,
+            j,
+            K,
+            FORWARD,
+            HAS_INITIAL,
+            TABLE,
+        )
         out += row * weights_of(weight, channel, d, j, K)
     if FORWARD:
         if HAS_BIAS:
@@ -93,7 +112,23 @@ def slope_kernel(
         inner = tl.zeros((BT, BD), tl.float32) + shift
         taps = ()
         for j in tl.static_range(K):
-            row = tap(x, initial, table, b, t, channel, length, d, stride_xb, stride_xl, j, K, True, HAS_INITIAL, TABLE)
+            row = tap(
+                x,
+                initial,
+                table,
+                b,
+                t,
+                channel,
+                length,
+                d,
+                stride_xb,
+                stride_xl,
+                j,
+                K,
+                True,
+                HAS_INITIAL,
+                TABLE,
+            )
             inner += row * weights_of(weight, channel, d, j, K)
             taps = taps + (row,)
         grad_at = dy + b * stride_yb + t[:, None] * stride_yl + channel[None, :]
@@ -104,7 +139,11 @@ def slope_kernel(
         grad = tl.load(grad_at, mask=inside_real, other=0.0).to(tl.float32)
         sigmoid = 1.0 / (1.0 + tl.exp(-inner))
         grad = grad * sigmoid * (1.0 + inner * (1.0 - sigmoid))
-        tl.store(dinner + (b * length + t[:, None]) * d + channel[None, :], grad.to(dinner.dtype.element_ty), mask=inside)
+        tl.store(
+            dinner + (b * length + t[:, None]) * d + channel[None, :],
+            grad.to(dinner.dtype.element_ty),
+            mask=inside,
+        )
         old = sums
         sums = ()
         for j in tl.static_range(K):
@@ -118,7 +157,9 @@ def slope_kernel(
 
 
 @triton.jit
-def past_row(x, initial, b, t, channel, keep, d, stride_xb, stride_xl, K: tl.constexpr, HAS_INITIAL: tl.constexpr):
+def past_row(
+    x, initial, b, t, channel, keep, d, stride_xb, stride_xl, K: tl.constexpr, HAS_INITIAL: tl.constexpr
+):
     """Row t of x as float32; before its beginning the initial state, or zero."""
     row = tl.load(x + b * stride_xb + t * stride_xl + channel, mask=keep & (t >= 0), other=0.0).to(tl.float32)
     if HAS_INITIAL:
@@ -153,7 +194,9 @@ def stream_forward_kernel(
     shift = tl.load(bias + channel, mask=keep, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
     window = ()
     for j in tl.static_range(1, K):
-        window = window + (past_row(x, initial, b, t - K + j, channel, keep, d, stride_xb, stride_xl, K, HAS_INITIAL),)
+        window = window + (
+            past_row(x, initial, b, t - K + j, channel, keep, d, stride_xb, stride_xl, K, HAS_INITIAL),
+        )
     for _ in range(BLOCKS):
         rows = ()
         for i in tl.static_range(T):
@@ -198,7 +241,9 @@ def stream_backward_kernel(
     ahead = ()
     sums = (tl.zeros((BD,), tl.float32),)
     for j in tl.static_range(1, K):
-        window = window + (past_row(x, initial, b, t - K + j, channel, keep, d, stride_xb, stride_xl, K, HAS_INITIAL),)
+        window = window + (
+            past_row(x, initial, b, t - K + j, channel, keep, d, stride_xb, stride_xl, K, HAS_INITIAL),
+        )
         ahead = ahead + (tl.zeros((BD,), tl.float32),)
         sums = sums + (tl.zeros((BD,), tl.float32),)
     total = tl.zeros((BD,), tl.float32)
@@ -208,7 +253,9 @@ def stream_backward_kernel(
         for i in tl.static_range(T):
             mask = keep & (t + i < length) & (t + i < end + K - 1)
             rows = rows + (tl.load(x + b * stride_xb + (t + i) * stride_xl + channel, mask=mask, other=0.0),)
-            grads = grads + (tl.load(dy + b * stride_yb + (t + i) * stride_yl + channel, mask=mask, other=0.0),)
+            grads = grads + (
+                tl.load(dy + b * stride_yb + (t + i) * stride_yl + channel, mask=mask, other=0.0),
+            )
         for i in tl.static_range(T):
             window = window + (rows[i].to(tl.float32),)
             inner = window[K - 1] * taps[K - 1] + shift

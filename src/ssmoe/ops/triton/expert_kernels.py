@@ -3,7 +3,10 @@
 Assignments (t, k) are laid out expert by expert, each expert's share padded to whole tiles, so that a tile of
 rows meets one expert's weights. Padded rows read as zero and stay zero through every product.
 """
-# pyright: basic
+# Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
 import triton
 import triton.language as tl
@@ -44,7 +47,9 @@ def place_kernel(
     other = load_bins(expert, block * BLOCK + tl.arange(0, BLOCK), count, E, BINS)
     order = tl.arange(0, BLOCK)
     earlier = (bins[:, None] == other[None, :]) & (order[None, :] < order[:, None])
-    row = tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block) + tl.sum(earlier.to(tl.int32), axis=1)
+    row = tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block) + tl.sum(
+        earlier.to(tl.int32), axis=1
+    )
     kept = (at < count) & (bins < E)
     tl.store(rows + at, tl.where(kept, row, -1), mask=at < count)
     tl.store(assignments + row, at.to(tl.int32), mask=kept)

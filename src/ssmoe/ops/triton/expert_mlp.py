@@ -1,5 +1,8 @@
 """The expert bank on a GPU: dispatch, six grouped products, and the custom op with its gradient."""
-# pyright: basic
+# Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
 from typing import NamedTuple
 
@@ -92,7 +95,9 @@ def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
     last_tile = tiles_of.cumsum(0, dtype=torch.int32)
     offsets = torch.nn.functional.pad(last_tile * tile, (1, 0))
     start = torch.nn.functional.pad(offsets[:-1], (0, bins - e))
-    kernels.place_kernel[(blocks,)](expert, through - counts + start[:, None], rows, assignments, count, **constants)
+    kernels.place_kernel[(blocks,)](
+        expert, through - counts + start[:, None], rows, assignments, count, **constants
+    )
     number = torch.arange(num_tiles, dtype=torch.int32, device=device)
     tiles = torch.searchsorted(last_tile, number, right=True, out_int32=True)
     return _Routes(rows, assignments, tiles, offsets)
@@ -210,7 +215,9 @@ def expert_backward(
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
         dup = _weights(dinner, x, up, routes, tiling, top_k, gather_a=False)
-        dgate = _weights(dgate_inner, x, up, routes, tiling, top_k, gather_a=False) if gated else x.new_empty(0)
+        dgate = (
+            _weights(dgate_inner, x, up, routes, tiling, top_k, gather_a=False) if gated else x.new_empty(0)
+        )
         ddown = _weights(dy, active, down, routes, tiling, top_k, gather_a=True)
         dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
     return dx, dup, ddown, dgate, dweight

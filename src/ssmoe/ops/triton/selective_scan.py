@@ -1,5 +1,8 @@
 """The selective scan on a GPU: checks, the custom op with its gradient, and how the kernels are launched."""
-# pyright: basic
+# Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
 from typing import NamedTuple
 
@@ -48,7 +51,9 @@ def selective_scan(
     check_shape(x=(x, (b, length, d)), delta=(delta, (b, length, d)), z=(z, (b, length, d)), A=(A, (d, n)))
     check_shape(B=(B, (b, length, n)), C=(C, (b, length, n)), D=(D, (d,)), delta_bias=(delta_bias, (d,)))
     if min(b, length, d, n) < 1 or n > 256:
-        raise ValueError(f"x {tuple(x.shape)} with state width {n}: sizes start at 1 and the state width ends at 256")
+        raise ValueError(
+            f"x {tuple(x.shape)} with state width {n}: sizes start at 1 and the state width ends at 256"
+        )
     initial = None
     if initial_state is not None:
         initial = read_state(initial_state, slots, x.new_empty((b, d, n), dtype=torch.float32))
@@ -59,10 +64,12 @@ def selective_scan(
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # with gradients the gate is its own pass: inside the backward scan it would cost far more than it reads
-    fused = None if save else z
-    y, final, _ = scan_forward(x, delta, A, B, C, D, fused, delta_bias, initial, flags, save)
-    if save and z is not None:
-        y = gate_forward(y, z, flags)
+    apart = save and z is not None
+    fused = None if apart else z
+    y, final, _ = scan_forward(x, delta, A, B, C, D, fused, delta_bias, initial, flags, save, apart)
+    if apart:
+        # between the two, y and its gradient stay float32: one rounding, as when the gate is fused
+        y = gate_forward(y, z if z.dtype == x.dtype else z.float(), flags).to(x.dtype)
     return y, write_state(final, slots, out_state)
 
 
@@ -116,14 +123,15 @@ def scan_forward(
     initial: Tensor | None,
     flags: Tensor | None,
     save: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final_state, the states at every CHECKPOINT-th position if `save`)."""
+    """(y, float32 if `wide`, final_state, the states at every CHECKPOINT-th position if `save`)."""
     b, length, d = x.shape
     n = A.shape[1]
     plan = _plan(b, length, d, FORWARD_CHANNELS, below=FULL // 2)
     x, delta, z = row_major(x), row_major(delta), None if z is None else row_major(z)
     like = {"dtype": torch.float32, "device": x.device}
-    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    y = torch.empty(b, length, d, dtype=torch.float32 if wide else x.dtype, device=x.device)
     final = torch.empty(b, d, n, **like)
     checkpoints = torch.empty((b, plan.blocks, d, n) if save else (0,), **like)
     states = torch.empty((b, plan.chunks, d, n) if plan.chunks > 1 else (0,), **like)
@@ -155,7 +163,9 @@ def scan_forward(
     return y, final, checkpoints
 
 
-def _combine(A: Tensor, initial: Tensor | None, states: Tensor, steps: Tensor, segments: bool, *, reverse: bool):
+def _combine(
+    A: Tensor, initial: Tensor | None, states: Tensor, steps: Tensor, segments: bool, *, reverse: bool
+):
     b, chunks, d, n = states.shape
     kernels.combine_kernel[(triton.cdiv(d, 8), b)](
         A.contiguous(), *some(A, initial), states, steps, d, chunks, N=n, NP=triton.next_power_of_2(n), BD=8, T=8,
@@ -164,11 +174,11 @@ def _combine(A: Tensor, initial: Tensor | None, states: Tensor, steps: Tensor, s
 
 
 @scan_forward.register_fake
-def _(x, delta, A, B, C, D, z, delta_bias, initial, flags, save):  # noqa: ARG001
+def _(x, delta, A, B, C, D, z, delta_bias, initial, flags, save, wide):  # noqa: ARG001
     b, length, d = x.shape
     n = A.shape[1]
     blocks = (length + CHECKPOINT - 1) // CHECKPOINT
-    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    y = torch.empty(b, length, d, dtype=torch.float32 if wide else x.dtype, device=x.device)
     final = x.new_empty((b, d, n), dtype=torch.float32)
     return y, final, x.new_empty((b, blocks, d, n) if save else (0,), dtype=torch.float32)
 
@@ -250,7 +260,7 @@ def _(dy, dfinal, x, delta, A, B, C, D, delta_bias, flags, checkpoints, initial)
 
 
 def _save(ctx, inputs, output):
-    x, delta, A, B, C, D, z, delta_bias, initial, flags, _ = inputs
+    x, delta, A, B, C, D, z, delta_bias, initial, flags, *_ = inputs
     assert z is None, "with gradients the gate is gate_forward's"
     ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, flags, output[2])
     ctx.initial = initial is not None
@@ -267,7 +277,7 @@ def _backward(ctx, dy, dfinal, _):
     dx, ddelta, dA, dB, dC, dD, dbias, dinitial = grads
     return (
         dx, ddelta, dA, dB, dC, dD if D is not None else None, None,
-        dbias if delta_bias is not None else None, dinitial if ctx.initial else None, None, None,
+        dbias if delta_bias is not None else None, dinitial if ctx.initial else None, None, None, None,
     )  # fmt: skip
 
 
@@ -289,15 +299,15 @@ def _gate(y: Tensor, z: Tensor, flags: Tensor | None, dout: Tensor | None, out: 
 
 @torch.library.custom_op("ssmoe::gate_forward", mutates_args=())
 def gate_forward(y: Tensor, z: Tensor, flags: Tensor | None) -> Tensor:
-    """y silu(z) for y (b, l, d), zero on padding."""
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    """y silu(z) in z's dtype for y (b, l, d), zero on padding."""
+    out = torch.empty(y.shape, dtype=z.dtype, device=y.device)
     _gate(y.contiguous(), z, flags, None, out, out)
     return out
 
 
 @gate_forward.register_fake
 def _(y, z, flags):  # noqa: ARG001
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    return torch.empty(y.shape, dtype=z.dtype, device=y.device)
 
 
 @torch.library.custom_op("ssmoe::gate_backward", mutates_args=())
