@@ -28,7 +28,7 @@ TIE = 1e-5
 
 
 class Finding(NamedTuple):
-    """One check of one layer, by number and kind, or of "model". Errors are relative to its largest output."""
+    """One check of one layer, by number and kind, or of "model". Errors are relative to its own size."""
 
     backend: str
     layer: str
@@ -77,7 +77,7 @@ def _check_layer(
 
 
 def _check_model(backend: str, model: LM, reference: LM, ids: Tensor) -> list[Finding]:
-    """The whole model in chunks, in float64; on every backend a state through a file, which changes no bit."""
+    """The whole model in chunks, in float64; on every backend a state through a file, bit for bit."""
     half = ids.shape[1] // 2
     kept = cast(State, model(ids[:, :half]).state)
     with TemporaryDirectory() as folder:
