@@ -20,6 +20,7 @@ ALLOWED = {
     "eval": {"config", "data", "model", "generation", "ops"},
     "scaling": {"config"},
     "interop": {"config", "data", "model"},
+    "soup": {"config", "data.tokenizer", "model", "generation", "ops"},
     "check": {"config", "data", "ops", "model", "generation"},
 }
 ROOTS = {"cli", "api", "__init__"}

@@ -49,9 +49,12 @@ def test_inspect(trained, tmp_path, capsys):
     ("argv", "says"),
     [
         (("save", "RUN"), "takes a run and a file"),
-        (("save", "RUN", "OUT"), "either --text or --file"),
+        (("save", "RUN", "OUT"), "one of --text, --file or --task"),
         (("save", "RUN", "OUT", "--text", ""), "the text is empty"),
         (("save", "RUN", "nowhere/a", "--text", "a"), "its folder does not exist"),
+        (("save", "RUN", "OUT", "--task", "nowhere"), "no such task file"),
+        (("mix", "RUN", "OUT", "OUT"), "at least two states"),
+        (("retrieve", "RUN", "nowhere", "--text", "a"), "no such library folder"),
         (("inspect", "nowhere"), "no such state file: nowhere"),
         (("inspect", "OUT"), "damaged or no state file"),
     ],
@@ -66,3 +69,27 @@ def test_generate_refuses_what_is_no_state(fails, trained, tmp_path):
     fails("generate", trained, "--state-in", tmp_path / "no", says=("no such state file",))
     out = tmp_path / "no" / "a"
     fails("generate", trained, "--prompt", "a", "--state-out", out, says=("folder does not exist",))
+
+
+def test_a_library_of_tasks_is_searched_and_mixed(fails, trained, tmp_path, capsys):
+    library = tmp_path / "library"
+    library.mkdir()
+    for name, answer in (("up", "UP"), ("down", "down")):
+        pairs = [{"input": f"{name}{i}", "output": answer * (i % 3 + 1)} for i in range(9)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(pairs))
+        out, task = library / f"{name}.safetensors", tmp_path / f"{name}.json"
+        assert main(["state", "save", str(trained), str(out), "--task", str(task), "--shots", "5"]) == 0
+    fails("state", "save", trained, out, "--task", task, says=("--shots 32: the task has 1 to 7",))
+    query = ["state", "retrieve", str(trained), str(library), "--task", str(task), "--shots", "5", "--json"]
+    assert main(query) == 0
+    [first, second] = json.loads(capsys.readouterr().out)
+    assert first["name"] == "down"
+    assert first["similarity"] == pytest.approx(1)
+    assert second["similarity"] < 1
+    sources = [str(library / f"{name}.safetensors") for name in ("up", "down")]
+    for method in ("mean", "decay"):
+        out = tmp_path / method
+        assert main(["state", "mix", str(trained), str(out), *sources, "--method", method]) == 0
+        assert "186 tokens in all" in capsys.readouterr().out
+        generate(trained, capsys, "--state-in", out, "--prompt", "Q: up9", "--max-new-tokens", 2)
+    fails("state", "mix", trained, out, *sources, "--method", "stir", says=("'stir' is not one of",))

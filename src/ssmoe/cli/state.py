@@ -6,15 +6,28 @@ from typing import Any
 
 from ssmoe.cli.arguments import add_device, add_json, load_model, print_json
 
-HELP = "save and inspect recurrent states as files"
+HELP = "save, inspect, mix and retrieve recurrent states as files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """save RUN FILE (--text TEXT | --file PATH) | inspect FILE ..."""
-    parser.add_argument("action", choices=("save", "inspect"))
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="save: RUN FILE; inspect: state files")
-    parser.add_argument("--text", help="save: the text to read")
-    parser.add_argument("--file", help="save: read the text of this file")
+    """save RUN FILE (--text | --file | --task) | inspect FILE ... | mix RUN OUT FILE ... | retrieve ..."""
+    parser.add_argument("action", choices=("save", "inspect", "mix", "retrieve"))
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="save: RUN FILE; inspect: state files; mix: RUN OUT FILE FILE ...; retrieve: RUN LIBRARY-FOLDER",
+    )
+    parser.add_argument("--text", help="save, retrieve: the text to read")
+    parser.add_argument("--file", help="save, retrieve: read the text of this file")
+    parser.add_argument(
+        "--task", help="save, retrieve: read examples of this task, a .json of input and output"
+    )
+    parser.add_argument("--shots", type=int, default=32, help="examples of --task (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="which examples of --task (default: 0)")
+    parser.add_argument("--method", default="mean", help="mix: mean, sum, norm-kept, decay or any-order")
+    parser.add_argument("--weights", type=float, nargs="+", help="mix: of a weighted mean")
+    parser.add_argument("--layers", type=int, nargs="+", help="retrieve: layers to compare (default: all)")
     add_device(parser)
     add_json(parser)
 
@@ -24,6 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     match arguments.action:
         case "save":
             return _save(arguments)
+        case "mix":
+            return _mix(arguments)
+        case "retrieve":
+            return _retrieve(arguments)
         case _:
             return _inspect(arguments)
 
@@ -31,24 +48,100 @@ def run(arguments: argparse.Namespace) -> int:
 def _save(arguments: argparse.Namespace) -> int:
     if len(arguments.paths) != 2:
         raise ValueError("ssmoe state save takes a run and a file: ssmoe state save RUN FILE --text TEXT")
-    if (arguments.text is None) == (arguments.file is None):
-        raise ValueError("give the text to read: either --text or --file")
-    text = arguments.text if arguments.file is None else Path(arguments.file).read_text(encoding="utf-8")
-    if not text:
-        raise ValueError("the text is empty: give some to read")
+    text = _text(arguments)
     arguments.run, out = arguments.paths
-    if not Path(out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: its folder does not exist; make it first")
+    _check_folder(out)
     model, tokenizer = load_model(arguments)
 
     from ssmoe.generation import continuation
     from ssmoe.generation.engine import read
+    from ssmoe.soup.library import save_memory
 
+    if arguments.task is not None:
+        memory = _capture(model, tokenizer, text)
+        save_memory(memory, out, model=model, tokenizer=tokenizer)
+        print(f"{out}: {arguments.shots} examples of {arguments.task} in {memory.tokens} tokens")
+        return 0
     found = read(model, [[tokenizer.end_id, *tokenizer.encode(text)]])
     continuation.save(found, out, model=model, tokenizer=tokenizer)
     print(f"{out}: the state after {found.tokens[0] + 1} tokens; go on with")
     print(f"ssmoe generate {arguments.run} --state-in {out}")
     return 0
+
+
+def _mix(arguments: argparse.Namespace) -> int:
+    if len(arguments.paths) < 4:
+        raise ValueError("ssmoe state mix takes a run, a file to write and at least two states to mix")
+    arguments.run, out, *sources = arguments.paths
+    _check_folder(out)
+    model, tokenizer = load_model(arguments)
+
+    from ssmoe.soup.library import load_memory, save_memory
+    from ssmoe.soup.mix import mix
+
+    memories = [load_memory(path, model=model, tokenizer=tokenizer) for path in sources]
+    mixed = mix(model, memories, arguments.method, arguments.weights)
+    save_memory(mixed, out, model=model, tokenizer=tokenizer)
+    print(f"{out}: {arguments.method} of {len(memories)} states, {mixed.tokens} tokens in all")
+    return 0
+
+
+def _retrieve(arguments: argparse.Namespace) -> int:
+    if len(arguments.paths) != 2:
+        raise ValueError("ssmoe state retrieve takes a run and a library folder, and what to look for")
+    text = _text(arguments)
+    arguments.run, folder = arguments.paths
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no such library folder: {folder}; fill one with `ssmoe state save --task`")
+    model, tokenizer = load_model(arguments)
+
+    from ssmoe.soup.library import Library
+    from ssmoe.soup.retrieve import similarities
+
+    library = Library(folder, model, tokenizer)
+    names = library.names()
+    query = _capture(model, tokenizer, text)
+    found = similarities([query], [library.get(name) for name in names], arguments.layers)[0]
+    order = found.argsort(descending=True, stable=True)
+    ranked = [(names[int(i)], float(found[i])) for i in order]
+    if arguments.json:
+        print_json([{"name": name, "similarity": similarity} for name, similarity in ranked])
+    else:
+        for name, similarity in ranked:
+            print(f"{similarity:7.4f}  {name}")
+    return 0
+
+
+def _text(arguments: argparse.Namespace) -> str:
+    """What --text, --file or --task say."""
+    given = [value for value in (arguments.text, arguments.file, arguments.task) if value is not None]
+    if len(given) != 1:
+        raise ValueError("give the text to read: one of --text, --file or --task")
+    if arguments.task is not None:
+        from ssmoe.eval.tasks import Template, read_task, split_task
+
+        shots, _ = split_task(read_task(arguments.task), seed=arguments.seed)
+        if not 1 <= arguments.shots <= len(shots):
+            raise ValueError(f"--shots {arguments.shots}: the task has 1 to {len(shots)} examples to show")
+        return "".join(Template().example(pair) for pair in shots[: arguments.shots])
+    text = arguments.text if arguments.file is None else Path(arguments.file).read_text(encoding="utf-8")
+    if not text:
+        raise ValueError("the text is empty: give some to read")
+    return text
+
+
+def _capture(model: Any, tokenizer: Any, text: str) -> Any:
+    import torch
+
+    from ssmoe.soup.capture import capture
+
+    ids = torch.tensor([[tokenizer.end_id, *tokenizer.encode(text)]], device=model.embedding.weight.device)
+    return capture(model, ids)
+
+
+def _check_folder(path: str) -> None:
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder does not exist; make it first")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,49 @@
+"""Accumulated decay: additive over pieces, and the identity of one layer."""
+
+import pytest
+import torch
+
+from ssmoe.model.build import build
+from ssmoe.model.mixers.mamba import MambaState
+from ssmoe.soup.capture import capture, scans, transitions
+from ssmoe.soup.mix import mix
+from tests.model.zoo import small
+
+IDS = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_state_is_the_models_and_steps_add_up() -> None:
+    model = build(small("moe-mamba")).double().eval()
+    whole, first = capture(model, IDS), capture(model, IDS[:, :11])
+    second = capture(model, IDS[:, 11:], first.state)
+    for layer in scans(model):
+        assert torch.equal(whole.state[layer].ssm, model(IDS).state[layer].ssm)
+        added = first.steps[layer] + second.steps[layer]
+        torch.testing.assert_close(added, whole.steps[layer], rtol=0, atol=1e-12)
+    assert [steps is None for steps in whole.steps] == [False, True, False, True]
+    assert [A is None for A in transitions(model)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba-wide-conv", "mamba-no-conv"])
+@pytest.mark.parametrize("cuts", [(11,), (2, 3, 19)])
+def test_the_identity_of_one_layer(name, cuts) -> None:
+    """h(s1 s2) = P(s2) h(s1) + h(s2), the convolution's window carried over the boundary."""
+    model = build(small(name, repeat=1)).double().eval()
+    memories, state = [], None
+    for begin, end in zip((0, *cuts), (*cuts, 30), strict=True):
+        if state is not None:
+            state = (MambaState(state[0].conv, torch.zeros_like(state[0].ssm)),)
+        memories.append(capture(model, IDS[:, begin:end], state))
+        state = memories[-1].state
+    mixed, whole = mix(model, memories, "decay"), capture(model, IDS)
+    torch.testing.assert_close(mixed.state[0].ssm, whole.state[0].ssm, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed.state[0].conv, whole.state[0].conv, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed.steps[0], whole.steps[0], rtol=0, atol=1e-12)
+    assert mixed.tokens == whole.tokens
+    plain = mix(model, memories, "sum").state[0].ssm
+    assert float((plain - whole.state[0].ssm).abs().max()) > 1e-6
+
+
+def test_states_that_are_no_sums_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer 2 \(Attention\) has a state that cannot be mixed"):
+        capture(build(small("hybrid")), IDS)
