@@ -77,7 +77,7 @@ def environment(run: RunConfig, backend: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "platform": platform.platform(),
         "device": device_name(run.train.device),
-        "threads": torch.get_num_threads(),
+        "threads": run.train.threads or torch.get_num_threads(),
         "backend": backend,
         "kernels": describe(backend),
         "seed": run.train.seed,
