@@ -13,7 +13,12 @@ def test_a_healthy_machine(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"]
-    assert {check["op"] for check in found["checks"]} == {"selective_scan", "causal_conv1d", "expert_mlp"}
+    assert {check["op"] for check in found["checks"]} == {
+        "selective_scan",
+        "causal_conv1d",
+        "expert_mlp",
+        "linear",
+    }
 
 
 def test_a_broken_kernel_is_exit_1(capsys, monkeypatch):
@@ -32,5 +37,5 @@ def test_a_broken_kernel_is_exit_1(capsys, monkeypatch):
     found = json.loads(
         capsys.readouterr().out, parse_constant=lambda word: (_ for _ in ()).throw(ValueError(word))
     )
-    assert [check["passed"] for check in found["checks"]] == [True, True, False]
+    assert [check["passed"] for check in found["checks"]] == [True, True, False, True]
     assert found["checks"][2]["error"] is None

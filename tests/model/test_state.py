@@ -66,3 +66,27 @@ def test_refusals() -> None:
         states.concatenate([state, state[:2]])
     with pytest.raises(ValueError, match="kinds differ"):
         states.concatenate([state, state[::-1]])
+
+
+@pytest.mark.parametrize("name", ["mamba", "moe-top2", "moe-mamba", "attention"])
+def test_gradcheck_through_initial_and_final_state(name) -> None:
+    """Logits and final state with respect to every floating leaf of the initial state."""
+    model = build(small(name, repeat=1)).double().eval()
+    start = [leaf for layer in model(IDS[:2, :4]).state for leaf in layer]
+    leaves = [leaf.detach().requires_grad_() for leaf in start if leaf.is_floating_point()]
+    whole = [leaf for leaf in start if not leaf.is_floating_point()]
+
+    def run(*floating):
+        given, rest = iter(floating), iter(whole)
+        state = tuple(
+            type(layer)(*(next(given) if leaf.is_floating_point() else next(rest) for leaf in layer))
+            if layer
+            else ()
+            for layer in model.init_state(2)
+        )
+        out = model(NEXT[:2, :2], state)
+        found = [leaf for layer in out.state for leaf in layer if leaf.is_floating_point()]
+        return (out.logits[..., :3], *found)
+
+    if leaves:
+        assert torch.autograd.gradcheck(run, leaves, atol=1e-7, fast_mode=True)

@@ -80,6 +80,7 @@ def self_check(ops: Ops, device: str) -> list[Check]:
         Check(ops.name, "selective_scan", _error(scan[0], _scan(x[0], delta[0], A, B[0], C[0]))),
         Check(ops.name, "causal_conv1d", _error(conv[0], _conv(x[0], weight))),
         Check(ops.name, "expert_mlp", _error(mixed, _experts(tokens, up, down, expert, share))),
+        Check(ops.name, "linear", _error(ops.linear(tokens, up[0]), _linear(tokens, up[0]))),
     ]
 
 
@@ -133,6 +134,13 @@ def _experts(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: Tensor)
         output = float(share[t, 0]) * (down[e].double() @ hidden)
         rows.append([float(value) for value in output])
     return rows
+
+
+def _linear(x: Tensor, weight: Tensor) -> list[list[float]]:
+    """(t, d_out): one product after another."""
+    return [
+        [sum(float(a) * float(b) for a, b in zip(row, column, strict=True)) for column in weight] for row in x
+    ]
 
 
 def _device(backend: str) -> str:

@@ -17,7 +17,7 @@ from ssmoe.model.init import init_weights
 from ssmoe.model.lm import LM, Residual
 from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
-from ssmoe.model.norm import LayerNorm, RMSNorm
+from ssmoe.model.norm import LayerNorm, RMSNorm, use_products
 from ssmoe.ops import Ops, load
 
 
@@ -39,7 +39,8 @@ def build(
     with torch.device("meta"):
         layers = [Residual(_norm(config), _layer(layer, config.d_model, ops)) for layer in config.layers]
         final_norm = _norm(config) if config.final_norm else None
-        model = LM(config, layers, final_norm, backend=ops.name, compute_dtype=dtype)
+        model = LM(config, layers, final_norm, ops=ops, compute_dtype=dtype)
+    use_products(model, ops)
     if device.type != "meta":
         model.to_empty(device=device)
         init_weights(model, init=config.init, seed=seed, num_layers=len(config.layers))

@@ -25,6 +25,7 @@ class Ops(NamedTuple):
     selective_scan: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
 
 
 def missing(backend: str) -> str | None:
@@ -39,7 +40,7 @@ def missing(backend: str) -> str | None:
 
 
 def describe(backend: str) -> dict[str, str]:
-    """What a backend that loads chose on this machine, such as its instruction level; {} where it chooses nothing."""
+    """What a backend chose on this machine, such as its instruction level; {} where it chooses nothing."""
     if backend != "cpu":
         return {}
     from ssmoe.ops.cpu import describe as describe_cpu
@@ -86,4 +87,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         selective_scan=module.selective_scan,
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
+        linear=module.linear,
     )
