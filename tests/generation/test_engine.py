@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ssmoe.generation import engine
-from ssmoe.generation.engine import Continuation, decode
+from ssmoe.generation.engine import Continuation, decode, read
 from ssmoe.generation.sampler import Sampling, sample
 from ssmoe.model.build import build
 from tests.model.zoo import PATTERNS, small
@@ -153,3 +153,18 @@ def test_sampling_counts_positions_from_the_start_of_the_text():
     with torch.no_grad():
         logits = model(torch.tensor(PROMPTS[:1]), logits="last").logits
     assert tokens == sample(logits, [len(PROMPTS[0])], sampling)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "moe-mamba", "attention"])
+def test_reading_first_and_then_generating_is_generating(name):
+    """Also for a row of one token, which has nothing to read yet."""
+    model = model_of(name)
+    whole, _ = run(model, PROMPTS, 12)
+    start = read(model, PROMPTS)
+    assert start.pending == tuple((prompt[-1],) for prompt in PROMPTS)
+    assert start.tokens == tuple(len(prompt) - 1 for prompt in PROMPTS)
+    found, _ = run(model, [[] for _ in PROMPTS], 12, start=start)
+    assert found == whole
+    further = read(model, [[4, 5] for _ in PROMPTS], start=start)
+    [expected], _ = run(model, [[*PROMPTS[1], 4, 5]], 5)
+    assert run(model, [[] for _ in PROMPTS], 5, start=further)[0][1] == expected

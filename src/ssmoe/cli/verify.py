@@ -1,7 +1,6 @@
 """`ssmoe verify`: the layer contract on a trained model's own weights."""
 
 import argparse
-from itertools import groupby
 
 from ssmoe.cli.arguments import add_json, print_json
 
@@ -49,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [{**finding._asdict(), "passed": finding.passed} for finding in findings]
         print_json({"passed": not failed, "findings": rows, "absent": absent})
         return 1 if failed else 0
-    for (backend, layer), group in groupby(findings, key=lambda f: (f.backend, f.layer)):
+    for backend, layer in dict.fromkeys((f.backend, f.layer) for f in findings):
+        group = [f for f in findings if (f.backend, f.layer) == (backend, layer)]
         cells = (f"{f.check} {f.max_error:.0e} ({f.mean_error:.0e})" for f in group)
         print(f"{backend:<18} {layer:<20} {', '.join(cells)}")
     for backend, reason in absent.items():
