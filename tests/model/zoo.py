@@ -15,6 +15,21 @@ PATTERNS = {
     "dense": (DenseConfig(d_ff=24, activation="relu_squared"),),
     "moe": (MoEConfig(num_experts=5, d_expert=12),),
     "moe-top2": (MoEConfig(num_experts=4, d_expert=12, top_k=2, activation="swiglu"),),
+    "moe-fine": (
+        MoEConfig(
+            num_experts=3,
+            d_expert=16,
+            granularity=4,
+            num_shared_experts=1,
+            score="sigmoid",
+            normalise_weights=True,
+            weight_scale=2.5,
+            balance="bias",
+            output_norm=True,
+            activation="swiglu",
+        ),
+    ),
+    "moe-mixtral": (MoEConfig(num_experts=4, d_expert=12, top_k=2, normalise_weights=True, balance="none"),),
     "moe-mamba": (MambaConfig(d_state=4), MoEConfig(num_experts=4, d_expert=20, capacity_factor=1.0)),
     "hybrid": (
         MambaConfig(d_state=4),

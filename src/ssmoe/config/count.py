@@ -1,7 +1,8 @@
 """Parameters, FLOPs and state bytes of a model from its configuration alone.
 
-"Non-embedding" leaves out the embedding and the head, as arXiv 2401.04081 counts; "active" counts top_k of
-the experts. FLOPs count a multiply-add as two; the scan counts 7 per state element and token (discretise 3,
+"Non-embedding" leaves out the embedding and the head, as arXiv 2401.04081 counts; "active" counts the
+experts that a token takes, shared ones always. A router's balancing bias is no parameter and is counted
+nowhere. FLOPs count a multiply-add as two; the scan counts 7 per state element and token (discretise 3,
 update 2, read out 2) and the backward pass twice the forward.
 """
 
@@ -61,10 +62,12 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
             matrices = (3 if layer.activation == "swiglu" else 2) * d_model * layer.d_ff
             return LayerCount(matrices, matrices, matrices)
         case MoEConfig():
-            expert = (3 if layer.activation == "swiglu" else 2) * d_model * layer.d_expert
-            router = d_model * layer.num_experts
-            active = layer.top_k * expert + router
-            return LayerCount(layer.num_experts * expert + router, active, active)
+            num_experts, width, num_choices = layer.bank
+            expert = (3 if layer.activation == "swiglu" else 2) * d_model * width
+            always = d_model * num_experts + layer.num_shared_experts * expert
+            norm = 2 * d_model * layer.output_norm
+            matrices = num_choices * expert + always
+            return LayerCount(num_experts * expert + always + norm, matrices + norm, matrices)
 
 
 def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> float:

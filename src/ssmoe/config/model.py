@@ -7,9 +7,20 @@ One frozen class a layer kind, told apart by `kind`. No tensors here: `ssmoe.mod
 from math import ceil
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Activation = Literal["relu", "relu_squared", "swiglu"]
+Score = Literal["softmax", "sigmoid"]
+Balance = Literal["auxiliary", "bias", "none"]
+BiasUpdate = Literal["sign", "error"]
 
 
 class Frozen(BaseModel):
@@ -67,30 +78,85 @@ class DenseConfig(Frozen):
     activation: Activation = "relu"
 
 
-class MoEConfig(Frozen):
-    """A token-choice mixture of experts (Switch for top_k = 1, arXiv 2101.03961)."""
+class RoutingConfig(Frozen):
+    """How a router scores tokens, weighs the chosen experts and keeps their load even."""
+
+    score: Score = "softmax"
+    """Switch and Mixtral score by softmax over the experts, DeepSeek-V3 (arXiv 2412.19437) by sigmoid."""
+    normalise_weights: bool = False
+    """Divide the chosen experts' scores by their sum: with softmax, Mixtral's softmax over the chosen
+    (arXiv 2401.04088); with sigmoid, DeepSeek-V3's gate. False is Switch: the score itself."""
+    weight_scale: PositiveFloat = 1.0
+    """Factor on every weight (DeepSeek-V3's routed scaling factor)."""
+    balance: Balance = "auxiliary"
+    """"auxiliary": the loss of `balance_coefficient`. "bias": loss-free (arXiv 2408.15664), a number for each
+    expert that is added to its score when experts are chosen, never to a weight, and moves once an optimiser
+    step against the load of the whole step."""
+    balance_coefficient: float = Field(default=0.01, ge=0)
+    """Weight of the load-balancing loss E * sum_e f_e P_e (arXiv 2101.03961, equation 4)."""
+    bias_update: BiasUpdate = "sign"
+    """The bias moves by bias_rate times sign(mean load - load), or times (mean load - load) / mean load."""
+    bias_rate: PositiveFloat = 1e-3
+    z_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the router z-loss, the mean squared log-partition of the router (arXiv 2202.08906)."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """In training the router's input is multiplied by noise uniform in [1 - jitter, 1 + jitter]
+    (arXiv 2101.03961, appendix C); 0 is none."""
+
+    def _check_choices(self, num_choices: int) -> None:
+        if self.normalise_weights and num_choices == 1:
+            raise ValueError(
+                "normalise_weights=true with one expert a token makes every weight 1, from which the router "
+                "learns nothing: set normalise_weights=false or raise top_k or granularity"
+            )
+
+
+class MoEConfig(RoutingConfig):
+    """A token-choice mixture of experts (Switch for top_k = 1, arXiv 2101.03961).
+
+    With granularity G it is fine-grained (arXiv 2402.07871): num_experts * G experts of d_expert / G, of
+    which a token takes top_k * G, so that sizes and FLOPs, the router's aside, do not depend on G.
+    """
 
     kind: Literal["moe"] = "moe"
     num_experts: PositiveInt
     d_expert: PositiveInt
     top_k: PositiveInt = 1
+    granularity: PositiveInt = 1
+    num_shared_experts: NonNegativeInt = 0
+    """Experts of d_expert / granularity that every token takes (arXiv 2401.06066), with weight 1."""
     activation: Activation = "relu"
+    output_norm: bool = False
+    """A LayerNorm on the routed experts' sum, as arXiv 2402.07871 has it for G > 1."""
     capacity_factor: PositiveFloat | None = None
     """In training an expert takes at most floor(capacity_factor * top_k * tokens / num_experts) tokens;
     None is dropless. Evaluation is always dropless."""
-    balance_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of the load-balancing loss E * sum_e f_e P_e (arXiv 2101.03961, equation 4)."""
-    z_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the router z-loss, the mean squared log-partition of the router (arXiv 2202.08906)."""
+
+    @property
+    def bank(self) -> tuple[int, int, int]:
+        """Experts in the bank, the width of one, and how many a token takes."""
+        return split_experts(self.num_experts, self.d_expert, self.top_k, self.granularity)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k={self.top_k} is more than num_experts={self.num_experts}: "
-                f"lower top_k to at most {self.num_experts} or add experts"
-            )
+        self._check_choices(self.bank[2])
         return self
+
+
+def split_experts(num_experts: int, d_expert: int, top_k: int, granularity: int) -> tuple[int, int, int]:
+    """num_experts * G, d_expert / G and top_k * G. Raises ValueError where that is not possible."""
+    if top_k > num_experts:
+        raise ValueError(
+            f"top_k={top_k} is more than num_experts={num_experts}: "
+            f"lower top_k to at most {num_experts} or add experts"
+        )
+    if d_expert % granularity:
+        lower = d_expert - d_expert % granularity
+        raise ValueError(
+            f"granularity={granularity} does not divide d_expert={d_expert}: "
+            f"use d_expert={lower or granularity} or {lower + granularity}"
+        )
+    return num_experts * granularity, d_expert // granularity, top_k * granularity
 
 
 LayerConfig = Annotated[MambaConfig | AttentionConfig | DenseConfig | MoEConfig, Field(discriminator="kind")]

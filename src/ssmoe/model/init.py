@@ -32,6 +32,7 @@ def init_weights(
 ) -> None:
     """Fill every parameter of `module` in place; parameters on the meta device are left alone.
 
+    Buffers (a router's balancing bias) start at zero.
     num_layers: residual sub-layers, by whose root scheme "mamba" divides output projections.
     """
     init = init or InitConfig()
@@ -46,6 +47,8 @@ def init_weights(
             rule(values, _Context(owner, init, num_layers), _generator(seed, full_name))
             with torch.no_grad():
                 parameter.copy_(values)
+        for buffer in owner.buffers(recurse=False):
+            buffer.zero_()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

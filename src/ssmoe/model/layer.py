@@ -25,7 +25,8 @@ class RouterStats(NamedTuple):
     """What a router did with the tokens of one forward pass; padding is excluded everywhere.
 
     balance, z: () float32 losses, differentiable, their coefficients applied.
-    load: (e,) int64 assignments before capacity. dropped: () int64 assignments lost to capacity.
+    load: (e,) int64 assignments before capacity, or (r, e) in a layer of r routers. dropped: () int64
+        assignments lost to capacity.
     confidence: () mean probability of the first choice. entropy: () mean entropy of a token's
         probabilities, in nats.
     """

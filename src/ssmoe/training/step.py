@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
 from ssmoe.data.loader import Batch
+from ssmoe.model.feedforwards.router import rebalance
 from ssmoe.model.layer import RouterStats
 from ssmoe.model.lm import LM
 from ssmoe.ops import Segments
@@ -37,7 +38,8 @@ def train_step(
     """Update `model` from one batch at the learning rate `rate`.
 
     The LM loss is the mean over the whole batch's targets however it is cut; the routers' losses are means
-    over the micro-batches, on which they are defined. isolate: documents do not see each other.
+    over the micro-batches, on which they are defined; balancing biases move once, by the load of the whole
+    batch. isolate: documents do not see each other.
     """
     device = model.embedding.weight.device
     rows = batch.ids.shape[0]
@@ -53,12 +55,15 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}
+    for i, stats in routers.items():
+        rebalance(model.layers[i], stats.load)
     return StepResult(
         lm=torch.stack([r.lm for r in results]).sum(),
         balance=torch.stack([r.balance for r in results]).sum(),
         z=torch.stack([r.z for r in results]).sum(),
         grad_norm=grad_norm,
-        routers={i: _merge([r.routers[i] for r in results]) for i in results[0].routers},
+        routers=routers,
     )
 
 
