@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmoe.config.count import SCAN_FLOPS, count_parameters, forward_flops, state_bytes, training_flops
 from ssmoe.config.load import preset
-from ssmoe.config.model import MambaConfig
+from ssmoe.config.model import MambaConfig, MoTConfig
 from ssmoe.model.build import build
 from ssmoe.model.state import num_bytes
-from tests.model.zoo import PATTERNS, small
+from tests.model.zoo import MIXING, PATTERNS, mixing, small
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,26 @@ def test_flops_equal_torchs_counter(name: str) -> None:
             ours -= layer.d_inner(16) * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
             # torch also counts the read-out as a product
             ours += 2 * layer.d_inner(16) * layer.d_state
+        if isinstance(layer, MoTConfig) and layer.mode == "mixture" and layer.group == 1:
+            ours -= 2 * 16 * layer.bank[0]  # a mixture of one is an outer product, no matrix product to torch
         if layer.kind == "attention":
             ours += 2 * 16 * (length - 1)
     assert counter.get_total_flops() / (2 * length) == pytest.approx(ours, rel=0.01)
     assert training_flops(config, length) == 3 * forward_flops(config, length)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_flops_of_mixed_rows_equal_torchs_counter(name: str) -> None:
+    config, length = mixing(name), 32
+    model = build(config).eval()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(12, length, dtype=torch.int64))
+    ours = forward_flops(config, length)
+    for layer in config.layers:
+        if isinstance(layer, MambaConfig):
+            ours -= layer.d_inner(16) * ((SCAN_FLOPS - 2) * layer.d_state + 2 * layer.d_conv)
+    assert counter.get_total_flops() / (12 * length) == pytest.approx(ours, rel=0.01)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total
 
 
 @pytest.mark.parametrize("name", PATTERNS)

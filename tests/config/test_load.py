@@ -9,7 +9,7 @@ from ssmoe.config.load import RunConfig, load_run, preset, preset_names
 
 
 def test_every_preset_loads_and_describes_itself() -> None:
-    assert len(preset_names()) == 17
+    assert len(preset_names()) >= 17
     for name in preset_names():
         assert preset(name).name == name
         assert preset(name).description
@@ -110,3 +110,18 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message:
 def test_a_missing_file_says_what_to_give() -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: nowhere\.toml"):
         load_run("nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "override", "message"),
+    [
+        ("mot-mamba-tiny", "train.batch_size=12", r"12 rows .* groups of 8: set train.batch_size .* to 16"),
+        ("mot-mamba-tiny", "train.micro_batch_size=4", "4 rows a forward pass"),
+        ("mot-masked-tiny", "data.context=100", "data.context=100 does not fill groups of 8: use 104"),
+        ("mot-masked-tiny", "data.isolate_documents=true", "set data.isolate_documents=false"),
+        ("mot-masked-tiny", "model.objective=causal", 'set objective="masked"'),
+    ],
+)
+def test_groups_must_fit_the_run(preset_name: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preset(preset_name, [override])

@@ -26,20 +26,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ssmoe.data.prepare import prepare
     from ssmoe.eval.bigram import byte_bigram, token_bigram
-    from ssmoe.eval.perplexity import evaluate
+    from ssmoe.eval.perplexity import HeldOut, evaluate
+    from ssmoe.model.feedforwards.mode import token_choice
     from ssmoe.training.folder import read_run
 
     config = read_run(_run_folder(Path(arguments.run)))
     data = prepare(config.data, tokenizer=tokenizer)
-    found = evaluate(
-        model,
-        data.held_out,
-        context=config.data.context,
-        batch_size=arguments.batch_size,
-        rows=arguments.rows,
-        isolate=config.data.isolate_documents,
-    )
-    result: dict[str, Any] = {"model": {**found._asdict(), "mode": "eval"}}
+
+    def score() -> HeldOut:
+        return evaluate(
+            model,
+            data.held_out,
+            context=config.data.context,
+            batch_size=arguments.batch_size,
+            rows=arguments.rows,
+            isolate=config.data.isolate_documents,
+            mask_fraction=config.data.mask_fraction,
+        )
+
+    result: dict[str, Any] = {"model": {**score()._asdict(), "mode": "eval"}}
+    with token_choice(model) as changed:
+        if changed:
+            result["token_choice"] = {**score()._asdict(), "mode": "eval, token choice"}
     if arguments.bigram:
         result["token_bigram"] = token_bigram(data.train, data.held_out, tokenizer.vocab_size)._asdict()
         result["byte_bigram"] = {"bits_per_byte": byte_bigram(data.train, data.held_out, tokenizer)}
@@ -65,6 +73,8 @@ def _print(result: dict[str, Any]) -> None:
         f"held-out loss {model['loss']:.4f} nats  perplexity {model['perplexity']:.2f}  "
         f"{model['bits_per_byte']:.3f} bits/byte  ({model['targets']:,} targets, eval mode)"
     )
+    if "token_choice" in result:
+        print(f"with the same weights as token choice: loss {result['token_choice']['loss']:.4f} nats")
     for name in ("token_bigram", "byte_bigram"):
         if name in result:
             bits = result[name]["bits_per_byte"]

@@ -8,7 +8,16 @@ update 2, read out 2) and the backward pass twice the forward.
 
 from typing import NamedTuple
 
-from ssmoe.config.model import AttentionConfig, DenseConfig, LayerConfig, MambaConfig, ModelConfig, MoEConfig
+from ssmoe.config.model import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertChoiceConfig,
+    LayerConfig,
+    MambaConfig,
+    ModelConfig,
+    MoEConfig,
+    MoTConfig,
+)
 
 SCAN_FLOPS = 7
 
@@ -68,6 +77,23 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
             norm = 2 * d_model * layer.output_norm
             matrices = num_choices * expert + always
             return LayerCount(num_experts * expert + always + norm, matrices + norm, matrices)
+        case ExpertChoiceConfig():
+            num_experts, width, num_choices = layer.bank
+            expert = (3 if layer.activation == "swiglu" else 2) * d_model * width
+            router, norm = d_model * num_experts, 2 * d_model * layer.output_norm
+            matrices = num_choices * expert + router
+            return LayerCount(num_experts * expert + router + norm, matrices + norm, matrices)
+        case MoTConfig():
+            num_experts, width, num_choices = layer.bank
+            expert = (3 if layer.activation == "swiglu" else 2) * d_model * width
+            router = d_model * num_experts
+            total = num_experts * expert + router
+            if layer.mode == "token_choice":
+                return LayerCount(total, num_choices * expert + router, num_choices * expert + router)
+            # an expert works once for the whole group
+            active = num_experts * expert // layer.group + router
+            # the products that mix and hand back cost as much as the router's
+            return LayerCount(total, active, active + 2 * router)
 
 
 def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> float:
@@ -80,9 +106,9 @@ def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> fl
                 d_inner = layer.d_inner(config.d_model)
                 total += d_inner * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
             case AttentionConfig():
-                # scores and weighted values over (context + 1) / 2 tokens on average
-                total += 2.0 * config.d_model * (context + 1)
-            case DenseConfig() | MoEConfig():
+                # scores and weighted values over (context + 1) / 2 tokens on average, or over all
+                total += 2.0 * config.d_model * (context + 1 if layer.causal else 2 * context)
+            case _:
                 pass
     return total
 
@@ -101,8 +127,8 @@ def state_bytes(config: ModelConfig, context: int, *, activation_bytes: int = 4)
                 d_inner = layer.d_inner(config.d_model)
                 total += d_inner * (activation_bytes * (layer.d_conv - 1) + 4 * layer.d_state)
             case AttentionConfig():
-                total += 2 * config.d_model * context * activation_bytes + 8
-            case DenseConfig() | MoEConfig():
+                total += layer.causal * (2 * config.d_model * context * activation_bytes + 8)
+            case _:
                 pass
     return total
 

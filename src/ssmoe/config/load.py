@@ -6,12 +6,21 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from ssmoe.config.data import DataConfig
-from ssmoe.config.model import AttentionConfig, DenseConfig, Frozen, MambaConfig, ModelConfig, MoEConfig
+from ssmoe.config.model import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertChoiceConfig,
+    Frozen,
+    MambaConfig,
+    ModelConfig,
+    MoEConfig,
+    MoTConfig,
+)
 from ssmoe.config.train import TrainConfig
 
 _LAYERS: dict[str, type[Frozen]] = {
@@ -19,6 +28,8 @@ _LAYERS: dict[str, type[Frozen]] = {
     "attention": AttentionConfig,
     "dense": DenseConfig,
     "moe": MoEConfig,
+    "expert_choice": ExpertChoiceConfig,
+    "mot": MoTConfig,
 }
 
 
@@ -30,6 +41,26 @@ class RunConfig(Frozen):
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rows, multiple = self.train.micro_batch_size or self.train.batch_size, self.model.row_multiple
+        if rows % multiple:
+            raise ValueError(
+                f"{rows} rows a forward pass do not fill groups of {multiple}: set train.batch_size (or "
+                f"train.micro_batch_size) to {rows + -rows % multiple} or a smaller model.pattern.mot.group"
+            )
+        if self.data.context % self.model.length_multiple:
+            raise ValueError(
+                f"data.context={self.data.context} does not fill groups of {self.model.length_multiple}: "
+                f"use {self.data.context + -self.data.context % self.model.length_multiple}"
+            )
+        if self.model.length_multiple > 1 and self.data.isolate_documents:
+            raise ValueError(
+                'axis="sequence" mixes neighbours whichever document they are of: '
+                "set data.isolate_documents=false"
+            )
+        return self
 
 
 def preset_names() -> list[str]:
@@ -171,7 +202,8 @@ def _describe(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_nearest(where.rpartition('.')[2], _field_names())}"
+        valid = _field_names() if "." in where else list(RunConfig.model_fields)
+        return f"unknown key {where!r}{_nearest(where.rpartition('.')[2], valid)}"
     given = first["input"]
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     return f"{where}: {message}{shown}" if where else message

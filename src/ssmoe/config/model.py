@@ -4,7 +4,7 @@ One frozen class a layer kind, told apart by `kind`. No tensors here: `ssmoe.mod
 `ModelConfig` into modules and `ssmoe.config.count` into numbers.
 """
 
-from math import ceil
+from math import ceil, lcm
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -61,13 +61,15 @@ class MambaConfig(Frozen):
 
 
 class AttentionConfig(Frozen):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention."""
 
     kind: Literal["attention"] = "attention"
     num_heads: PositiveInt
     rope: bool = True
     """Rotary position embedding (arXiv 2104.09864); without it the layer sees no positions."""
     rope_base: PositiveFloat = 10_000.0
+    causal: bool = True
+    """False looks both ways, for objective = "masked" only, and keeps no state."""
 
 
 class DenseConfig(Frozen):
@@ -143,6 +145,85 @@ class MoEConfig(RoutingConfig):
         return self
 
 
+class ExpertChoiceConfig(RoutingConfig):
+    """Experts choose tokens (arXiv 2202.09368), among those of all rows at one position (arXiv 2402.07871).
+
+    Of a group of n tokens each expert takes the floor(n * top_k / num_experts) with the largest scores, at
+    least one: the load is even by construction. Sizes as in `MoEConfig`. What a token gets depends on the
+    other rows, so that generation needs mode = "token_choice", with the same weights and some more training.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    num_experts: PositiveInt
+    d_expert: PositiveInt
+    top_k: PositiveInt = 1
+    """Experts that take a token, on average."""
+    granularity: PositiveInt = 1
+    activation: Activation = "relu"
+    output_norm: bool = False
+    """A LayerNorm on the experts' sum, "crucial for G > 1" (arXiv 2402.07871)."""
+    group: Literal["position", "batch"] = "position"
+    """"position" never shows a token its own future; "batch", all tokens together, does."""
+    allow_noncausal_routing: bool = False
+    """group = "batch" leaks later tokens into the choice, and is refused without this."""
+    mode: Literal["expert_choice", "token_choice"] = "expert_choice"
+
+    @property
+    def bank(self) -> tuple[int, int, int]:
+        """Experts in the bank, the width of one, and how many take a token on average."""
+        return split_experts(self.num_experts, self.d_expert, self.top_k, self.granularity)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_choices(self.bank[2] if self.mode == "token_choice" else 2)
+        if self.group == "batch" and not self.allow_noncausal_routing:
+            raise ValueError(
+                'group="batch" lets the choice for a token depend on later ones: use group="position", '
+                "or set allow_noncausal_routing=true to accept that"
+            )
+        return self
+
+
+class MoTConfig(RoutingConfig):
+    """Mixture of Tokens (arXiv 2310.15961): experts work on mixtures of a group's tokens, not on tokens.
+
+    For expert e and a group of tokens x_i: w_ie = softmax over i of (W x_i)_e / temperature; the expert gets
+    sum_i w_ie x_i, and what it returns goes back to token i times w_ie. Sizes as in `MoEConfig`; granularity
+    is the paper's "/k", more and smaller mixtures. The routing options apply in mode "token_choice", top-k
+    routing with the same weights, in which a trained mixture is trained on so that it can generate.
+    """
+
+    kind: Literal["mot"] = "mot"
+    num_experts: PositiveInt
+    d_expert: PositiveInt
+    top_k: PositiveInt = 1
+    granularity: PositiveInt = 1
+    activation: Activation = "relu"
+    group: PositiveInt = 32
+    """Tokens mixed together. FLOPs equal those of one expert a token where group = num_experts; group = 1
+    gives every token to every expert with weight 1."""
+    axis: Literal["batch", "sequence"] = "batch"
+    """"batch": a group is `group` rows at the same position. "sequence": `group` neighbours in a row, for
+    objective = "masked" only."""
+    temperature: PositiveFloat = 1.0
+    mode: Literal["mixture", "token_choice"] = "mixture"
+
+    @property
+    def bank(self) -> tuple[int, int, int]:
+        """Experts in the bank, the width of one, and how many a token takes in token choice."""
+        return split_experts(self.num_experts, self.d_expert, self.top_k, self.granularity)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether tokens are mixed with others."""
+        return self.mode == "mixture" and self.group > 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_choices(self.bank[2] if self.mode == "token_choice" else 2)
+        return self
+
+
 def split_experts(num_experts: int, d_expert: int, top_k: int, granularity: int) -> tuple[int, int, int]:
     """num_experts * G, d_expert / G and top_k * G. Raises ValueError where that is not possible."""
     if top_k > num_experts:
@@ -159,7 +240,10 @@ def split_experts(num_experts: int, d_expert: int, top_k: int, granularity: int)
     return num_experts * granularity, d_expert // granularity, top_k * granularity
 
 
-LayerConfig = Annotated[MambaConfig | AttentionConfig | DenseConfig | MoEConfig, Field(discriminator="kind")]
+LayerConfig = Annotated[
+    MambaConfig | AttentionConfig | DenseConfig | MoEConfig | ExpertChoiceConfig | MoTConfig,
+    Field(discriminator="kind"),
+]
 
 
 class InitConfig(Frozen):
@@ -189,6 +273,9 @@ class ModelConfig(Frozen):
     head_bias: bool = False
     residual_float32: bool = True
     """Keep the residual stream in float32 whatever the compute dtype."""
+    objective: Literal["causal", "masked"] = "causal"
+    """"masked" hides `data.mask_fraction` of the tokens behind the last id of the vocabulary, which the
+    tokenizer must not use, and predicts them."""
     init: InitConfig = InitConfig()
 
     @property
@@ -201,9 +288,42 @@ class ModelConfig(Frozen):
         for layer in self.pattern:
             if isinstance(layer, AttentionConfig):
                 _check_heads(layer, self.d_model)
+                if not layer.causal and self.objective == "causal":
+                    raise ValueError('causal=false sees the tokens to predict: set objective="masked"')
+            if isinstance(layer, MoTConfig) and layer.axis == "sequence" and self.objective == "causal":
+                raise ValueError(
+                    'axis="sequence" mixes a token with later ones: use axis="batch" or objective="masked"'
+                )
         if self.tied_embeddings and self.head_bias:
             raise ValueError("head_bias=true needs tied_embeddings=false: a tied head has no bias of its own")
         return self
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows of a forward pass must be a multiple of this, because groups of them are mixed."""
+        mixing = [layer for layer in self.pattern if isinstance(layer, MoTConfig) and layer.mixes]
+        return lcm(1, *(layer.group for layer in mixing if layer.axis == "batch"))
+
+    @property
+    def length_multiple(self) -> int:
+        """The length of a forward pass must be a multiple of this."""
+        mixing = [layer for layer in self.pattern if isinstance(layer, MoTConfig) and layer.mixes]
+        return lcm(1, *(layer.group for layer in mixing if layer.axis == "sequence"))
+
+    def why_no_generation(self) -> str | None:
+        """What keeps the model from generating text, and the remedy; None if nothing does."""
+        if self.objective == "masked":
+            return 'objective="masked" fills in hidden tokens and continues no text: train with "causal"'
+        for layer in self.pattern:
+            mixes = isinstance(layer, MoTConfig) and layer.mixes
+            chosen = isinstance(layer, ExpertChoiceConfig) and layer.mode == "expert_choice"
+            if mixes or chosen:
+                return (
+                    f"a {layer.kind} layer's output depends on the other rows of the batch: train on as "
+                    f"token choice with the same weights, `ssmoe train RUN/config.json train.init_from=RUN "
+                    f"model.pattern.{layer.kind}.mode=token_choice name=NEW`, and generate from that run"
+                )
+        return None
 
 
 def _check_heads(layer: AttentionConfig, d_model: int) -> None:

@@ -6,13 +6,19 @@ from torch import nn
 from ssmoe.config.model import (
     AttentionConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     LayerConfig,
     MambaConfig,
     ModelConfig,
     MoEConfig,
+    MoTConfig,
+    RoutingConfig,
 )
 from ssmoe.model.feedforwards.dense import Dense
-from ssmoe.model.feedforwards.moe import MoE
+from ssmoe.model.feedforwards.expert_choice import ExpertChoice
+from ssmoe.model.feedforwards.moe import Experts, MoE
+from ssmoe.model.feedforwards.mot import MixtureOfTokens
+from ssmoe.model.feedforwards.router import Router
 from ssmoe.model.init import init_weights
 from ssmoe.model.lm import LM, Residual
 from ssmoe.model.mixers.attention import Attention
@@ -60,7 +66,13 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
                 ops=ops,
             )
         case AttentionConfig():
-            return Attention(d_model, num_heads=layer.num_heads, rope=layer.rope, rope_base=layer.rope_base)
+            return Attention(
+                d_model,
+                num_heads=layer.num_heads,
+                rope=layer.rope,
+                rope_base=layer.rope_base,
+                causal=layer.causal,
+            )
         case DenseConfig():
             return Dense(d_model, d_ff=layer.d_ff, activation=layer.activation)
         case MoEConfig():
@@ -85,6 +97,47 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
                 jitter=layer.jitter,
                 ops=ops,
             )
+        case ExpertChoiceConfig():
+            num_experts, width, num_choices = layer.bank
+            return ExpertChoice(
+                d_model,
+                router=_router(layer, d_model, num_experts, num_choices),
+                experts=Experts(
+                    d_model, num_experts=num_experts, d_expert=width, activation=layer.activation, ops=ops
+                ),
+                output_norm=layer.output_norm,
+                group=layer.group,
+                mode=layer.mode,
+            )
+        case MoTConfig():
+            num_experts, width, num_choices = layer.bank
+            return MixtureOfTokens(
+                router=_router(layer, d_model, num_experts, num_choices),
+                experts=Experts(
+                    d_model, num_experts=num_experts, d_expert=width, activation=layer.activation, ops=ops
+                ),
+                group=layer.group,
+                axis=layer.axis,
+                temperature=layer.temperature,
+                mode=layer.mode,
+            )
+
+
+def _router(layer: RoutingConfig, d_model: int, num_experts: int, num_choices: int) -> Router:
+    return Router(
+        d_model,
+        num_experts=num_experts,
+        top_k=num_choices,
+        score=layer.score,
+        normalise_weights=layer.normalise_weights,
+        weight_scale=layer.weight_scale,
+        balance=layer.balance,
+        balance_coefficient=layer.balance_coefficient,
+        bias_update=layer.bias_update,
+        bias_rate=layer.bias_rate,
+        z_coefficient=layer.z_coefficient,
+        jitter=layer.jitter,
+    )
 
 
 def _norm(config: ModelConfig) -> nn.Module:

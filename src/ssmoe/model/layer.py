@@ -51,7 +51,8 @@ class Layer(Protocol):
     """What a stack needs of a layer."""
 
     batch_dependent: bool
-    """In training mode a token's output depends on the other rows of the batch."""
+    """In training mode, or in every mode (expert choice, Mixture of Tokens), a token's output depends on the
+    other rows of the batch."""
 
     def __call__(
         self, x: Tensor, state: LayerState | None = None, segments: Segments | None = None

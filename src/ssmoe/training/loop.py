@@ -13,6 +13,7 @@ import torch
 
 from ssmoe.config.load import RunConfig
 from ssmoe.data.loader import Cursor, batches
+from ssmoe.data.masking import hide
 from ssmoe.data.prepare import Prepared
 from ssmoe.model.build import build
 from ssmoe.model.lm import LM
@@ -21,6 +22,7 @@ from ssmoe.training.checkpoint import (
     latest_checkpoint,
     restore_checkpoint,
     save_checkpoint,
+    start_from,
 )
 from ssmoe.training.console import Reporter, Silent
 from ssmoe.training.folder import create_folder, resolve_device
@@ -63,6 +65,8 @@ def train(
     """
     reporter = reporter or Silent()
     model = _build(config, data)
+    if config.train.init_from is not None and not resume:
+        start_from(model, config.train.init_from)
     groups = parameter_groups(model)
     optimizer = build_optimizer(groups, config.train)
     if resume:
@@ -92,6 +96,11 @@ def _build(config: RunConfig, data: Prepared) -> LM:
             f"the tokenizer has {vocabulary} tokens and the model a vocabulary of {size}: "
             f"set model.vocab_size={vocabulary} or another data.tokenizer"
         )
+    if config.model.objective == "masked" and vocabulary == size:
+        raise ValueError(
+            f"the tokenizer uses all {size} ids and a masked model hides tokens behind one of its own: "
+            f"set model.vocab_size={size + 1}"
+        )
     train = config.train
     dtype = torch.bfloat16 if train.precision == "bfloat16" else None
     device = resolve_device(train.device)
@@ -111,6 +120,14 @@ def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Call
     for step in range(progress.step + 1, train.steps + 1):
         begin = perf_counter()
         batch, cursor = next(rows)
+        if run.model.config.objective == "masked":
+            batch = hide(
+                batch,
+                mask_id=run.model.config.vocab_size - 1,
+                fraction=data.mask_fraction,
+                seed=data.seed,
+                number=progress.cursor.rows,
+            )
         rate = learning_rate(train, step - 1)
         result = train_step(run.model, run.optimizer, batch, train, rate, isolate=data.isolate_documents)
         elapsed = perf_counter() - begin

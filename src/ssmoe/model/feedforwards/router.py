@@ -66,10 +66,13 @@ class Router(Float32Module):
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Routing:
         """x: (b, l, d_model) -> Routing of t = b * l tokens."""
-        b, length, d_model = x.shape
-        logits = self.logits(x.reshape(-1, d_model))  # (t, e)
-        real = torch.ones(b, length, dtype=torch.bool, device=x.device) if segments is None else segments.real
-        scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
+        return self.choose(self.logits(x), real_tokens(x, segments))
+
+    def choose(self, logits: Tensor, real: Tensor) -> Routing:
+        """logits: (b, l, e). real: (b, l) bool, false on padding."""
+        b, length, _ = logits.shape
+        logits = logits.reshape(b * length, -1)
+        scores = self.scores(logits)
         choice = scores if self.bias is None else scores + self.bias
         expert = _top_k(choice.detach(), self.top_k).masked_fill(~real.reshape(-1, 1), -1)  # (t, k)
         weight = scores.gather(1, expert.clamp(min=0))
@@ -78,9 +81,8 @@ class Router(Float32Module):
         kept = expert
         if self.training and self.capacity_factor is not None:
             kept = self._drop(expert, b, length, real)
-        # sigmoid scores become a distribution for the statistics
-        shares = scores if self.score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-        stats = self._stats(logits, shares, expert, kept, real.reshape(-1))
+        load = count(expert.flatten() + 1, self.num_experts + 1)[1:]
+        stats = self.statistics(logits, real.reshape(-1), load, (expert != kept).sum())
         return Routing(kept.to(torch.int32), weight * self.weight_scale, stats)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -89,6 +91,10 @@ class Router(Float32Module):
         if self.training and self.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         return F.linear(x, self.weight)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """(..., e) -> (..., e), positive."""
+        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
@@ -112,33 +118,45 @@ class Router(Float32Module):
         )
         claims = expert.view(b, length, self.top_k).transpose(0, 1).reshape(-1)
         order = torch.argsort(claims, stable=True)
-        counts = _count(claims + 1, self.num_experts + 1)
+        counts = count(claims + 1, self.num_experts + 1)
         begin = (counts.cumsum(0) - counts)[claims[order] + 1]
         place = torch.empty_like(claims)
         place[order] = torch.arange(claims.numel(), device=claims.device) - begin
         claims = claims.masked_fill(place >= capacity, -1)
         return claims.view(length, b, self.top_k).transpose(0, 1).reshape(-1, self.top_k)
 
-    def _stats(
-        self, logits: Tensor, probabilities: Tensor, expert: Tensor, kept: Tensor, real: Tensor
-    ) -> RouterStats:
+    def statistics(self, logits: Tensor, real: Tensor, load: Tensor, dropped: Tensor) -> RouterStats:
+        """What happened to logits (t, e) where real (t,), of which the experts got `load` (e,)."""
+        scores = self.scores(logits)
+        # sigmoid scores become a distribution
+        shares = scores if self.score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
         tokens = real.sum().clamp(min=1)
-        masked = probabilities * real.unsqueeze(-1)
-        load = _count(expert.flatten() + 1, self.num_experts + 1)[1:]
-        share = load.to(masked.dtype) / (tokens * self.top_k)
-        balance = self.num_experts * (share * (masked.sum(0) / tokens)).sum()
+        masked = shares * real.unsqueeze(-1)
+        fraction = load.to(masked.dtype) / (tokens * self.top_k)
+        balance = self.num_experts * (fraction * (masked.sum(0) / tokens)).sum()
         z = (logits.logsumexp(dim=-1).square() * real).sum() / tokens
         with torch.no_grad():
-            entropy = -(masked * probabilities.clamp(min=1e-30).log()).sum() / tokens
+            entropy = -(masked * shares.clamp(min=1e-30).log()).sum() / tokens
             confidence = masked.amax(dim=-1).sum() / tokens
         return RouterStats(
             balance=self.balance_coefficient * balance,
             z=self.z_coefficient * z,
             load=load,
-            dropped=(expert != kept).sum(),
+            dropped=dropped,
             confidence=confidence,
             entropy=entropy,
         )
+
+
+def real_tokens(x: Tensor, segments: Segments | None) -> Tensor:
+    """(b, l) bool, false on padding."""
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if segments is None else segments.real
+
+
+def count(values: Tensor, size: int) -> Tensor:
+    """How often each of 0 to size - 1 occurs, without waiting for the device as bincount does."""
+    ones = torch.ones_like(values)
+    return torch.zeros(size, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)
 
 
 def _top_k(probabilities: Tensor, k: int) -> Tensor:
@@ -146,12 +164,6 @@ def _top_k(probabilities: Tensor, k: int) -> Tensor:
     if k == 1:
         return probabilities.argmax(dim=-1, keepdim=True)
     return probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-
-def _count(values: Tensor, size: int) -> Tensor:
-    """How often each of 0 to size - 1 occurs, without waiting for the device as bincount does."""
-    ones = torch.ones_like(values)
-    return torch.zeros(size, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)
 
 
 def rebalance(layer: nn.Module, load: Tensor) -> None:
