@@ -5,9 +5,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmoe.config.count import SCAN_FLOPS, count_parameters, forward_flops, state_bytes, training_flops
+from ssmoe.config.count import (
+    SCAN_FLOPS,
+    count_parameters,
+    forward_flops,
+    state_bytes,
+    training_flops,
+)
 from ssmoe.config.load import preset
-from ssmoe.config.model import MambaConfig, MoTConfig
+from ssmoe.config.model import MambaConfig, MoTConfig, S4DConfig
 from ssmoe.model.build import build
 from ssmoe.model.state import num_bytes
 from tests.model.zoo import MIXING, PATTERNS, mixing, small
@@ -56,7 +62,9 @@ def test_tiny_presets_have_the_same_active_size_within_ten_percent() -> None:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_flops_equal_torchs_counter(name: str) -> None:
     """It counts matrix products and whole attention squares; ours adds the scan and halves the squares."""
-    config, length = small(name), 32
+    config = small(name)
+    # the convolution of S4D is counted as its recurrence, which a single position is
+    length = 1 if any(isinstance(layer, S4DConfig) for layer in config.layers) else 32
     model = build(config).eval()
     # the counter knows attention by its matrix products only
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -67,6 +75,9 @@ def test_flops_equal_torchs_counter(name: str) -> None:
             ours -= layer.d_inner(16) * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
             # torch also counts the read-out as a product
             ours += 2 * layer.d_inner(16) * layer.d_state
+        if isinstance(layer, S4DConfig):
+            scan = S4D_FLOPS[layer.parametrisation] * layer.d_state
+            ours -= layer.d_inner(16) * (scan + 2 * layer.d_conv)
         if isinstance(layer, MoTConfig) and layer.mode == "mixture" and layer.group == 1:
             ours -= 2 * 16 * layer.bank[0]  # a mixture of one is an outer product, no matrix product to torch
         if layer.kind == "attention":

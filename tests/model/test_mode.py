@@ -83,5 +83,5 @@ def test_a_masked_model_trains_and_is_scored_on_hidden_tokens(tmp_path: Path) ->
 
 def test_the_hiding_token_must_be_free(tmp_path: Path) -> None:
     run = run_config("masked", "mot-masked-tiny", tmp_path, "model.vocab_size=257")
-    with pytest.raises(ValueError, match="set model.vocab_size=258"):
+    with pytest.raises(ValueError, match=r"set model.vocab_size=258"):
         ssmoe.train(run, tmp_path / "masked")

@@ -17,9 +17,12 @@ from ssmoe.config.model import (
     ModelConfig,
     MoEConfig,
     MoTConfig,
+    S4DConfig,
 )
 
 SCAN_FLOPS = 7
+S4D_FLOPS = {"real": 5, "complex": 14}
+"""A state element and token in recurrent mode: decay, drive, add and read out."""
 
 
 class LayerCount(NamedTuple):
@@ -64,6 +67,11 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
             # convolution and its bias, A_log, D, delta bias
             total = matrices + d_inner * (layer.d_conv + 1 + layer.d_state + 2)
             return LayerCount(total, total, matrices)
+        case S4DConfig():
+            d_inner, parts = layer.d_inner(d_model), 1 + layer.complex
+            # convolution and its bias, A and C, D and delta bias
+            total = d_inner * (3 * d_model + layer.d_conv + 1 + 2 * parts * layer.d_state + 2)
+            return LayerCount(total, total, 3 * d_model * d_inner)
         case AttentionConfig():
             matrices = 4 * d_model**2
             return LayerCount(matrices, matrices, matrices)
@@ -105,6 +113,9 @@ def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> fl
             case MambaConfig():
                 d_inner = layer.d_inner(config.d_model)
                 total += d_inner * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
+            case S4DConfig():
+                scan = S4D_FLOPS[layer.parametrisation] * layer.d_state
+                total += layer.d_inner(config.d_model) * (scan + 2 * layer.d_conv)
             case AttentionConfig():
                 # scores and weighted values over (context + 1) / 2 tokens on average, or over all
                 total += 2.0 * config.d_model * (context + 1 if layer.causal else 2 * context)
@@ -126,6 +137,9 @@ def state_bytes(config: ModelConfig, context: int, *, activation_bytes: int = 4)
             case MambaConfig():
                 d_inner = layer.d_inner(config.d_model)
                 total += d_inner * (activation_bytes * (layer.d_conv - 1) + 4 * layer.d_state)
+            case S4DConfig():
+                ssm = 4 * (1 + layer.complex) * layer.d_state
+                total += layer.d_inner(config.d_model) * (activation_bytes * (layer.d_conv - 1) + ssm)
             case AttentionConfig():
                 total += layer.causal * (2 * config.d_model * context * activation_bytes + 8)
             case _:

@@ -20,11 +20,13 @@ from ssmoe.config.model import (
     ModelConfig,
     MoEConfig,
     MoTConfig,
+    S4DConfig,
 )
 from ssmoe.config.train import TrainConfig
 
 _LAYERS: dict[str, type[Frozen]] = {
     "mamba": MambaConfig,
+    "s4d": S4DConfig,
     "attention": AttentionConfig,
     "dense": DenseConfig,
     "moe": MoEConfig,

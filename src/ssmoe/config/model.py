@@ -60,6 +60,37 @@ class MambaConfig(Frozen):
         return ceil(d_model / 16) if self.dt_rank == "auto" else self.dt_rank
 
 
+class S4DConfig(Frozen):
+    """The time-invariant diagonal state space S4D (arXiv 2206.11893) in Mamba's block, without selection."""
+
+    kind: Literal["s4d"] = "s4d"
+    d_state: PositiveInt = 16
+    """States of a channel; a complex one stands for itself and its conjugate."""
+    parametrisation: Literal["real", "complex"] = "complex"
+    """S4D-Real, A_n = -(n + 1), or S4D-Lin, A_n = -1/2 + i pi n."""
+    d_conv: PositiveInt = 4
+    """Taps of the causal convolution in front."""
+    expand: PositiveFloat = 2.0
+    dt_min: PositiveFloat = 1e-3
+    dt_max: PositiveFloat = 1e-1
+    """The initial step sizes are log-uniform in [dt_min, dt_max]."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min} is above dt_max={self.dt_max}: swap them")
+        return self
+
+    @property
+    def complex(self) -> bool:
+        """Whether the states are complex."""
+        return self.parametrisation == "complex"
+
+    def d_inner(self, d_model: int) -> int:
+        """Channels inside the mixer."""
+        return max(1, round(self.expand * d_model))
+
+
 class AttentionConfig(Frozen):
     """Multi-head self-attention."""
 
@@ -241,7 +272,7 @@ def split_experts(num_experts: int, d_expert: int, top_k: int, granularity: int)
 
 
 LayerConfig = Annotated[
-    MambaConfig | AttentionConfig | DenseConfig | MoEConfig | ExpertChoiceConfig | MoTConfig,
+    MambaConfig | S4DConfig | AttentionConfig | DenseConfig | MoEConfig | ExpertChoiceConfig | MoTConfig,
     Field(discriminator="kind"),
 ]
 

@@ -17,8 +17,8 @@ def hide(batch: Batch, *, mask_id: int, fraction: float, seed: int, number: int)
     Which ones depends on `seed` and `number` (the rows read before this batch, say) alone.
     """
     b, length = batch.ids.shape
-    raw = np.random.Philox(key=(seed % 2**64) | (number << 64)).random_raw(b * length)
-    bits = cast(NDArray[np.uint64], raw).reshape(b, length)
+    generator = np.random.Philox(key=(seed % 2**64) | (number << 64))
+    bits = cast(NDArray[np.uint64], generator.random_raw(b * length)).reshape(b, length)
     rank = np.argsort(np.argsort(bits, kind="stable"), kind="stable")
     hidden = rank < max(1, round(fraction * length))
     return batch._replace(

@@ -13,6 +13,7 @@ from ssmoe.config.model import (
     MoEConfig,
     MoTConfig,
     RoutingConfig,
+    S4DConfig,
 )
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.expert_choice import ExpertChoice
@@ -23,6 +24,7 @@ from ssmoe.model.init import init_weights
 from ssmoe.model.lm import LM, Residual
 from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
+from ssmoe.model.mixers.s4d import S4D
 from ssmoe.model.norm import LayerNorm, RMSNorm
 from ssmoe.ops import Ops, load
 
@@ -61,6 +63,17 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
                 d_conv=layer.d_conv,
                 expand=layer.expand,
                 dt_rank=layer.dt_rank,
+                dt_min=layer.dt_min,
+                dt_max=layer.dt_max,
+                ops=ops,
+            )
+        case S4DConfig():
+            return S4D(
+                d_model,
+                d_state=layer.d_state,
+                parametrisation=layer.parametrisation,
+                d_conv=layer.d_conv,
+                expand=layer.expand,
                 dt_min=layer.dt_min,
                 dt_max=layer.dt_max,
                 ops=ops,
