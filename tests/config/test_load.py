@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ssmoe.config.load import RunConfig, load_run, preset, preset_names
+from ssmoe.config.model import ParallelConfig
 
 
 def test_every_preset_loads_and_describes_itself() -> None:
@@ -110,6 +111,15 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message:
 def test_a_missing_file_says_what_to_give() -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: nowhere\.toml"):
         load_run("nowhere.toml")
+
+
+def test_a_section_of_a_layer_can_be_reached() -> None:
+    overrides = ["model.pattern.parallel.moe.num_experts=3", "model.pattern.parallel.mamba.d_state=4"]
+    layer = preset("moe-mamba-parallel-tiny", overrides).model.pattern[0]
+    assert isinstance(layer, ParallelConfig)
+    assert (layer.moe.num_experts, layer.mamba.d_state) == (3, 4)
+    with pytest.raises(ValueError, match=r"did you mean model.pattern.parallel.moe.num_experts\?"):
+        preset("moe-mamba-parallel-tiny", ["model.pattern.parallel.moe.num_expert=3"])
 
 
 @pytest.mark.parametrize(

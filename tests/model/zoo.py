@@ -7,9 +7,11 @@ from ssmoe.config.model import (
     ExpertChoiceConfig,
     LayerConfig,
     MambaConfig,
+    MambaExpertsConfig,
     ModelConfig,
     MoEConfig,
     MoTConfig,
+    ParallelConfig,
     S4DConfig,
 )
 
@@ -48,6 +50,16 @@ PATTERNS = {
     ),
     "mot": (MoTConfig(num_experts=4, d_expert=12, group=8, mode="token_choice", z_coefficient=0.1),),
     "mot-of-one": (MoTConfig(num_experts=3, d_expert=12, group=1),),
+    "conv-experts": (MambaExpertsConfig(projections=("conv",), num_experts=3, d_expert=7),),
+    "inner-moe": (
+        MambaConfig(d_state=3),
+        MambaExpertsConfig(num_experts=3, d_expert=7, top_k=2, balance="bias", z_coefficient=0.1),
+    ),
+    "rom": (
+        MambaExpertsConfig(num_experts=4, top_k=2, expert="linear", routing="shared", balance="none"),
+        DenseConfig(d_ff=24),
+    ),
+    "parallel": (ParallelConfig(mamba=MambaConfig(d_state=4), moe=MoEConfig(num_experts=3, d_expert=12)),),
     "moe-mamba": (MambaConfig(d_state=4), MoEConfig(num_experts=4, d_expert=20, capacity_factor=1.0)),
     "hybrid": (
         MambaConfig(d_state=4),

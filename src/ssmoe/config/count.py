@@ -14,9 +14,11 @@ from ssmoe.config.model import (
     ExpertChoiceConfig,
     LayerConfig,
     MambaConfig,
+    MambaExpertsConfig,
     ModelConfig,
     MoEConfig,
     MoTConfig,
+    ParallelConfig,
     S4DConfig,
 )
 
@@ -91,6 +93,11 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
             router, norm = d_model * num_experts, 2 * d_model * layer.output_norm
             matrices = num_choices * expert + router
             return LayerCount(num_experts * expert + router + norm, matrices + norm, matrices)
+        case MambaExpertsConfig():
+            return _count_mamba_experts(layer, d_model)
+        case ParallelConfig():
+            parts = zip(count_layer(layer.mamba, d_model), count_layer(layer.moe, d_model), strict=True)
+            return LayerCount(*(one + other for one, other in parts))
         case MoTConfig():
             num_experts, width, num_choices = layer.bank
             expert = (3 if layer.activation == "swiglu" else 2) * d_model * width
@@ -104,6 +111,23 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
             return LayerCount(total, active, active + 2 * router)
 
 
+def _count_mamba_experts(layer: MambaExpertsConfig, d_model: int) -> LayerCount:
+    """Every projection joins d_model and d_inner, so that all experts have the same size."""
+    mamba, d_inner = count_layer(layer.mamba, d_model), layer.mamba.d_inner(d_model)
+    expert = d_model * d_inner if layer.expert == "linear" else layer.d_expert * (d_model + d_inner)
+    replaced = len(layer.projections)
+    # a router of its own reads what the projection reads
+    inputs = [d_inner if name == "out" else d_model for name in layer.projections]
+    router = layer.num_experts * (d_model if layer.routing == "shared" else sum(inputs))
+    rest = -replaced * d_model * d_inner + router
+    active = replaced * layer.top_k * expert + rest
+    return LayerCount(
+        mamba.total + replaced * layer.num_experts * expert + rest,
+        mamba.active + active,
+        mamba.matrices + active,
+    )
+
+
 def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> float:
     """Mean FLOPs a token of a forward pass over `context` tokens; `head` counts the projection to logits."""
     total = 2.0 * config.d_model * config.vocab_size if head else 0.0
@@ -111,8 +135,9 @@ def forward_flops(config: ModelConfig, context: int, *, head: bool = True) -> fl
         total += 2.0 * count_layer(layer, config.d_model).matrices
         match layer:
             case MambaConfig():
-                d_inner = layer.d_inner(config.d_model)
-                total += d_inner * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
+                total += _scan_flops(layer, config.d_model)
+            case MambaExpertsConfig() | ParallelConfig():
+                total += _scan_flops(layer.mamba, config.d_model)
             case S4DConfig():
                 scan = S4D_FLOPS[layer.parametrisation] * layer.d_state
                 total += layer.d_inner(config.d_model) * (scan + 2 * layer.d_conv)
@@ -135,8 +160,9 @@ def state_bytes(config: ModelConfig, context: int, *, activation_bytes: int = 4)
     for layer in config.layers:
         match layer:
             case MambaConfig():
-                d_inner = layer.d_inner(config.d_model)
-                total += d_inner * (activation_bytes * (layer.d_conv - 1) + 4 * layer.d_state)
+                total += _mamba_state(layer, config.d_model, activation_bytes)
+            case MambaExpertsConfig() | ParallelConfig():
+                total += _mamba_state(layer.mamba, config.d_model, activation_bytes)
             case S4DConfig():
                 ssm = 4 * (1 + layer.complex) * layer.d_state
                 total += layer.d_inner(config.d_model) * (activation_bytes * (layer.d_conv - 1) + ssm)
@@ -145,6 +171,14 @@ def state_bytes(config: ModelConfig, context: int, *, activation_bytes: int = 4)
             case _:
                 pass
     return total
+
+
+def _scan_flops(layer: MambaConfig, d_model: int) -> int:
+    return layer.d_inner(d_model) * (SCAN_FLOPS * layer.d_state + 2 * layer.d_conv)
+
+
+def _mamba_state(layer: MambaConfig, d_model: int, activation_bytes: int) -> int:
+    return layer.d_inner(d_model) * (activation_bytes * (layer.d_conv - 1) + 4 * layer.d_state)
 
 
 def _norm(config: ModelConfig) -> int:

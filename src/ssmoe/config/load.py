@@ -17,9 +17,11 @@ from ssmoe.config.model import (
     ExpertChoiceConfig,
     Frozen,
     MambaConfig,
+    MambaExpertsConfig,
     ModelConfig,
     MoEConfig,
     MoTConfig,
+    ParallelConfig,
     S4DConfig,
 )
 from ssmoe.config.train import TrainConfig
@@ -30,6 +32,8 @@ _LAYERS: dict[str, type[Frozen]] = {
     "attention": AttentionConfig,
     "dense": DenseConfig,
     "moe": MoEConfig,
+    "mamba_experts": MambaExpertsConfig,
+    "parallel": ParallelConfig,
     "expert_choice": ExpertChoiceConfig,
     "mot": MoTConfig,
 }
@@ -153,11 +157,16 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> No
 def _assign_layers(
     targets: list[dict[str, Any]], model: type[BaseModel], path: list[str], value: Any, key: str
 ) -> None:
+    section = model.model_fields[path[0]].annotation if path[0] in model.model_fields else None
+    if len(path) == 2 and isinstance(section, type) and issubclass(section, BaseModel):
+        inner = [cast(dict[str, Any], target.setdefault(path[0], {})) for target in targets]
+        return _assign_layers(inner, section, path[1:], value, key)
     if len(path) != 1 or path[0] not in model.model_fields or path[0] == "kind":
         prefix = key.removesuffix("." + ".".join(path))
         raise ValueError(f"unknown key {key!r}{_nearest_key(prefix, path[0], model)}")
     for target in targets:
         target[path[0]] = value
+    return None
 
 
 def _pick_layers(layers: list[dict[str, Any]], segment: str, key: str) -> list[dict[str, Any]]:

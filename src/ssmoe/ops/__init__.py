@@ -23,6 +23,7 @@ class Ops(NamedTuple):
     selective_scan: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
+    expert_linear: Callable[..., Tensor]
 
 
 def resolve(backend: str, device: str) -> str:
@@ -54,4 +55,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         selective_scan=module.selective_scan,
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
+        expert_linear=module.expert_linear,
     )
