@@ -3,22 +3,24 @@
 With `cli`, the composition root: only here and there may `training` meet `eval`.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from ssmoe.config.load import RunConfig
 from ssmoe.data.prepare import Prepared, prepare
-from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
+from ssmoe.data.tokenizer import load_tokenizer
 from ssmoe.eval.perplexity import HeldOut, evaluate
 from ssmoe.model.feedforwards.mode import token_choice
 from ssmoe.model.lm import LM
-from ssmoe.training.checkpoint import find_weights
+from ssmoe.training.checkpoint import find_weights, list_checkpoints
 from ssmoe.training.compare import Comparison, check_comparable, compare_runs, write_comparison
 from ssmoe.training.console import open_reporter
 from ssmoe.training.folder import check_folder
-from ssmoe.training.loop import Evaluate
+from ssmoe.training.loop import Evaluate, check_vocabulary
 from ssmoe.training.loop import train as train_loop
 from ssmoe.training.report import write_report
 
@@ -44,15 +46,17 @@ def train(
     folder = Path("runs") / run.name if folder is None else Path(folder)
     console = console or Console(quiet=True)
     check_folder(folder, run, resume=resume, overwrite=overwrite)
-    data = prepare(run.data, tokenizer=_saved_tokenizer(folder) if resume else None, log=console.print)
+    tokenizer = load_tokenizer(find_weights(folder)) if resume else None
+    data = prepare(run.data, tokenizer=tokenizer, log=lambda line: _print(console, line))
     with open_reporter(console, run.train.steps) as reporter:
         finished = train_loop(
             run, folder, data, evaluate=_evaluator(run, data), resume=resume, reporter=reporter
         )
     if not finished:
-        raise Interrupted(f"stopped; the checkpoint is saved: go on with `ssmoe train {folder} --resume`")
+        command = f"ssmoe train {shlex.quote(str(folder))} --resume"
+        raise Interrupted(f"stopped; the checkpoint is saved: go on with `{command}`")
     for line in write_report(folder):
-        console.print(line, highlight=False, soft_wrap=True)
+        _print(console, line)
     return folder
 
 
@@ -67,22 +71,39 @@ def compare(
 ) -> Comparison:
     """Train `runs` on the same batches and measure each against `baseline` (a run's name; None is the first).
 
-    A run matches at its first held-out evaluation at or below the baseline's final held-out loss. Raises
-    ValueError where data, steps, batch or evaluations differ between the runs.
+    A run matches at its first held-out evaluation at or below the baseline's final held-out loss. resume:
+    each run goes on from where it is, those without a checkpoint from the start. Raises ValueError, before
+    anything is trained, where data, steps, batch or evaluations differ between the runs.
     """
     check_comparable(runs, baseline)
     folder, console = Path(folder), console or Console(quiet=True)
+    rules = {run.name: _rules(folder / run.name, resume=resume, overwrite=overwrite) for run in runs}
+    tokenizer = prepare(runs[0].data, log=lambda line: _print(console, line)).tokenizer
     for run in runs:
-        console.print(f"== {run.name}", highlight=False)
-        exists = (folder / run.name).is_dir()
-        train(run, folder / run.name, resume=resume and exists, overwrite=overwrite, console=console)
+        check_folder(folder / run.name, run, **rules[run.name]._asdict())
+        check_vocabulary(run.model, tokenizer)
+    for run in runs:
+        _print(console, f"== {run.name}")
+        try:
+            train(run, folder / run.name, **rules[run.name]._asdict(), console=console)
+        except Interrupted as stop:
+            message = "stopped; the checkpoint is saved: go on with the same command and --resume"
+            raise Interrupted(message) from stop
     comparison = compare_runs([folder / run.name for run in runs], baseline or runs[0].name)
     write_comparison(comparison, folder)
     return comparison
 
 
-def _saved_tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(find_weights(folder))
+class _Rules(NamedTuple):
+    resume: bool
+    overwrite: bool
+
+
+def _rules(folder: Path, *, resume: bool, overwrite: bool) -> _Rules:
+    """What resuming a comparison means for one of its runs."""
+    if not resume or overwrite or list_checkpoints(folder):
+        return _Rules(resume, overwrite)
+    return _Rules(resume=False, overwrite=folder.exists())
 
 
 def _evaluator(run: RunConfig, data: Prepared) -> Evaluate:
@@ -112,3 +133,8 @@ def _evaluator(run: RunConfig, data: Prepared) -> Evaluate:
         return values
 
     return evaluate_held_out
+
+
+def _print(console: Console, line: str) -> None:
+    """As it is: brackets in a path are no markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -57,6 +57,7 @@ def test_a_pattern_may_be_replaced_whole() -> None:
         ("train.steps.more=1", "steps is a value"),
         ("model.pattern.moe.kind=mamba", "unknown key"),
         ("train.steps=many", "train.steps"),
+        ("name=../../elsewhere", "name: String should match pattern"),
         ("data.context=0", r"data\.context.*greater than 0.*got 0"),
         ("model.pattern.moe.top_k=90", "lower top_k to at most 8"),
         ("steps", "key=value"),
@@ -106,6 +107,16 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=message) as caught:
         load_run(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("mine.json", b"[1]", "holds no sections"), ("mine.toml", b"\xff\xfe\x00", "cannot be read")],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_run(str(tmp_path / name))
 
 
 def test_a_missing_file_says_what_to_give() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from ssmoe.config.data import DataConfig
 from ssmoe.data import prepare as module
-from ssmoe.data.prepare import prepare
+from ssmoe.data.prepare import prepare, prepare_text
 from ssmoe.data.sources import Document, read_documents
 from ssmoe.data.tokenizer import END_TOKEN, ByteTokenizer, train_bpe
 
@@ -206,3 +206,18 @@ def test_single_document_names_the_remedy(config, tmp_path):
         prepare(change(config, sources=(str(path),)))
     prepared = prepare(change(config, sources=(str(path),), max_document_bytes=320))
     assert prepared.held_out.num_documents >= 1
+
+
+def test_text_without_a_split_is_all_documents_in_order(config):
+    corpus = prepare_text(config, ByteTokenizer())
+    texts = [document.text for document in read_documents(config)]
+    found = [ByteTokenizer().decode(corpus.document(i).tolist()) for i in range(corpus.num_documents)]
+    assert found == texts
+    assert corpus.num_bytes == sum(len(text.encode()) for text in texts)
+    both = prepare(config)
+    assert corpus.num_tokens == both.train.num_tokens + both.held_out.num_tokens
+    lines: list[str] = []
+    prepare_text(config, ByteTokenizer(), log=lines.append)
+    assert lines == []
+    one = change(config, sources=(config.sources[0] + "/00.txt",))
+    assert prepare_text(one, ByteTokenizer()).num_documents == 1

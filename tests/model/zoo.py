@@ -30,6 +30,7 @@ PATTERNS = {
     "moe": (MoEConfig(num_experts=5, d_expert=12),),
     "moe-top2": (MoEConfig(num_experts=4, d_expert=12, top_k=2, activation="swiglu"),),
     "moe-fine": (
+        MambaConfig(d_state=3),
         MoEConfig(
             num_experts=3,
             d_expert=16,
@@ -43,12 +44,18 @@ PATTERNS = {
             activation="swiglu",
         ),
     ),
-    "moe-mixtral": (MoEConfig(num_experts=4, d_expert=12, top_k=2, normalise_weights=True, balance="none"),),
+    "moe-mixtral": (
+        MambaConfig(d_state=2),
+        MoEConfig(num_experts=4, d_expert=12, top_k=2, normalise_weights=True, balance="none"),
+    ),
     "expert-choice": (
         MambaConfig(d_state=3),
         ExpertChoiceConfig(num_experts=3, d_expert=12, granularity=2, mode="token_choice"),
     ),
-    "mot": (MoTConfig(num_experts=4, d_expert=12, group=8, mode="token_choice", z_coefficient=0.1),),
+    "mot": (
+        MambaConfig(d_state=2),
+        MoTConfig(num_experts=4, d_expert=12, group=8, mode="token_choice", z_coefficient=0.1),
+    ),
     "mot-of-one": (MoTConfig(num_experts=3, d_expert=12, group=1),),
     "conv-experts": (MambaExpertsConfig(projections=("conv",), num_experts=3, d_expert=7),),
     "inner-moe": (

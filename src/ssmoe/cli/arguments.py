@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssmoe.config.load import RunConfig, load_run
+from ssmoe.config.load import RunConfig, load_run, preset_names
 
 OVERRIDES = "fields to change, such as train.steps=500 model.pattern.moe.num_experts=16"
 
@@ -45,9 +45,9 @@ def split_presets(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read_run_config(name: str, overrides: list[str]) -> tuple[RunConfig, Path | None]:
-    """The configuration, and the folder if `name` is a run folder."""
+    """The configuration, and the folder if `name` is a run folder; a preset's name is always the preset."""
     folder = Path(name)
-    if (folder / "config.json").is_file():
+    if name not in preset_names() and (folder / "config.json").is_file():
         return load_run(str(folder / "config.json"), overrides), folder
     return load_run(name, overrides), None
 

@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print medians and tokens a second."""
     config, _ = read_run_config(arguments.preset, arguments.overrides)
-    batch = arguments.batch or config.train.micro_batch_size or config.train.batch_size
-    context = arguments.context or config.data.context
+    preset_batch = config.train.micro_batch_size or config.train.batch_size
+    batch = preset_batch if arguments.batch is None else arguments.batch
+    context = config.data.context if arguments.context is None else arguments.context
     if min(batch, context, arguments.decode_tokens, arguments.repeats) < 1:
         raise ValueError("--batch, --context, --decode-tokens and --repeats must be at least 1")
 

@@ -1,6 +1,7 @@
 """`ssmoe doctor`: versions, devices, backends, and a numerical self-check."""
 
 import argparse
+from math import isfinite
 
 from ssmoe.cli.arguments import add_json, print_json
 
@@ -18,7 +19,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     found = diagnose()
     if arguments.json:
-        checks = [{**check._asdict(), "passed": check.passed} for check in found.checks]
+        checks = [
+            {
+                **check._asdict(),
+                "error": check.error if isfinite(check.error) else None,
+                "passed": check.passed,
+            }
+            for check in found.checks
+        ]
         print_json({**found._asdict(), "checks": checks, "healthy": found.healthy})
         return 0 if found.healthy else 1
     print("versions  " + "  ".join(f"{name} {number}" for name, number in found.versions.items()))

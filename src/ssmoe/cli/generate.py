@@ -31,13 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ssmoe.generation.text import generate
 
-    def show(row: int, piece: str) -> None:
-        del row
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    # nothing is shown before generate has accepted the arguments
+    shown = False
 
-    if not arguments.json:
-        show(0, arguments.prompt)
+    def show(row: int, piece: str) -> None:
+        nonlocal shown
+        del row
+        sys.stdout.write(piece if shown else arguments.prompt + piece)
+        sys.stdout.flush()
+        shown = True
+
     done = generate(
         model,
         tokenizer,
@@ -53,5 +56,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"text": done.texts[0], "tokens": done.tokens[0], "reason": done.reasons[0]})
     else:
-        print()
+        show(0, "\n")
     return 0

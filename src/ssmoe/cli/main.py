@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
-COMMANDS = ("train", "compare", "generate", "eval", "presets", "bench", "doctor")
+COMMANDS = ("train", "compare", "generate", "eval", "plan", "fit", "presets", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ssmoe: unknown command {arguments[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = _module(arguments[0])
-    parser = argparse.ArgumentParser(prog=f"ssmoe {arguments[0]}", description=command.HELP)
+    parser = _Parser(prog=f"ssmoe {arguments[0]}", description=command.HELP)
     command.add_arguments(parser)
     try:
         return command.run(parser.parse_intermixed_args(arguments[1:]))
@@ -41,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"ssmoe: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is one line here; argparse would print the whole synopsis before it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def _overview() -> str:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, cast
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ssmoe.config.data import DataConfig
 from ssmoe.config.model import (
@@ -42,7 +42,8 @@ _LAYERS: dict[str, type[Frozen]] = {
 class RunConfig(Frozen):
     """Everything that defines a run."""
 
-    name: str
+    name: str = Field(pattern=r"^[\w][\w.+-]*$")
+    """Also the run folder's name, so letters, digits and _ . + - only."""
     description: str = ""
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -102,9 +103,11 @@ def load_run(preset_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise FileNotFoundError(f"no such file: {path}; give a preset's name or a .toml or .json file")
     try:
         text = path.read_text()
-        values: dict[str, Any] = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no sections: it needs at least [model]")
     return _run_config({"name": path.stem, **values}, overrides, str(path))
 
 

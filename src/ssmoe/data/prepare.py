@@ -52,6 +52,13 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, log: Log 
     )
 
 
+def prepare_text(config: DataConfig, tokenizer: Tokenizer, *, log: Log | None = None) -> TokenCorpus:
+    """Reads and tokenises the sources whole, without a split."""
+    survey = _survey(config)
+    folder = Path(config.cache_dir).expanduser()
+    return _find_corpus("whole", survey, survey.sizes.keys(), tokenizer, folder, log or _say_nothing)
+
+
 class _Survey(NamedTuple):
     config: DataConfig
     digests: list[bytes]

@@ -1,6 +1,7 @@
 """From logits to a token: temperature, top-k, top-p, and randomness fixed by seed and position alone."""
 
 from hashlib import blake2b
+from math import inf
 from typing import NamedTuple, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 class Sampling(NamedTuple):
     """How tokens are chosen. temperature 0 is greedy. top_k, top_p None are off.
 
+    num_tokens: ids below this may be chosen, for a vocabulary padded beyond the tokenizer's; None is all.
     Top-k keeps the k likeliest tokens, top-p then the likeliest ones that reach probability p.
     """
 
@@ -17,11 +19,12 @@ class Sampling(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    num_tokens: int | None = None
 
     def check(self) -> Self:
         """Raise ValueError for a value out of range."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative: use 0 for greedy, or more")
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature={self.temperature} is not a number from 0 on: use 0 for greedy")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} keeps no token: use 1 or more, or leave it away")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -36,11 +39,14 @@ def sample(logits: Tensor, positions: list[int], sampling: Sampling) -> list[int
 
     A row's choice depends on its logits, the seed and its position, not on the other rows.
     """
+    logits = logits[:, : sampling.num_tokens]
     if sampling.temperature == 0:
         return [int(token) for token in logits.argmax(dim=-1)]
-    values, tokens = (logits.double().cpu() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    values, tokens = logits.double().cpu().sort(dim=-1, descending=True, stable=True)
+    # from the largest, so that no temperature however small makes it infinite
+    values = (values - values[:, :1]) / sampling.temperature
     if sampling.top_k is not None:
-        values[:, sampling.top_k :] = float("-inf")
+        values[:, sampling.top_k :] = -inf
     probabilities = values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     if sampling.top_p is not None:

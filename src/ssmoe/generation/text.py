@@ -48,7 +48,7 @@ def generate(
     prompt may be empty after a Continuation). Raises ValueError for no prompts, an empty prompt or a
     sampling value out of range. The model is put in eval mode.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed).check()
+    sampling = Sampling(temperature, top_k, top_p, seed, tokenizer.vocab_size).check()
     _check(prompts, max_new_tokens, stop, state)
     start = _start(state, len(prompts))
     opening = [] if start is not None else [tokenizer.end_id]
@@ -140,5 +140,13 @@ def _check(
         raise ValueError("a stop string is empty: leave it away")
     if not isinstance(state, Continuation) and not all(prompts):
         raise ValueError("the prompt is empty: give some text to continue")
-    if isinstance(state, Continuation) and len(state.pending) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts for a state of {len(state.pending)} rows: give one a row")
+    rows = None if state is None else _num_rows(state)
+    if rows is not None and rows != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts for a state of {rows} rows: give one a row")
+
+
+def _num_rows(state: State | Continuation) -> int | None:
+    """None for a state without tensors, which suits any number."""
+    if isinstance(state, Continuation):
+        return len(state.pending)
+    return next((leaf.shape[0] for layer in state for leaf in layer), None)

@@ -6,12 +6,15 @@ are safetensors and JSON: nothing in them can execute.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from ssmoe.data.loader import Cursor
 from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +23,8 @@ from ssmoe.model.weights import WEIGHTS, differences, load_weights, save_weights
 from ssmoe.training.optimizer import optimizer_tensors, restore_optimizer
 
 CHECKPOINTS = "checkpoints"
+_OPTIMIZER = "optimizer.safetensors"
+_PROGRESS = "progress.json"
 _RNG = "rng"
 
 
@@ -43,15 +48,16 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `progress.step` into the run folder and remove all but the `keep` newest."""
     final = folder / CHECKPOINTS / f"step-{progress.step}"
+    for unfinished in final.parent.glob(".step-*.new"):
+        shutil.rmtree(unfinished)
     temporary = final.with_name(f".{final.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "weights").mkdir(parents=True)
     (temporary / "trainer").mkdir()
     save_weights(model, temporary / "weights")
     tokenizer.save(temporary / "weights")
     tensors = {**optimizer_tensors(optimizer, model), _RNG: torch.get_rng_state()}
-    safetensors.torch.save_file(tensors, temporary / "trainer" / "optimizer.safetensors")
-    (temporary / "trainer" / "progress.json").write_text(
+    safetensors.torch.save_file(tensors, temporary / "trainer" / _OPTIMIZER)
+    (temporary / "trainer" / _PROGRESS).write_text(
         json.dumps({**progress._asdict(), "cursor": progress.cursor._asdict()}) + "\n"
     )
     shutil.rmtree(final, ignore_errors=True)
@@ -63,9 +69,8 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
-    return sorted(
-        (folder / CHECKPOINTS).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
-    )
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -77,16 +82,19 @@ def latest_checkpoint(folder: Path) -> Path:
 
 
 def restore_checkpoint(checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer) -> Progress:
-    """Load weights, optimiser and random state into `model` and `optimizer`; return how far the run was."""
+    """Load weights, optimiser and random state into `model` and `optimizer`; return how far the run was.
+
+    Raises ValueError for a checkpoint that is damaged or of another model.
+    """
     device = model.embedding.weight.device
     saved = load_weights(checkpoint / "weights", backend=model.backend, device=device)
-    model.load_state_dict(saved.state_dict())
-    tensors = safetensors.torch.load_file(checkpoint / "trainer" / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop(_RNG))
+    if saved.config != model.config:
+        raise ValueError(f"{checkpoint} is of another model than the run: {_remedy(checkpoint)}")
+    tensors, rng, progress = _read_trainer(checkpoint)
     restore_optimizer(optimizer, model, {name: tensor.to(device) for name, tensor in tensors.items()})
-    values = json.loads((checkpoint / "trainer" / "progress.json").read_text())
-    cursor = Cursor(**values.pop("cursor"))
-    return Progress(cursor=cursor, **values)
+    model.load_state_dict(saved.state_dict())
+    torch.set_rng_state(rng)
+    return progress
 
 
 def start_from(model: LM, path: str) -> None:
@@ -131,4 +139,30 @@ def load(
     Raises FileNotFoundError where there is none, ValueError where the files do not belong together.
     """
     folder = find_weights(path)
-    return load_weights(folder, backend=backend, device=device, dtype=dtype), load_tokenizer(folder)
+    model, tokenizer = (
+        load_weights(folder, backend=backend, device=device, dtype=dtype),
+        load_tokenizer(folder),
+    )
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder} holds a tokenizer of {tokenizer.vocab_size} tokens and a model of "
+            f"{model.config.vocab_size}: put back the tokenizer.json that the model was trained with"
+        )
+    return model, tokenizer
+
+
+def _read_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], Tensor, Progress]:
+    """The optimiser's tensors, the random state and the progress."""
+    folder = checkpoint / "trainer"
+    try:
+        tensors = safetensors.torch.load_file(folder / _OPTIMIZER)
+        values = json.loads((folder / _PROGRESS).read_text())
+        cursor = Cursor(**values.pop("cursor"))
+        progress = Progress(cursor=cursor, **values)
+        return tensors, tensors.pop(_RNG), progress
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): {_remedy(checkpoint)}") from error
+
+
+def _remedy(checkpoint: Path) -> str:
+    return f"remove {checkpoint} to resume from the checkpoint before it"

@@ -70,11 +70,7 @@ def compare_runs(folders: Sequence[Path], baseline: str) -> Comparison:
     for folder in folders:
         records = evaluations[folder.name]
         match = _match(records, target)
-        step, tokens, seconds = (
-            (match or {}).get("step"),
-            (match or {}).get("tokens"),
-            (match or {}).get("seconds"),
-        )
+        step, tokens, seconds = ((match or {}).get(key) for key in ("step", "tokens", "seconds"))
         count = count_parameters(read_run(folder).model)
         rows.append(
             Row(

@@ -65,6 +65,7 @@ class BarReporter:
 
     def __init__(self, console: Console, progress: Progress, task: TaskID) -> None:
         self._console, self._progress, self._task = console, progress, task
+        self._moved = False
 
     def message(self, text: str) -> None:
         """Print the line above the bar."""
@@ -75,6 +76,10 @@ class BarReporter:
         if record["mode"] == "eval":
             self.message(describe_evaluation(record))
             return
+        if not self._moved:
+            # the steps before a resumed one took no time now
+            self._progress.reset(self._task, completed=record["step"])
+            self._moved = True
         self._progress.update(
             self._task,
             completed=record["step"],
@@ -86,6 +91,9 @@ class BarReporter:
 @contextmanager
 def open_reporter(console: Console, steps: int) -> Generator[Reporter]:
     """The reporter that suits `console`, for a run of `steps`."""
+    if console.quiet:
+        yield Silent()
+        return
     if not console.is_terminal:
         yield PlainReporter(console, steps)
         return

@@ -5,16 +5,22 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ssmoe.config.load import RunConfig
+from ssmoe.training.checkpoint import list_checkpoints
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+
+_MAY_CHANGE = "data.cache_dir"
+"""Where a copy of the data lies does not change the run."""
 
 
 def check_folder(folder: Path, run: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -26,24 +32,41 @@ def check_folder(folder: Path, run: RunConfig, *, resume: bool, overwrite: bool)
         raise ValueError(
             f"{folder} exists: give --resume to go on, --overwrite to replace it, or --out another"
         )
-    if exists and not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} exists and is not a run folder (it has no {CONFIG}): give --out another")
+    missing = [name for name in (CONFIG, ENVIRONMENT) if not (folder / name).is_file()]
+    if exists and missing:
+        raise ValueError(
+            f"{folder} exists and is not a run folder (it has no {missing[0]}): give --out another"
+        )
     if resume:
         if not exists:
             raise ValueError(f"{folder} does not exist, so there is nothing to resume: leave --resume away")
         _check_same(run, folder)
+        if not list_checkpoints(folder):
+            raise ValueError(f"{folder} has no checkpoint yet: start it again with --overwrite")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{parent} is not writable: give --out a folder that is")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{parent} is not a folder that can be written: give --out another")
 
 
-def create_folder(folder: Path, run: RunConfig, backend: str, *, data: dict[str, Any]) -> None:
+def check_data(folder: Path, data: Mapping[str, str | int]) -> None:
+    """Raise ValueError unless `data` is what `create_folder` was given when the run began."""
+    stored = read_environment(folder)["data"]
+    for key, what in (("content", "text"), ("tokenizer", "tokenizer")):
+        if stored[key] != data[key]:
+            raise ValueError(
+                f"the {what} of {folder} has changed since the run began: put the old {what} back, "
+                "or train anew with --overwrite or another --out"
+            )
+
+
+def create_folder(folder: Path, run: RunConfig, backend: str, *, data: Mapping[str, str | int]) -> None:
     """Make a fresh run folder (replacing the old run, if any) with its config.json and environment.json."""
+    found = json.dumps({**environment(run, backend), "data": data}, indent=2) + "\n"
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    (folder / ENVIRONMENT).write_text(found)
     (folder / CONFIG).write_text(run.model_dump_json(indent=2) + "\n")
-    (folder / ENVIRONMENT).write_text(json.dumps(environment(run, backend) | {"data": data}, indent=2) + "\n")
 
 
 def environment(run: RunConfig, backend: str) -> dict[str, Any]:
@@ -85,7 +108,24 @@ def read_run(folder: Path) -> RunConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no {CONFIG}")
-    return RunConfig.model_validate_json(path.read_text())
+    try:
+        return RunConfig.model_validate_json(path.read_text())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{path} is not the configuration of a run ({where}: {problem['msg']})") from error
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The versions, device, backend and data that a run folder was made with."""
+    try:
+        found: Any = json.loads((folder / ENVIRONMENT).read_text())
+        complete = {"backend", "data"} <= found.keys() and {"content", "tokenizer"} <= found["data"].keys()
+    except (json.JSONDecodeError, AttributeError):
+        complete, found = False, {}
+    if not complete:
+        raise ValueError(f"{folder / ENVIRONMENT} is damaged: train anew with --overwrite or another --out")
+    return found
 
 
 def _check_same(run: RunConfig, folder: Path) -> None:
@@ -94,7 +134,7 @@ def _check_same(run: RunConfig, folder: Path) -> None:
         f"{section}.{key}"
         for section in ("model", "data", "train")
         for key in asked[section]
-        if asked[section][key] != stored[section].get(key)
+        if asked[section][key] != stored[section].get(key) and f"{section}.{key}" != _MAY_CHANGE
     ]
     if changed:
         raise ValueError(

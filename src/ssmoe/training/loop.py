@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 
 from ssmoe.config.load import RunConfig
+from ssmoe.config.model import ModelConfig
 from ssmoe.data.loader import Cursor, batches
 from ssmoe.data.masking import hide
+from ssmoe.data.packing import Batch
 from ssmoe.data.prepare import Prepared
+from ssmoe.data.tokenizer import Tokenizer
 from ssmoe.model.build import build
 from ssmoe.model.lm import LM
 from ssmoe.training.checkpoint import (
@@ -25,7 +28,7 @@ from ssmoe.training.checkpoint import (
     start_from,
 )
 from ssmoe.training.console import Reporter, Silent
-from ssmoe.training.folder import create_folder, resolve_device
+from ssmoe.training.folder import check_data, create_folder, read_environment, resolve_device
 from ssmoe.training.metrics import MetricsFile, Record, eval_record, step_record, truncate_metrics
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.schedule import learning_rate
@@ -45,6 +48,7 @@ class _Run(NamedTuple):
     data: Prepared
     model: LM
     optimizer: torch.optim.Optimizer
+    rows: Iterator[tuple[Batch, Cursor]]
     evaluate: Evaluate
     reporter: Reporter
 
@@ -60,26 +64,37 @@ def train(
 ) -> bool:
     """Train `config` into `folder` (`check_folder` has allowed it); True when finished, False after Ctrl-C.
 
-    Raises ValueError for a tokenizer larger than the model's vocabulary, Diverged for a loss that is not a
-    number; the last checkpoint then still stands.
+    Raises ValueError, before anything is written, for a tokenizer larger than the model's vocabulary, too
+    little text, or data other than those of the run to resume; Diverged for a loss that is not a number: the
+    last checkpoint then still stands.
     """
     reporter = reporter or Silent()
-    model = _build(config, data)
+    check_vocabulary(config.model, data.tokenizer)
+    if resume:
+        check_data(folder, _describe_data(data))
+    model = _build(config, read_environment(folder)["backend"] if resume else config.train.backend)
     if config.train.init_from is not None and not resume:
         start_from(model, config.train.init_from)
     groups = parameter_groups(model)
     optimizer = build_optimizer(groups, config.train)
+    progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
     if resume:
-        checkpoint = latest_checkpoint(folder)
-        progress = restore_checkpoint(checkpoint, model, optimizer)
+        progress = restore_checkpoint(latest_checkpoint(folder), model, optimizer)
+    rows = batches(
+        data.train,
+        context=config.data.context,
+        batch_size=config.train.batch_size,
+        seed=config.data.seed,
+        cursor=progress.cursor,
+    )
+    if resume:
         truncate_metrics(folder, progress.step)
         reporter.message(f"resuming {folder} after step {progress.step}")
     else:
         create_folder(folder, config, model.backend, data=_describe_data(data))
-        progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
     for line in groups.describe():
         reporter.message(line)
-    run = _Run(config, folder, data, model, optimizer, evaluate, reporter)
+    run = _Run(config, folder, data, model, optimizer, rows, evaluate, reporter)
     metrics = MetricsFile(folder)
     try:
         with _interruptible() as interrupted:
@@ -89,56 +104,53 @@ def train(
     return progress.step == config.train.steps
 
 
-def _build(config: RunConfig, data: Prepared) -> LM:
-    size, vocabulary = config.model.vocab_size, data.tokenizer.vocab_size
-    if vocabulary > size:
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the model has an embedding for every id of the tokenizer."""
+    if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {vocabulary} tokens and the model a vocabulary of {size}: "
-            f"set model.vocab_size={vocabulary} or another data.tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model a vocabulary of "
+            f"{model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or another data.tokenizer"
         )
-    if config.model.objective == "masked" and vocabulary == size:
+    if model.objective == "masked" and tokenizer.vocab_size == model.vocab_size:
         raise ValueError(
-            f"the tokenizer uses all {size} ids and a masked model hides tokens behind one of its own: "
-            f"set model.vocab_size={size + 1}"
+            f"the tokenizer uses all {model.vocab_size} ids and a masked model hides tokens behind one of "
+            f"its own: set model.vocab_size={model.vocab_size + 1}"
         )
+
+
+def _build(config: RunConfig, backend: str) -> LM:
     train = config.train
     dtype = torch.bfloat16 if train.precision == "bfloat16" else None
     device = resolve_device(train.device)
-    return build(config.model, backend=train.backend, device=device, seed=train.seed, dtype=dtype).train()
+    return build(config.model, backend=backend, device=device, seed=train.seed, dtype=dtype).train()
 
 
 def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Callable[[], bool]) -> Progress:
-    data, train = run.config.data, run.config.train
-    rows = batches(
-        run.data.train,
-        context=data.context,
-        batch_size=train.batch_size,
-        seed=data.seed,
-        cursor=progress.cursor,
-    )
+    train, isolate = run.config.train, run.config.data.isolate_documents
     saved = progress.step
     for step in range(progress.step + 1, train.steps + 1):
         begin = perf_counter()
-        batch, cursor = next(rows)
+        batch, cursor = next(run.rows)
         if run.model.config.objective == "masked":
             batch = hide(
                 batch,
                 mask_id=run.model.config.vocab_size - 1,
-                fraction=data.mask_fraction,
-                seed=data.seed,
+                fraction=run.config.data.mask_fraction,
+                seed=run.config.data.seed,
                 number=progress.cursor.rows,
             )
         rate = learning_rate(train, step - 1)
-        result = train_step(run.model, run.optimizer, batch, train, rate, isolate=data.isolate_documents)
+        result = train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate)
+        _wait(run.model)
         elapsed = perf_counter() - begin
         tokens = progress.tokens + batch.ids.size
         progress = Progress(step, tokens, cursor, progress.seconds + elapsed)
         record = step_record(step, tokens, result, rate, progress.seconds, batch.ids.size / elapsed)
         _check_finite(record, saved)
         _report(run, metrics, record)
-        last = step == train.steps or interrupted()
         if step % train.eval_every == 0 or step == train.steps:
             _report(run, metrics, eval_record(step, tokens, progress.seconds, run.evaluate(run.model)))
+        last = step == train.steps or interrupted()
         if step % train.checkpoint_every == 0 or last:
             save_checkpoint(
                 run.folder,
@@ -152,6 +164,13 @@ def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Call
         if last:
             break
     return progress
+
+
+def _wait(model: LM) -> None:
+    """A GPU works on after the call returns; without this its time would be nobody's."""
+    device = model.embedding.weight.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _report(run: _Run, metrics: MetricsFile, record: Record) -> None:

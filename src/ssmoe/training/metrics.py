@@ -5,9 +5,8 @@ import os
 from collections.abc import Mapping
 from math import log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import torch
 
 from ssmoe.model.layer import RouterStats
 from ssmoe.training.step import StepResult
@@ -54,15 +53,15 @@ def router_summary(routers: dict[int, RouterStats]) -> dict[str, float]:
     all layers. dropped: share of assignments lost to capacity. entropy: of a token's probabilities, over
     log(e), mean over layers. confidence: mean probability of the first choice.
     """
-    load = torch.stack([stats.load for stats in routers.values()]).double()  # (layers, e)
-    assignments = load.sum().clamp(min=1)
-    entropies = torch.stack([stats.entropy for stats in routers.values()])
+    loads = [stats.load.double() for stats in routers.values()]
+    assignments = max(1.0, sum(float(load.sum()) for load in loads))
+    entropies = [float(stats.entropy) / max(log(stats.load.shape[-1]), 1e-9) for stats in routers.values()]
     return {
-        "max_over_mean": float((load.amax(1) / load.mean(1).clamp(min=1e-9)).max()),
-        "dead": int((load == 0).sum()),
-        "dropped": float(sum(int(stats.dropped) for stats in routers.values()) / assignments),
-        "entropy": float(entropies.mean()) / max(log(load.shape[1]), 1e-9),
-        "confidence": float(torch.stack([stats.confidence for stats in routers.values()]).mean()),
+        "max_over_mean": max(float(load.max() / load.mean().clamp(min=1e-9)) for load in loads),
+        "dead": sum(int((load == 0).sum()) for load in loads),
+        "dropped": sum(int(stats.dropped) for stats in routers.values()) / assignments,
+        "entropy": fmean(entropies),
+        "confidence": fmean(float(stats.confidence) for stats in routers.values()),
     }
 
 

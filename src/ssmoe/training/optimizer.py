@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ssmoe.config.train import TrainConfig
 
 NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias")
+_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class ParameterGroups(NamedTuple):
@@ -56,11 +57,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
-    for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition(":")
-        optimizer.state[parameters[name]][key] = tensor
+    """Put back what `optimizer_tensors` gave. Raises ValueError for the tensors of another model."""
+    slots = {
+        f"{key}:{name}": (parameter, key)
+        for name, parameter in model.named_parameters()
+        for key in _STATE
+        if parameter.requires_grad
+    }
+    if wrong := sorted(slots.keys() ^ tensors.keys()):
+        raise ValueError(f"the optimiser's state is of another model: {wrong[0]} is missing or unexpected")
+    for name, (parameter, key) in slots.items():
+        shape = () if key == "step" else parameter.shape
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"the optimiser's state is of another model: {name} has shape {tuple(tensors[name].shape)} "
+                f"instead of {tuple(shape)}"
+            )
+        optimizer.state[parameter][key] = tensors[name]
 
 
 def _describe(title: str, group: dict[str, nn.Parameter]) -> str:

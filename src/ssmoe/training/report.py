@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ssmoe.config.count import count_parameters, training_flops
 from ssmoe.config.load import RunConfig
-from ssmoe.training.folder import ENVIRONMENT, read_run
+from ssmoe.training.folder import read_environment, read_run
 from ssmoe.training.metrics import Record, read_metrics
 
 PICTURE = "loss.png"
@@ -36,7 +36,7 @@ def write_report(folder: Path) -> list[str]:
         Curve("held out", [r["step"] for r in evaluations], [r["held_out_loss"] for r in evaluations]),
     ]
     drawn = draw_curves(curves, folder / PICTURE, y_label="loss (nats a token)")
-    environment = json.loads((folder / ENVIRONMENT).read_text())
+    environment = read_environment(folder)
     picture = (folder / PICTURE).read_bytes() if drawn else None
     (folder / REPORT).write_text(_page(run, environment, steps, evaluations, picture))
     lines = [f"report: {folder / REPORT}"]
@@ -138,7 +138,7 @@ def _summary(
             f"{count.total:,} total, {count.active:,} active of {count.non_embedding:,} non-embedding",
         ),
         ("trained", f"{last['step']:,} steps, {last['tokens']:,} tokens, {flops:.3g} FLOPs"),
-        ("time", f"{last['seconds']:,.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s"),
+        ("time", f"{last['seconds']:,.0f} s, {last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s"),
         ("device", f"{environment['device']}, backend {environment['backend']}"),
     ]
     if "router" in last:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
-from ssmoe.data.loader import Batch
+from ssmoe.data.packing import Batch
 from ssmoe.model.feedforwards.router import rebalance
 from ssmoe.model.layer import RouterStats
 from ssmoe.model.lm import LM

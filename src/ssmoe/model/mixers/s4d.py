@@ -93,6 +93,8 @@ class S4D(nn.Module):
         y = ((y + D * wide) * F.silu(z.to(D.dtype))).to(x.dtype)
         if segments is not None:
             y = y.masked_fill(~segments.real.unsqueeze(-1), 0)
+        # one memory layout always, because strides decide how a product is vectorised and so rounded
+        h = h.contiguous()
         return LayerOut(
             self.out_proj(y), S4DState(conv, torch.view_as_real(h) if self.is_complex else h), None
         )

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from ssmoe.check import doctor
+from ssmoe.check.doctor import TOLERANCE, Check, diagnose, self_check
+from ssmoe.ops import BACKENDS, load
+
+
+def broken(op):
+    """Ops of which one is wrong in the fifth digit, or gives no number."""
+    ops = load("reference")
+
+    def wrong(*args, **kwargs):
+        out = getattr(ops, op)(*args, **kwargs)
+        return (out[0] * 1.0001, out[1]) if isinstance(out, tuple) else out * 1.0001
+
+    return ops._replace(**{op: wrong})
+
+
+OPS = ["selective_scan", "causal_conv1d", "expert_mlp", "expert_linear"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_passes(backend):
+    checks = self_check(load(backend))
+    assert [check.op for check in checks] == [
+        "selective_scan",
+        "causal_conv1d",
+        "expert_mlp",
+        "expert_linear",
+    ]
+    assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_broken_op_is_found_and_named(op):
+    assert [check.op for check in self_check(broken(op)) if not check.passed] == [op]
+
+
+def test_what_is_no_number_has_failed():
+    assert not Check("x", "y", float("nan")).passed
+    assert Check("x", "y", TOLERANCE).passed
+
+
+def test_a_nan_in_one_place_is_found():
+    ops = load("reference")
+
+    def torn(*args, **kwargs):
+        y, state = ops.selective_scan(*args, **kwargs)
+        return y.index_fill(1, torch.tensor([3]), float("nan")), state
+
+    assert not self_check(ops._replace(selective_scan=torn))[0].passed
+
+
+def test_the_diagnosis_is_of_this_machine(monkeypatch):
+    found = diagnose()
+    assert found.healthy
+    assert found.versions["torch"].startswith(torch.__version__.split("+")[0])
+    assert found.backends["cpu"] in BACKENDS
+    assert found.devices[0].startswith("cpu")
+    assert len(found.checks) == len(OPS) * len(BACKENDS)
+    monkeypatch.setattr(doctor, "load", lambda name: broken("expert_mlp"))
+    assert not diagnose().healthy

@@ -1,0 +1,36 @@
+import json
+
+from ssmoe.check import doctor
+from ssmoe.cli.main import main
+from ssmoe.ops import load
+
+
+def test_a_healthy_machine(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("versions  python", "device    cpu", "auto is", "reference selective_scan: ok", "healthy"):
+        assert words in shown
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["healthy"]
+    names = {"selective_scan", "causal_conv1d", "expert_mlp", "expert_linear"}
+    assert {check["op"] for check in found["checks"]} == names
+
+
+def test_a_broken_kernel_is_exit_1(capsys, monkeypatch):
+    ops = load("reference")
+
+    def wrong(*args, **kwargs):
+        return ops.expert_mlp(*args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(doctor, "load", lambda name: ops._replace(expert_mlp=wrong))
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "expert_mlp: FAILED" in shown
+    assert "NOT healthy" in shown
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(
+        capsys.readouterr().out, parse_constant=lambda word: (_ for _ in ()).throw(ValueError(word))
+    )
+    assert [check["passed"] for check in found["checks"]] == [True, True, False, True]
+    assert found["checks"][2]["error"] is None

@@ -1,0 +1,159 @@
+import json
+
+import pytest
+import torch
+
+from ssmoe.data.prepare import prepare
+from ssmoe.training import loop as module
+from ssmoe.training.checkpoint import list_checkpoints, load
+from ssmoe.training.loop import Diverged, train
+from ssmoe.training.metrics import TIMES, read_metrics
+from ssmoe.training.schedule import learning_rate
+
+
+def evaluate(model):
+    """Some figure that changes with the weights."""
+    value = float(model.embedding.weight.detach().double().sum())
+    return {"held_out_loss": value, "held_out_bits_per_byte": value}
+
+
+def steady(folder):
+    """The metrics without what may differ between two runs."""
+    records = read_metrics(folder)
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in records]
+
+
+def weights(folder):
+    return load(folder)[0].state_dict()
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_lines_checkpoints_and_falling_loss(tiny_run, tmp_path):
+    run, folder = (
+        tiny_run("train.steps=30", "train.eval_every=7", "train.checkpoint_every=11"),
+        tmp_path / "r",
+    )
+    assert train(run, folder, prepare(run.data), evaluate=evaluate)
+    records = read_metrics(folder)
+    assert [r["step"] for r in records if r["mode"] == "train"] == list(range(1, 31))
+    assert [r["step"] for r in records if r["mode"] == "eval"] == [7, 14, 21, 28, 30]
+    assert [path.name for path in list_checkpoints(folder)] == ["step-22", "step-30"]
+    losses = [r["lm_loss"] for r in records if r["mode"] == "train"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert [r["tokens"] for r in records if r["mode"] == "train"] == [step * 4 * 32 for step in range(1, 31)]
+    rates = [r["learning_rate"] for r in records if r["mode"] == "train"]
+    assert rates == [learning_rate(run.train, step) for step in range(30)]
+    assert all(r["loss"] == r["lm_loss"] + r["balance"] + r["z"] for r in records if r["mode"] == "train")
+
+
+def test_a_run_is_repeatable_and_depends_on_its_seeds(tiny_run, tmp_path):
+    runs = [tiny_run(), tiny_run(), tiny_run("train.seed=1"), tiny_run("data.seed=1")]
+    for i, run in enumerate(runs):
+        train(run, tmp_path / str(i), prepare(run.data), evaluate=evaluate)
+    lines = [steady(tmp_path / str(i)) for i in range(4)]
+    assert lines[0] == lines[1]
+    assert lines[2] != lines[0] != lines[3]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.precision=bfloat16",), ("train.micro_batch_size=null",)])
+def test_resuming_equals_never_having_stopped(tiny_run, tmp_path, monkeypatch, overrides):
+    run = tiny_run(*overrides)
+    data = prepare(run.data)
+    train(run, tmp_path / "whole", data, evaluate=evaluate)
+    steps = iter(range(5))
+
+    def killed_after_5(*args, **kwargs):
+        if next(steps, None) is None:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    whole = module.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", killed_after_5)
+        with pytest.raises(Killed):
+            train(run, tmp_path / "parts", data, evaluate=evaluate)
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == ["step-3"]
+    assert steady(tmp_path / "parts")[-1]["step"] == 5
+    assert train(run, tmp_path / "parts", data, evaluate=evaluate, resume=True)
+    assert steady(tmp_path / "parts") == steady(tmp_path / "whole")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_run, tmp_path):
+    run = tiny_run()
+    data = prepare(run.data)
+    train(run, tmp_path / "r", data, evaluate=evaluate)
+    before = steady(tmp_path / "r")
+    assert train(run, tmp_path / "r", data, evaluate=evaluate, resume=True)
+    assert steady(tmp_path / "r") == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_the_checkpoint_stands(tiny_run, tmp_path, monkeypatch):
+    run = tiny_run()
+    data = prepare(run.data)
+    steps = iter(range(4))
+
+    def poisoned_at_5(model, *args, **kwargs):
+        if next(steps, None) is None:
+            with torch.no_grad():
+                model.embedding.weight[7] = float("nan")
+        return whole(model, *args, **kwargs)
+
+    whole = module.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", poisoned_at_5)
+        with pytest.raises(Diverged, match=r"is nan at step 5; the checkpoint of step 3 is good: lower"):
+            train(run, tmp_path / "r", data, evaluate=evaluate)
+    assert steady(tmp_path / "r")[-1]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "r").values())
+    train(run, tmp_path / "whole", data, evaluate=evaluate)
+    train(run, tmp_path / "r", data, evaluate=evaluate, resume=True)
+    assert steady(tmp_path / "r") == steady(tmp_path / "whole")
+
+
+def test_bfloat16_keeps_float32_parameters_and_about_the_same_loss(tiny_run, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        run = tiny_run(f"train.precision={precision}")
+        train(run, tmp_path / precision, prepare(run.data), evaluate=evaluate)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
+    wide, narrow = (steady(tmp_path / p) for p in ("float32", "bfloat16"))
+    assert wide != narrow
+    for a, b in zip(wide, narrow, strict=True):
+        if a["mode"] == "train":
+            assert b["lm_loss"] == pytest.approx(a["lm_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("overrides", [("model.vocab_size=200",), ("data.context=100000",)])
+def test_what_cannot_be_trained_leaves_the_old_run_alone(tiny_run, tmp_path, overrides):
+    run = tiny_run()
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    before = steady(tmp_path / "r")
+    run = tiny_run(*overrides)
+    with pytest.raises(ValueError, match=r"set (model\.vocab_size=257|data\.context to)"):
+        train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    assert steady(tmp_path / "r") == before
+
+
+def test_changed_data_are_not_resumed(tiny_run, tmp_path, text_folder):
+    run = tiny_run()
+    data = prepare(run.data)
+    train(run, tmp_path / "r", data, evaluate=evaluate)
+    with pytest.raises(ValueError, match=r"the text of .* has changed since the run began"):
+        train(run, tmp_path / "r", data._replace(content_hash="x"), evaluate=evaluate, resume=True)
+
+
+def test_the_backend_of_a_run_is_not_decided_again(tiny_run, tmp_path):
+    run = tiny_run()
+    data = prepare(run.data)
+    train(run, tmp_path / "r", data, evaluate=evaluate)
+    path = tmp_path / "r" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "backend": "abacus"}))
+    with pytest.raises(ValueError, match="backend='abacus'"):
+        train(run, tmp_path / "r", data, evaluate=evaluate, resume=True)
