@@ -38,9 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ssmoe.eval.bigram import byte_bigram, token_bigram
     from ssmoe.eval.perplexity import HeldOut, evaluate
     from ssmoe.model.feedforwards.mode import token_choice
-    from ssmoe.training.folder import read_environment, read_run
+    from ssmoe.training.folder import find_run, read_environment, read_run
 
-    folder = _run_folder(Path(arguments.run))
+    folder = find_run(Path(arguments.run))
     if folder is None and not arguments.data:
         raise ValueError(
             f"{arguments.run} is not in a run folder, whose configuration says which text is held out: "
@@ -83,14 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(result)
     return 0
-
-
-def _run_folder(path: Path) -> Path | None:
-    """The run that a run folder, checkpoint or weights folder belongs to."""
-    for folder in (path, *path.absolute().parents[:3]):
-        if (folder / "metrics.jsonl").is_file():
-            return folder
-    return None
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-COMMANDS = ("train", "compare", "generate", "eval", "plan", "fit", "presets", "bench", "doctor")
+COMMANDS = ("train", "compare", "generate", "eval", "router", "plan", "fit", "presets", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

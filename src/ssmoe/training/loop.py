@@ -33,6 +33,7 @@ from ssmoe.training.metrics import MetricsFile, Record, eval_record, step_record
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.schedule import learning_rate
 from ssmoe.training.step import train_step
+from ssmoe.training.watch import RouterWatch
 
 Evaluate = Callable[[LM], Mapping[str, float]]
 """The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
@@ -127,7 +128,7 @@ def _build(config: RunConfig, backend: str) -> LM:
 
 def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Callable[[], bool]) -> Progress:
     train, isolate = run.config.train, run.config.data.isolate_documents
-    saved = progress.step
+    saved, watch = progress.step, RouterWatch()
     for step in range(progress.step + 1, train.steps + 1):
         begin = perf_counter()
         batch, cursor = next(run.rows)
@@ -148,6 +149,8 @@ def _loop(run: _Run, progress: Progress, metrics: MetricsFile, interrupted: Call
         record = step_record(step, tokens, result, rate, progress.seconds, batch.ids.size / elapsed)
         _check_finite(record, saved)
         _report(run, metrics, record)
+        for line in watch.check(step, batch.ids.size, result.routers):
+            run.reporter.message(line)
         if step % train.eval_every == 0 or step == train.steps:
             _report(run, metrics, eval_record(step, tokens, progress.seconds, run.evaluate(run.model)))
         last = step == train.steps or interrupted()

@@ -45,11 +45,12 @@ class MixtureOfTokens(nn.Module):
     ) -> LayerOut:
         """Raises ValueError for rows (or, along the sequence, a length) that do not fill whole groups."""
         del state
-        logits, real = self.router.logits(x), real_tokens(x, segments)
-        routing = self.router.choose(logits, real)
         if self.mode == "token_choice":
+            routing = self.router(x, segments)
             y = self.experts(x.reshape(-1, x.shape[-1]), routing.expert, routing.weight)
             return LayerOut(y.view_as(x), (), routing.stats)
+        logits, real = self.router.logits(x), real_tokens(x, segments)
+        routing = self.router.choose(logits, real)
         # (g, groups, d), (g, groups, e)
         tokens, grouped, present = (self._group(t) for t in (x, logits, real.unsqueeze(-1)))
         # padding is mixed into nothing; a group of padding alone gives zero
