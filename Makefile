@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 
 .PHONY: demo test check compare clean
 
@@ -12,10 +13,10 @@ demo: $(STAMP)  ## install, train a MoE-Mamba on the standard library's sources,
 	$(BIN)/ssmoe eval runs/demo --bigram
 	$(BIN)/ssmoe generate runs/demo --prompt "def read_lines(path):" --max-new-tokens 96 --temperature 0.6
 
-test: $(STAMP)  ## the whole test suite
+test: $(DEV_STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## format, lint, types, fast tests: before every commit
+check: $(DEV_STAMP)  ## format, lint, types, fast tests: before every commit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -24,13 +25,20 @@ check: $(STAMP)  ## format, lint, types, fast tests: before every commit
 compare: $(STAMP)  ## Mamba and MoE-Mamba of equal active size, side by side
 	$(BIN)/ssmoe compare mamba-tiny moe-mamba-tiny train.steps=150 --out runs/compare --overwrite
 
-$(STAMP): pyproject.toml constraints.txt
+# torch first: the CPU kernels are compiled against it, where there is a C++ compiler
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssmoe needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
+	$(BIN)/ssmoe doctor
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
 	rm -rf $(VENV) build dist runs .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf src/*.egg-info
+	rm -rf src/*.egg-info src/ssmoe/ops/cpu/*.so

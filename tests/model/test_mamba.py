@@ -45,7 +45,7 @@ def test_initial_values_are_the_papers() -> None:
     A, D, delta_bias = block.ssm()
     torch.testing.assert_close(A, -torch.arange(1.0, 7.0).expand(128, 6))
     assert (D == 1).all()
-    steps = F.softplus(delta_bias)
-    assert 0.001 * 0.999 <= float(steps.detach().min()) < 0.005
-    assert 0.05 < float(steps.detach().max()) <= 0.1 * 1.001
+    steps = F.softplus(delta_bias.detach())
+    assert 0.001 * 0.999 <= float(steps.min()) < 0.005
+    assert 0.05 < float(steps.max()) <= 0.1 * 1.001
     assert float(block.delta_proj.weight.detach().abs().max()) <= block.dt_rank**-0.5

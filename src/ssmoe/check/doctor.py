@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssmoe.ops import BACKENDS, Ops, load, resolve
+from ssmoe.ops import BACKENDS, Ops, describe, load, missing, resolve
 
 PACKAGES = ("ssmoe", "torch", "numpy", "triton", "safetensors", "tokenizers", "pydantic", "matplotlib")
 
@@ -53,25 +53,31 @@ def diagnose() -> Diagnosis:
         devices=[f"cpu: {platform.machine()}, {os.cpu_count()} cores", *(f"cuda: {name}" for name in gpus)],
         threads=torch.get_num_threads(),
         backends={device: _auto(device) for device in ("cpu", *(["cuda"] if gpus else []))},
-        checks=[check for backend in BACKENDS for check in self_check(load(backend))],
+        checks=[
+            check
+            for backend in BACKENDS
+            if not missing(backend) and (_device(backend) == "cpu" or gpus)
+            for check in self_check(load(backend), _device(backend))
+        ],
     )
 
 
-def self_check(ops: Ops) -> list[Check]:
-    """Compare a backend's ops in float32 on the CPU with token-by-token arithmetic in Python floats."""
+def self_check(ops: Ops, device: str) -> list[Check]:
+    """Compare a backend's ops in float32 on `device` with token-by-token arithmetic in Python floats."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device)
 
     x, delta, B, C, A = draw(1, 9, 3), draw(1, 9, 3), draw(1, 9, 4), draw(1, 9, 4), -draw(3, 4).exp()
     scan, _ = ops.selective_scan(x, delta, A, B, C)
     weight = draw(3, 4)
     conv, _ = ops.causal_conv1d(x, weight)
     up, down, tokens = draw(3, 5, 6), draw(3, 6, 5), draw(7, 6)
-    expert, share = torch.tensor([[0], [2], [2], [-1], [0], [2], [0]], dtype=torch.int32), draw(7, 1).exp()
-    mixed = ops.expert_mlp(tokens, up, down, expert=expert, weight=share, activation="relu")
-    mapped = ops.expert_linear(tokens, up, expert=expert, weight=share)
+    expert, share = torch.tensor([0, 2, 2, -1, 0, 2, 0], dtype=torch.int32).view(7, 1), draw(7, 1).exp()
+    placed = expert.to(device)
+    mixed = ops.expert_mlp(tokens, up, down, expert=placed, weight=share, activation="relu")
+    mapped = ops.expert_linear(tokens, up, expert=placed, weight=share)
     return [
         Check(ops.name, "selective_scan", _error(scan[0], _scan(x[0], delta[0], A, B[0], C[0]))),
         Check(ops.name, "causal_conv1d", _error(conv[0], _conv(x[0], weight))),
@@ -82,7 +88,7 @@ def self_check(ops: Ops) -> list[Check]:
 
 def _error(found: Tensor, expected: list[list[float]]) -> float:
     wanted = torch.tensor(expected, dtype=torch.float64)
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+    return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
 
 
 def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[list[float]]:
@@ -142,11 +148,25 @@ def _maps(x: Tensor, bank: Tensor, expert: Tensor, share: Tensor) -> list[list[f
     return rows
 
 
+def _device(backend: str) -> str:
+    """Where a backend's kernels run."""
+    return "cuda" if backend == "triton" else "cpu"
+
+
 def _auto(device: str) -> str:
+    """What "auto" means on a device, and why."""
     try:
-        return resolve("auto", device)
+        backend = resolve("auto", device)
     except ValueError as error:
         return str(error)
+    match backend:
+        case "cpu":
+            details = ", ".join(f"{key} {value}" for key, value in describe(backend).items())
+            return f"cpu, for every op ({details})"
+        case "reference":
+            return f"reference, for every op, and slow: {missing(device)}"
+        case _:
+            return f"{backend}, for every op"
 
 
 def _version(name: str) -> str:

@@ -5,15 +5,17 @@ the definition. `resolve` turns "auto" into a name once, when a model is built; 
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ssmoe.ops import extension
 from ssmoe.ops.segments import Segments
 
-__all__ = ["BACKENDS", "Ops", "Segments", "load", "resolve"]
+__all__ = ["BACKENDS", "Ops", "Segments", "describe", "load", "missing", "resolve"]
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu", "triton")
 
 
 class Ops(NamedTuple):
@@ -26,8 +28,30 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
 
 
+def missing(backend: str) -> str | None:
+    """Why a backend cannot be loaded on this machine, in one line; None when it can."""
+    match backend:
+        case "cpu":
+            return extension.missing()
+        case "triton" if find_spec("triton") is None:
+            return "the GPU kernels need triton: pip install triton"
+        case _:
+            return None
+
+
+def describe(backend: str) -> dict[str, str]:
+    """What a backend that loads chose on this machine, such as its instruction level; {} where it chooses nothing."""
+    if backend != "cpu":
+        return {}
+    from ssmoe.ops.cpu import describe as describe_cpu
+
+    return describe_cpu()
+
+
 def resolve(backend: str, device: str) -> str:
     """The backend's name for a device type ("cpu", "cuda", ...); "auto" picks the fastest one present.
+
+    On a CPU that is "cpu", or "reference" where the kernels were not built: `missing("cpu")` then says why.
 
     Raises ValueError for an unknown name, and for "auto" on a device that has no kernels here: a slower
     backend must be named, never fallen back to.
@@ -37,7 +61,11 @@ def resolve(backend: str, device: str) -> str:
     if backend != "auto":
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(BACKENDS)}")
     if device == "cpu":
-        return "reference"
+        return "reference" if missing("cpu") else "cpu"
+    if device == "cuda":
+        if reason := missing("triton"):
+            raise ValueError(f"{reason}, or pass backend='reference', which is slow")
+        return "triton"
     raise ValueError(
         f"no kernels for device {device!r} yet; the reference runs there, slowly: pass backend='reference'"
     )
@@ -48,6 +76,10 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
     match resolve(backend, device):
         case "reference":
             from ssmoe.ops import reference as module
+        case "cpu":
+            from ssmoe.ops import cpu as module
+        case "triton":
+            from ssmoe.ops import triton as module
         case name:
             raise AssertionError(name)
     return Ops(

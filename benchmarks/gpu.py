@@ -1,0 +1,162 @@
+"""One GPU: time of every kernel and of whole layers, beside the peers' recorded figures.
+
+    python benchmarks/gpu.py [--only scan]
+
+bfloat16 activations, float32 state, N = 16; median over CUDA-graph replays where the work can be captured,
+else over launches, forward alone or forward + backward. "recorded" columns were measured once on an H200 with
+the official packages and are printed, not run. Refuses to run where the kernels disagree with the reference.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ssmoe.ops import load
+from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
+
+
+class Row(NamedTuple):
+    """One line: the recorded best of the peers, the bound that no version beats, the aim, and our time."""
+
+    work: str
+    recorded: float | None
+    floor: float | None
+    reach: float
+    measure: Callable[[], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    only = parser.parse_args().only
+    check()
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}; milliseconds")
+    print(f"{'work':58} {'recorded':>9} {'floor':>7} {'reach':>7} {'ssmoe':>7}  reached")
+    for row in rows():
+        if only in row.work:
+            ours = row.measure()
+            recorded, floor = ("-" if v is None else f"{v:g}" for v in (row.recorded, row.floor))
+            mark = "yes" if ours <= row.reach else "no"
+            print(f"{row.work:58} {recorded:>9} {floor:>7} {row.reach:7g} {ours:7.3f}  {mark}", flush=True)
+            torch.cuda.empty_cache()
+
+
+def rows() -> Iterator[Row]:
+    shapes = (
+        ((8, 2048, 1536), (0.447, 0.097, 0.17), (2.19, 0.29, 0.75)),
+        ((64, 1024, 1024), (1.11, 0.26, 0.45), (5.61, 0.77, 1.9)),
+        ((1, 131072, 1536), (4.39, 0.77, 1.5), (19.5, 2.3, 6.5)),
+    )
+    for (b, length, d), forward, both in shapes:
+        name = f"B{b} D{d} L{length}"
+        yield Row(f"scan forward, {name}", *forward, lambda s=(b, length, d): scan(*s, backward=False))
+        yield Row(f"scan forward + backward, {name}", *both, lambda s=(b, length, d): scan(*s, backward=True))
+    yield Row("convolution forward, B64 D1024 L1024", 0.081, 0.063, 0.08, lambda: convolution(64, 1024, 1024))
+    yield Row("Mamba block d512, 65,536 tokens, forward + backward", 7.49, None, 3.2, mamba)
+    for e, f, k, recorded, reach in (
+        (32, 1536, 1, 3.2, 1.8),
+        (128, 384, 4, None, 2.3),
+        (256, 192, 8, None, 2.5),
+    ):
+        name = f"experts {e} x {f} top-{k}, d512, 65,536 tokens, fwd + bwd"
+        yield Row(name, recorded, 0.83, reach, lambda c=(e, f, k): experts(*c))
+
+
+def graphed(run: Callable[[], object]) -> float:
+    return triton.testing.do_bench_cudagraph(run, rep=100, return_mode="median")
+
+
+def launched(run: Callable[[], object]) -> float:
+    return triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def scan(b: int, length: int, d: int, *, backward: bool) -> float:
+    x, delta = normal(b, length, d), normal(b, length, d) * 0.5 - 4
+    A = -torch.arange(1, 17, device="cuda").float().repeat(d, 1)
+    D, bias = normal(d, dtype=torch.float32), normal(d, dtype=torch.float32)
+    inputs = (x, delta, A, normal(b, length, 16), normal(b, length, 16), D)
+    if not backward:
+        return graphed(lambda: scan_forward(*inputs, None, bias, None, None, False, False))
+    dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
+
+    def run() -> None:
+        _, _, checkpoints = scan_forward(*inputs, None, bias, None, None, True, False)
+        scan_backward(dy, dfinal, *inputs, bias, None, checkpoints, False)
+
+    return graphed(run)
+
+
+def convolution(b: int, length: int, d: int) -> float:
+    ops = load("triton")
+    x, weight, bias = normal(b, length, d), normal(d, 4, dtype=torch.float32), normal(d, dtype=torch.float32)
+    return graphed(lambda: ops.causal_conv1d(x, weight, bias)[0])
+
+
+def mamba() -> float:
+    from ssmoe.model.mixers.mamba import Mamba
+
+    block = Mamba(512, ops=load("triton")).cuda()
+    # the elementwise work around the kernels is left to the compiler
+    x, dy = normal(64, 1024, 512).requires_grad_(), normal(64, 1024, 512)
+    parameters = list(block.parameters())
+
+    compiled = torch.compile(block)
+
+    def run() -> None:
+        torch.autograd.grad(compiled(x).x, [x, *parameters], dy)
+
+    return launched(run)
+
+
+def experts(e: int, f: int, k: int) -> float:
+    ops = load("triton")
+    t, d = 65536, 512
+    x, up, down = normal(t, d), normal(e, f, d) / d**0.5, normal(e, d, f) / f**0.5
+    expert = torch.rand(t, e, device="cuda").topk(k, dim=1).indices.to(torch.int32)
+    weight = torch.rand(t, k, device="cuda")
+    leaves = [tensor.requires_grad_() for tensor in (x, up, down, weight)]
+    dy = normal(t, d)
+
+    def run() -> None:
+        y = ops.expert_mlp(x, up, down, expert=expert, weight=weight, activation="relu")
+        torch.autograd.grad(y, leaves, dy)
+
+    return launched(run)
+
+
+def check() -> None:
+    """A small parity test of every op, so that no wrong kernel is ever timed."""
+    kernels, reference = load("triton"), load("reference")
+    x, delta, A = normal(2, 100, 96), normal(2, 100, 96), -normal(96, 16, dtype=torch.float32).exp()
+    B, C = normal(2, 100, 16), normal(2, 100, 16)
+    agree(kernels.selective_scan(x, delta, A, B, C)[0], reference.selective_scan(x, delta, A, B, C)[0])
+    weight = normal(96, 4, dtype=torch.float32)
+    agree(kernels.causal_conv1d(x, weight)[0], reference.causal_conv1d(x, weight)[0])
+    route = {
+        "expert": torch.randint(0, 4, (100, 1), device="cuda", dtype=torch.int32),
+        "weight": torch.rand(100, 1, device="cuda"),
+        "activation": "relu",
+    }
+    bank = (x[0], normal(4, 64, 96), normal(4, 96, 64))
+    agree(kernels.expert_mlp(*bank, **route), reference.expert_mlp(*bank, **route))
+
+
+def agree(found: Tensor, expected: Tensor) -> None:
+    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    if not error < 2e-2:
+        raise SystemExit(f"the kernels disagree with the reference by {error:.1e}: nothing is timed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+// The kernels at one level of instructions; setup.py compiles this file once a level, with the level's name
+// in SSMOE_LEVEL (Portable, Avx2, Avx512) and its flags.
+#include "conv.h"
+#include "experts.h"
+#include "scan.h"
+
+#define SSMOE_TEXT_(x) #x
+#define SSMOE_TEXT(x) SSMOE_TEXT_(x)
+#define SSMOE_JOIN_(a, b) a##b
+#define SSMOE_JOIN(a, b) SSMOE_JOIN_(a, b)
+#define SSMOE_EACH(f) {f<float>, f<bfloat16>, f<double>}
+
+namespace ssmoe {
+
+extern const Kernels SSMOE_JOIN(k, SSMOE_LEVEL);
+const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
+    SSMOE_TEXT(SSMOE_LEVEL),
+    {kLanes<float>, kLanes<float>, kLanes<double>},
+    SSMOE_EACH(::scan_forward),
+    SSMOE_EACH(::scan_backward),
+    SSMOE_EACH(::conv_forward),
+    SSMOE_EACH(::conv_backward),
+    SSMOE_EACH(::gather),
+    SSMOE_EACH(::activate),
+    SSMOE_EACH(::activate_backward),
+    SSMOE_EACH(::combine),
+};
+
+}  // namespace ssmoe

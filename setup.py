@@ -1,0 +1,97 @@
+"""Builds the CPU kernels of csrc/ where a compiler and torch are at hand; without them the package installs
+as pure Python and runs on the reference backend.
+
+The kernels are one shared library, loaded by `torch.ops.load_library`: it names neither Python nor a torch
+version (libtorch's stable ABI, torch >= 2.11), so one build serves every Python.
+"""
+
+import importlib.util
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+WARNINGS = ["-Wall", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fPIC",
+    *WARNINGS,
+]
+LEVELS = {"Portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    COMMON.append("-DSSMOE_X86")
+    LEVELS["Avx2"] = ["-mavx2", "-mfma"]
+    LEVELS["Avx512"] = [
+        "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
+    ]  # fmt: skip
+
+
+def torch_folder() -> Path | None:
+    """torch's folder; in pip's isolated build environment that of the environment being installed into."""
+    if folder := os.environ.get("SSMOE_TORCH"):
+        return Path(folder)
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec and spec.origin else []
+    roots += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    return next((root for root in roots if (root / "include/torch/csrc/stable/library.h").exists()), None)
+
+
+class BuildKernels(build_ext):
+    """Compiles level.cpp once a level and links everything into ssmoe/ops/cpu/_kernels.so."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = torch_folder()
+        try:
+            if self.compiler.compiler_type != "unix":
+                raise RuntimeError(f"the {self.compiler.compiler_type} compiler is not supported")
+            if folder is None:
+                raise RuntimeError("torch is not installed here yet")
+            self.link(ext, folder)
+        except Exception as error:  # a package without kernels is complete; say so and go on
+            if os.environ.get("SSMOE_REQUIRE_KERNELS"):
+                raise
+            reason = str(error).splitlines()[0]
+            sys.stderr.write(f"ssmoe: CPU kernels not built ({reason}); running on the reference backend\n")
+
+    def link(self, ext: Extension, torch: Path) -> None:
+        out, include = self.build_temp, [str(HERE / "csrc"), str(torch / "include")]
+        # the stable ABI of 2.11
+        macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
+        # the C++ library's ABI is that of libtorch; ours stays inside
+        sources = [
+            str(source) for source in sorted((HERE / "csrc").glob("*.cpp")) if source.name != "level.cpp"
+        ]
+        objects = self.compiler.compile(sources, out, macros, include, extra_postargs=COMMON)
+        for level, flags in LEVELS.items():
+            objects += self.compiler.compile(
+                [str(HERE / "csrc/level.cpp")],
+                f"{out}/{level}",
+                [("SSMOE_LEVEL", level)],
+                extra_postargs=[*COMMON, *flags],
+            )
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # libtorch is in the process already when the library is loaded
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        self.compiler.link_shared_object(
+            objects, str(target), libraries=["torch_cpu", "torch", "c10"], library_dirs=[str(torch / "lib")],
+            extra_postargs=undefined, target_lang="c++",
+        )  # fmt: skip
+
+
+setup(
+    ext_modules=[Extension("ssmoe.ops.cpu._kernels", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)

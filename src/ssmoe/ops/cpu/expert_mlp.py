@@ -1,0 +1,77 @@
+"""The expert bank on the CPU: `ssmoe.ops.reference.expert_mlp`, sorted once, one matrix product an expert.
+
+`csrc/experts.cpp` orders the assignments; gathering, activation and weighted sum are single passes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmoe.ops.reference.expert_mlp import ACTIVATIONS
+
+
+def expert_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    *,
+    expert: Tensor,
+    weight: Tensor,
+    activation: str,
+) -> Tensor:
+    """Apply to each token its experts and return (t, d); see the reference for shapes and meaning."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of: {', '.join(ACTIVATIONS)}")
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    gate = None if gate is None else gate.to(x.dtype)
+    weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+    y, *_ = torch.ops.ssmoe.expert_mlp(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation))
+    return y
+
+
+def _expert_fake(
+    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, activation: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (t, d), k, (e, f, _) = x.shape, expert.shape[1], up.shape
+    order = x.new_empty(2 * t * k + e + 1, dtype=torch.int64)
+    return x.new_empty(t, d), order, x.new_empty(t * k, f), x.new_empty(0 if gate is None else t * k, f)
+
+
+def _expert_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    expert: Tensor,
+    weight: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    e, f, d = up.shape
+    return (
+        x.new_empty(x.shape), x.new_empty(e, f, d), x.new_empty(e, d, f),
+        x.new_empty(0 if gate is None else e, f, d), weight.new_empty(weight.shape),
+    )  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    x, up, down, gate, expert, weight, order, hidden, gates = ctx.saved_tensors
+    dx, dup, ddown, dgate, dweight = torch.ops.ssmoe.expert_mlp_backward(
+        dy, x, up, down, gate, expert, weight, ctx.activation, order, hidden, gates
+    )
+    return dx, dup, ddown, None if gate is None else dgate, None, dweight, None
+
+
+torch.library.register_fake("ssmoe::expert_mlp", _expert_fake)
+torch.library.register_fake("ssmoe::expert_mlp_backward", _expert_backward_fake)
+torch.library.register_autograd("ssmoe::expert_mlp", _backward, setup_context=_save)

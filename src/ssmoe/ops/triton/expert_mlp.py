@@ -1,0 +1,261 @@
+"""The expert bank on a GPU: dispatch, six grouped products, and the custom op with its gradient."""
+# Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ssmoe.ops.triton import expert_kernels as kernels
+from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+
+ACTIVATIONS = {
+    "relu": kernels.RELU.value,
+    "relu_squared": kernels.RELU_SQUARED.value,
+    "silu": kernels.SILU.value,
+}
+BLOCK = 256
+
+
+def expert_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    *,
+    expert: Tensor,
+    weight: Tensor,
+    activation: str,
+) -> Tensor:
+    """The expert bank of `ssmoe.ops.reference.expert_mlp`, for float32 and bfloat16 activations.
+
+    Nothing waits for the host and two runs are bitwise equal: no kernel uses atomics.
+    """
+    check_activations(x=x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of: {', '.join(ACTIVATIONS)}")
+    (t, d), (e, f, _) = x.shape, up.shape
+    check_shape(up=(up, (e, f, d)), gate=(gate, (e, f, d)), down=(down, (e, d, f)))
+    check_shape(expert=(expert, (t, expert.shape[-1])), weight=(weight, tuple(expert.shape)))
+    if expert.shape[-1] < 1 or e > 4095:
+        raise ValueError(f"{expert.shape[-1]} experts a token of {e}: at least 1, of at most 4095")
+    if t == 0:
+        return x.clone()
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    gate = None if gate is None else gate.to(x.dtype)
+    return expert_forward(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
+
+
+class _Tiling(NamedTuple):
+    """Tile sizes of the products; rows of one expert are padded to a multiple of `m`."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def _tiling(x: Tensor, up: Tensor, top_k: int) -> _Tiling:
+    share = x.shape[0] * top_k / up.shape[0]
+    if x.dtype == torch.float32:
+        return _Tiling(m=64 if share > 32 else 16, n=64, k=32, warps=4, stages=2)
+    if share > 32:
+        return _Tiling(m=128, n=128, k=64, warps=8, stages=3)
+    return _Tiling(m=16, n=128, k=64, warps=4, stages=3)
+
+
+class _Routes(NamedTuple):
+    """Who goes where: `rows` (t * k) of each assignment, `assignments` of each row, `tiles` to experts."""
+
+    rows: Tensor
+    assignments: Tensor
+    tiles: Tensor
+    offsets: Tensor  # (e + 1), the first row of each expert
+
+
+def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
+    expert = expert.to(torch.int32).contiguous()
+    count = expert.numel()
+    blocks = triton.cdiv(count, BLOCK)
+    bins = max(triton.next_power_of_2(e + 1), 16)
+    device = expert.device
+    num_tiles = count // tile + min(e, count)
+    counts = torch.empty(bins, blocks, dtype=torch.int32, device=device)
+    rows = torch.empty(count, dtype=torch.int32, device=device)
+    assignments = torch.full((num_tiles * tile,), -1, dtype=torch.int32, device=device)
+    constants = {"E": e, "BINS": bins, "BLOCK": BLOCK, "num_warps": 4}
+    kernels.count_kernel[(blocks,)](expert, counts, count, **constants)
+    through = counts.cumsum(1, dtype=torch.int32)
+    tiles_of = (through[:e, -1] + (tile - 1)) // tile
+    last_tile = tiles_of.cumsum(0, dtype=torch.int32)
+    offsets = torch.nn.functional.pad(last_tile * tile, (1, 0))
+    start = torch.nn.functional.pad(offsets[:-1], (0, bins - e))
+    kernels.place_kernel[(blocks,)](
+        expert, through - counts + start[:, None], rows, assignments, count, **constants
+    )
+    number = torch.arange(num_tiles, dtype=torch.int32, device=device)
+    tiles = torch.searchsorted(last_tile, number, right=True, out_int32=True)
+    return _Routes(rows, assignments, tiles, offsets)
+
+
+def _rows(a, w, out, routes, weight, tiling, *, transposed, mode, gather, activation, top_k, a2=None, w2=None,
+          out2=None, wide=None, inner=None, inner2=None, partial=None, weighted=False, gated=False):  # fmt: skip
+    """Launch rows_kernel: a (rows or tokens, k) times w[e], which is (n, k), or (k, n) if `transposed`."""
+    e = w.shape[0]
+    n, k = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
+    num_tiles = routes.tiles.shape[0]
+    kernels.rows_kernel[(num_tiles * triton.cdiv(n, tiling.n),)](
+        a, *some(a, a2), w, *some(w, w2), out, *some(out, out2, wide), routes.assignments, routes.tiles, weight,
+        *some(a, inner, inner2), *some(weight, partial), num_tiles * tiling.m, n, k, a.stride(0), w.stride(0),
+        1 if transposed else k, n if transposed else 1,
+        TOP_K=top_k, E=e, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN_N=n % tiling.n == 0, EVEN_K=k % tiling.k == 0,
+        MODE=mode.value, GATHER=gather, SECOND=w2 is not None, WEIGHTED=weighted, ACTIVATION=ACTIVATIONS[activation],
+        GATED=gated, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+
+
+def _precision(a: Tensor) -> str:
+    return "ieee" if a.dtype == torch.float32 else "tf32"
+
+
+def _gather_output(slots: Tensor, routes: _Routes, t: int, top_k: int) -> Tensor:
+    d = slots.shape[1]
+    if top_k == 1:
+        width = min(512, triton.next_power_of_2(d))
+        kernels.clear_kernel[(triton.cdiv(t, 32) * triton.cdiv(d, width),)](
+            routes.rows, slots, t, d, BT=32, BD=width, num_warps=4
+        )
+        return slots
+    y = torch.empty(t, d, dtype=slots.dtype, device=slots.device)
+    width = min(512, triton.next_power_of_2(d))
+    kernels.combine_kernel[(triton.cdiv(t, 4) * triton.cdiv(d, width),)](
+        slots, routes.rows, y, t, d, TOP_K=top_k, BT=4, BD=width, num_warps=4
+    )
+    return y
+
+
+def _slots(x: Tensor, count: int) -> Tensor:
+    """One row an assignment."""
+    return torch.empty(count, x.shape[1], dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("ssmoe::expert_forward", mutates_args=())
+def expert_forward(
+    x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, inner values, inner values of the gate, then `_Routes`)."""
+    t, top_k = expert.shape
+    tiling = _tiling(x, up, top_k)
+    x, up, down, weight = row_major(x), up.contiguous(), down.contiguous(), weight.contiguous()
+    gate = None if gate is None else gate.contiguous()
+    with on_device(x):
+        routes = _dispatch(expert, up.shape[0], tiling.m)
+        shape = (routes.assignments.shape[0], up.shape[1])
+        active = torch.empty(shape, dtype=x.dtype, device=x.device)
+        # relu's inner values are needed only where they are positive, and there they are the active ones
+        alone = gate is None and activation == "relu"
+        inner = active if alone else torch.empty_like(active)
+        inner2 = torch.empty_like(active) if gate is not None else x.new_empty(0)
+        first = tiling if gate is None else tiling._replace(n=min(tiling.n, 64))
+        _rows(x, up, inner, routes, weight, first, transposed=False, mode=kernels.HIDDEN, gather=True,
+              activation=activation, top_k=top_k, w2=gate, out2=inner2, wide=active, gated=gate is not None)  # fmt: skip
+        slots = _slots(x, t * top_k)
+        _rows(active, down, slots, routes, weight, tiling, transposed=False, mode=kernels.OUTPUT, gather=False,
+              activation=activation, top_k=top_k, weighted=True)  # fmt: skip
+        y = _gather_output(slots, routes, t, top_k)
+    return y, inner, inner2, *routes
+
+
+@expert_forward.register_fake
+def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
+    t, top_k = expert.shape
+    tiling = _tiling(x, up, top_k)
+    e, f, _ = up.shape
+    count = t * top_k
+    num_tiles = count // tiling.m + min(e, count)
+
+    def index(n):
+        return x.new_empty(n, dtype=torch.int32)
+
+    inner = x.new_empty(num_tiles * tiling.m, f)
+    inner2 = x.new_empty(inner.shape if gate is not None else (0,))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, inner, inner2, index(count), index(num_tiles * tiling.m), index(num_tiles), index(e + 1)
+
+
+@torch.library.custom_op("ssmoe::expert_backward", mutates_args=())
+def expert_backward(
+    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, weight: Tensor, activation: str,
+    inner: Tensor, inner2: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, up, down, gate (empty without one) and weight."""
+    t, top_k = weight.shape
+    tiling = _tiling(x, up, top_k)
+    routes = _Routes(rows, assignments, tiles, offsets)
+    gated = gate is not None
+    dy, x = dy.contiguous(), x.contiguous()
+    up, down, weight = up.contiguous(), down.contiguous(), weight.contiguous()
+    gate = gate.contiguous() if gated else None
+    with on_device(x):
+        dinner = torch.empty_like(inner)
+        dgate_inner = torch.empty_like(inner) if gated else None
+        active = torch.empty_like(inner)
+        groups = triton.cdiv(up.shape[1], tiling.n)
+        partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
+        _rows(dy, down, dinner, routes, weight, tiling, transposed=True, mode=kernels.SLOPE, gather=True,
+              activation=activation, top_k=top_k, out2=dgate_inner, wide=active, inner=inner, inner2=inner2,
+              partial=partial, gated=gated)  # fmt: skip
+        slots = _slots(x, t * top_k)
+        _rows(dinner, up, slots, routes, weight, tiling, transposed=True, mode=kernels.OUTPUT, gather=False,
+              activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
+        dx = _gather_output(slots, routes, t, top_k)
+        dup = _weights(dinner, x, up, routes, tiling, top_k, gather_a=False)
+        dgate = (
+            _weights(dgate_inner, x, up, routes, tiling, top_k, gather_a=False) if gated else x.new_empty(0)
+        )
+        ddown = _weights(dy, active, down, routes, tiling, top_k, gather_a=True)
+        dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
+    return dx, dup, ddown, dgate, dweight
+
+
+def _weights(a, b, like, routes, tiling, top_k, *, gather_a):
+    out = torch.empty_like(like)
+    e, m, n = like.shape
+    bm = 128 if tiling.m == 128 else 64
+    kernels.weights_kernel[(e * triton.cdiv(m, bm) * triton.cdiv(n, tiling.n),)](
+        a, b, out, routes.assignments, routes.offsets, m, n,
+        TOP_K=top_k, BM=bm, BN=tiling.n, BK=min(tiling.m, 64), EVEN=m % bm == 0 and n % tiling.n == 0,
+        GATHER_A=gather_a, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    return out
+
+
+@expert_backward.register_fake
+def _(dy, x, up, down, gate, weight, activation, inner, inner2, rows, assignments, tiles, offsets):  # noqa: ARG001
+    def like(t):
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    return like(x), like(up), like(down), x.new_empty(0) if gate is None else like(gate), like(weight)
+
+
+def _save(ctx, inputs, output):
+    x, up, down, gate, _, weight, activation = inputs
+    ctx.save_for_backward(x, up, down, gate, weight, *output[1:])
+    ctx.activation = activation
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
+    x, up, down, gate, weight, *kept = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, dup, ddown, dgate, dweight = expert_backward(dy, x, up, down, gate, weight, ctx.activation, *kept)
+    return dx, dup, ddown, None if gate is None else dgate, None, dweight, None
+
+
+expert_forward.register_autograd(_backward, setup_context=_save)

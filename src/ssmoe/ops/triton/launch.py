@@ -1,0 +1,39 @@
+"""What every op checks before a launch, and on which device it launches."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def check_activations(**tensors: Tensor | None) -> None:
+    """float32 or bfloat16, all on one device."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    devices = {t.device for t in present.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{', '.join(present)} are on several devices: {', '.join(map(str, devices))}")
+    for name, tensor in present.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{name} is {tensor.dtype}: the triton backend takes float32 and bfloat16")
+
+
+def check_shape(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Each tensor, where given, has the shape beside it."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def row_major(x: Tensor) -> Tensor:
+    """x itself if its last axis is dense, so that slices of a projection need no copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """The device that Triton launches on; the interpreter, for CPU tensors, needs none."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def some(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Every tensor, dense; the kernel never reads the stand-in of an absent one."""
+    return [stand_in if t is None else t.contiguous() for t in tensors]

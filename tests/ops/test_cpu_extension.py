@@ -1,0 +1,101 @@
+"""The shared library itself: lower instruction levels, a wrong level, and the package without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmoe import ops
+from ssmoe.ops.extension import PATH
+
+built = pytest.mark.skipif(ops.missing("cpu") is not None, reason=str(ops.missing("cpu")))
+
+PARITY = """
+import torch
+from ssmoe import ops
+from ssmoe.ops import cpu, reference
+from tests.ops.test_cpu_causal_conv1d import drawn as conv
+from tests.ops.test_cpu_expert_mlp import drawn as experts
+from tests.ops.test_cpu_selective_scan import drawn as scan
+from tests.ops.parity import documents, judge
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    some = documents(2, 50)
+    judge(lambda: scan(2, 50, 35, 18, dtype, True, some), reference.selective_scan, cpu.selective_scan, dtype)
+    judge(lambda: scan(2, 1, 35, 16, dtype, True, None), reference.selective_scan, cpu.selective_scan, dtype)
+    judge(lambda: conv(2, 50, 35, 4, dtype, True, some), reference.causal_conv1d, cpu.causal_conv1d, dtype)
+    judge(lambda: experts(60, 24, 40, 5, 2, dtype, "silu", True), reference.expert_mlp, cpu.expert_mlp, dtype)
+print(cpu.describe()["level"])
+"""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+
+
+@built
+@pytest.mark.parametrize("level", ["portable", "avx2"])
+def test_a_lower_level_computes_the_same(level: str) -> None:
+    found = python(PARITY, SSMOE_CPU_LEVEL=level)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip().lower() in {level, "portable"}
+
+
+@built
+def test_an_unknown_level_is_refused() -> None:
+    found = python("from ssmoe.ops import cpu; cpu.describe()", SSMOE_CPU_LEVEL="sse9")
+    assert "SSMOE_CPU_LEVEL=sse9 is not one of: auto, portable, avx2, avx512" in found.stderr
+
+
+WITHOUT = """
+from pathlib import Path
+from ssmoe import ops
+from ssmoe.ops import extension
+extension.PATH = Path("absent.so")
+assert ops.resolve("auto", "cpu") == "reference"
+assert "were not built" in ops.missing("cpu")
+assert ops.load("auto", "cpu").name == "reference"
+try:
+    ops.load("cpu")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_without_the_library_auto_is_the_reference_and_says_why() -> None:
+    found = python(WITHOUT)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("the CPU kernels were not built")
+
+
+def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    code = "from pathlib import Path; from ssmoe.ops import extension as e; "
+    code += "e.PATH = Path({!r}); print(e.missing())"
+    assert python(code.format(str(broken))).stdout.startswith("the CPU kernels do not load")
+
+
+def test_the_library_lies_in_the_package() -> None:
+    assert PATH.parent.name == "cpu"
+
+
+def test_a_build_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    root = Path(__file__).parents[2]
+    command = ["setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CPU kernels not built" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,193 @@
+"""The Triton kernels on a GPU against the reference: bfloat16 and float32, odd shapes, sizes past 2^31.
+
+One command: `python -m pytest -m gpu`. Skipped, with the reason, where there is no CUDA device.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmoe.ops import load
+from tests.ops.triton_cases import (
+    Errors,
+    conv_inputs,
+    documents,
+    errors,
+    everything,
+    expert_inputs,
+    scan_inputs,
+    without,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# float32: exp2 and the division are approximate in their last bits
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-5}
+
+
+def within_twice_eager(found: Errors, dtype: torch.dtype) -> None:
+    for name, (ours, eager) in found.items():
+        assert ours <= 2 * eager + FLOOR[dtype], f"{name}: {ours:.1e}, eager {eager:.1e}"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (2, 2, 3, 16), (2, 63, 33, 16), (3, 100, 96, 5), (1, 1025, 100, 16), (2, 257, 40, 64)],
+)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
+    segments = documents(shape[0], shape[1], "cuda") if segmented else None
+    within_twice_eager(errors("selective_scan", scan_inputs(*shape, dtype, "cuda"), segments=segments), dtype)
+
+
+@BOTH
+def test_scan_without_the_optional_inputs(dtype: torch.dtype) -> None:
+    inputs = without(scan_inputs(2, 70, 48, 16, dtype, "cuda"), "D", "z", "delta_bias", "initial_state")
+    within_twice_eager(errors("selective_scan", inputs), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 2, 3, 4), (2, 63, 33, 2), (3, 300, 1030, 4), (1, 100, 64, 8)]
+)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_convolution(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
+    segments = documents(shape[0], shape[1], "cuda") if segmented else None
+    within_twice_eager(errors("causal_conv1d", conv_inputs(*shape, dtype, "cuda"), segments=segments), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("activation", ["relu", "relu_squared", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16, 4, 2), (100, 33, 70, 5, 1), (3000, 96, 200, 8, 2), (900, 64, 48, 64, 8)]
+)
+def test_experts(
+    shape: tuple[int, int, int, int, int], activation: str, gated: bool, dtype: torch.dtype
+) -> None:
+    inputs = expert_inputs(*shape, dtype, "cuda", gated=gated)
+    within_twice_eager(errors("expert_mlp", inputs, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("length", [64, 4096])
+def test_strided_inputs_are_read_in_place(length: int) -> None:
+    ops = load("triton")
+    inputs = scan_inputs(2, length, 64, 16, torch.bfloat16, "cuda")
+    wide = torch.cat((inputs["x"], inputs["z"]), dim=-1)
+    expected = ops.selective_scan(**inputs)[0]
+    inputs["x"], inputs["z"] = wide.chunk(2, dim=-1)
+    assert torch.equal(ops.selective_scan(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("length", [100, 5000])
+def test_two_runs_are_bitwise_equal(length: int) -> None:
+    ops = load("triton")
+    scan = scan_inputs(2, length, 96, 16, torch.bfloat16, "cuda")
+    conv = conv_inputs(2, length, 96, 4, torch.bfloat16, "cuda")
+    experts = expert_inputs(length, 64, 96, 8, 2, torch.bfloat16, "cuda")
+    for op, inputs, options in (
+        (ops.selective_scan, scan, {}),
+        (ops.causal_conv1d, conv, {}),
+        (ops.expert_mlp, experts, {"activation": "silu"}),
+    ):
+        first, second = (everything(op, inputs, options) for _ in range(2))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+
+
+def test_pooled_states_are_written_in_place() -> None:
+    ops = load("triton")
+    inputs = scan_inputs(2, 3, 64, 16, torch.bfloat16, "cuda")
+    expected_y, expected = ops.selective_scan(**inputs)
+    pool = torch.full((5, 64, 16), 7.0, device="cuda")
+    slots = torch.tensor([3, 1], device="cuda")
+    pool[slots] = inputs.pop("initial_state")
+    y, returned = ops.selective_scan(**inputs, initial_state=pool, slots=slots, out_state=pool)
+    assert returned is pool
+    assert torch.equal(y, expected_y)
+    assert torch.equal(pool[slots], expected)
+    assert (pool[[0, 2, 4]] == 7).all()
+
+
+def test_compiles_as_one_graph() -> None:
+    ops = load("triton")
+    scan = scan_inputs(2, 64, 64, 16, torch.bfloat16, "cuda")
+    conv = conv_inputs(2, 64, 64, 4, torch.bfloat16, "cuda")
+    experts = expert_inputs(128, 64, 96, 8, 2, torch.bfloat16, "cuda")
+    route = {"expert": experts["expert"], "weight": experts["weight"], "activation": "relu"}
+
+    def block(x: Tensor, up: Tensor) -> Tensor:
+        x, _ = ops.causal_conv1d(x, conv["weight"], conv["bias"])
+        x, _ = ops.selective_scan(x, scan["delta"], scan["A"], scan["B"], scan["C"], scan["D"])
+        return ops.expert_mlp(x.flatten(0, 1), up, experts["down"], **route)
+
+    def run(f: object) -> list[Tensor]:
+        x, up = scan["x"].clone().requires_grad_(), experts["up"].clone().requires_grad_()
+        y = f(x, up)  # pyright: ignore
+        return [y, *torch.autograd.grad(y.float().square().sum(), (x, up))]
+
+    for eager, compiled in zip(run(block), run(torch.compile(block, fullgraph=True)), strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_scan_past_two_to_the_31() -> None:
+    b, length, d, n = 3, 720_000, 1024, 4
+    assert b * length * d > 2**31
+    ops = load("triton")
+    normal = torch.randn
+    x, delta, dy = (
+        torch.empty(b, length, d, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3)
+    )
+    B, C = (normal(b, length, n, device="cuda").bfloat16() for _ in range(2))
+    A = -torch.rand(d, n, device="cuda") - 0.5
+
+    def run(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        leaves = [t[rows].detach().requires_grad_() for t in (x, delta)]
+        y, state = ops.selective_scan(*leaves, A, B[rows], C[rows])
+        dx, ddelta = torch.autograd.grad(y, leaves, dy[rows])
+        return (
+            torch.stack((y[-1, -2000:], dx[-1, -2000:], ddelta[-1, -2000:])),
+            state[-1].detach(),
+            dx[-1, :9],
+        )
+
+    for whole, alone in zip(run(slice(0, b)), run(slice(b - 1, b)), strict=True):
+        torch.testing.assert_close(whole, alone, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_convolution_past_two_to_the_31() -> None:
+    ops = load("triton")
+    x, dy = (torch.empty(3, 720_000, 1024, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+    weight = torch.randn(1024, 4, device="cuda")
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].detach().requires_grad_()
+        y, _ = ops.causal_conv1d(leaf, weight)
+        return y[-1].detach(), torch.autograd.grad(y, leaf, dy[rows])[0][-1]
+
+    for whole, alone in zip(run(slice(0, 3)), run(slice(2, 3)), strict=True):
+        assert torch.equal(whole, alone)
+
+
+@pytest.mark.slow
+def test_experts_past_two_to_the_31() -> None:
+    ops = load("triton")
+    t, d, f, e = 4_300_000, 512, 64, 4
+    x, dy = (torch.empty(t, d, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+    up, down = (torch.randn(*s, device="cuda").bfloat16() * 0.05 for s in ((e, f, d), (e, d, f)))
+    expert = torch.randint(0, e, (t, 1), device="cuda", dtype=torch.int32)
+    weight = torch.rand(t, 1, device="cuda")
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].detach().requires_grad_()
+        y = ops.expert_mlp(leaf, up, down, expert=expert[rows], weight=weight[rows], activation="relu")
+        return y[-4000:].detach(), torch.autograd.grad(y, leaf, dy[rows])[0][-4000:]
+
+    for whole, alone in zip(run(slice(0, t)), run(slice(t - 4000, t)), strict=True):
+        torch.testing.assert_close(whole, alone, rtol=2e-2, atol=2e-2)

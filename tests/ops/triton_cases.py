@@ -1,0 +1,188 @@
+"""The Triton backend beside the reference, on any device: used by the interpreter's tests and the GPU's.
+
+Run as a module under TRITON_INTERPRET=1, it prints the errors of every small case as JSON: the interpreter
+must be chosen before triton is first imported, so those tests start a process of their own.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ssmoe.ops import Segments, load
+
+Errors = dict[str, tuple[float, float]]
+"""For each output and gradient: the kernels' error and eager torch's, both against float64."""
+
+
+def scan_inputs(
+    b: int, length: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    normal = normals(device)
+    return {
+        "x": normal(b, length, d).to(dtype),
+        "delta": (normal(b, length, d) - 2).to(dtype),
+        "A": -(normal(d, n) * 0.5).exp(),
+        "B": normal(b, length, n).to(dtype),
+        "C": normal(b, length, n).to(dtype),
+        "D": normal(d),
+        "z": normal(b, length, d).to(dtype),
+        "delta_bias": normal(d),
+        "initial_state": normal(b, d, n),
+    }
+
+
+def conv_inputs(
+    b: int, length: int, d: int, k: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    normal = normals(device)
+    return {
+        "x": normal(b, length, d).to(dtype),
+        "weight": normal(d, k),
+        "bias": normal(d),
+        "initial_state": normal(b, d, k - 1).to(dtype),
+    }
+
+
+def expert_inputs(
+    t: int, d: int, f: int, e: int, k: int, dtype: torch.dtype, device: str = "cpu", *, gated: bool = False
+) -> dict[str, Tensor]:
+    """The last expert gets no token, and every seventh token is dropped by all."""
+    normal = normals(device)
+    inputs = {
+        "x": normal(t, d).to(dtype),
+        "up": normal(e, f, d) / d**0.5,
+        "down": normal(e, d, f) / f**0.5,
+        "weight": normal(t, k).sigmoid(),
+        "expert": normal(t, max(1, e - 1)).topk(k, dim=1).indices.to(torch.int32),
+    }
+    inputs["expert"][::7] = -1
+    if gated:
+        inputs["gate"] = normal(e, f, d) / d**0.5
+    return inputs
+
+
+def normals(device: str) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    return normal
+
+
+def documents(b: int, length: int, device: str = "cpu") -> Segments:
+    """Random documents with padding anywhere; some rows go on from the initial state."""
+    normal = normals(device)
+    ids = (normal(b, length) > -0.7).to(torch.int32) - 1
+    return Segments(ids, normal(b, length) > 0.8)
+
+
+def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
+    """Every output and gradient of one op against the reference in float64."""
+    kernels, reference = getattr(load("triton"), name), getattr(load("reference"), name)
+    wide = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
+    truth = everything(reference, wide, options)
+    with poisoned():
+        found = everything(kernels, inputs, options)
+    eager = everything(reference, inputs, options)
+    result: Errors = {}
+    for key, value in truth.items():
+        assert found[key].dtype == eager[key].dtype, key
+        assert found[key].shape == eager[key].shape, key
+        scale = value.norm().clamp(min=1e-30)
+        ours, theirs = ((t.double() - value).norm() / scale for t in (found[key], eager[key]))
+        result[key] = (ours.item(), theirs.item())
+    return result
+
+
+def everything(
+    op: Callable[..., object], inputs: dict[str, Tensor], options: dict[str, object]
+) -> dict[str, Tensor]:
+    leaves = {
+        key: t.detach().clone().requires_grad_() if t.is_floating_point() else t for key, t in inputs.items()
+    }
+    out = op(**leaves, **options)
+    outputs = {"y": out} if isinstance(out, Tensor) else dict(zip(("y", "final_state"), out, strict=True))
+    generator = torch.Generator().manual_seed(1)
+    total = sum(
+        (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)).sum()
+        for t in outputs.values()
+    )
+    wanted = {key: t for key, t in leaves.items() if t.is_floating_point() and t.numel()}
+    gradients = torch.autograd.grad(total, list(wanted.values()))
+    return outputs | {f"grad of {key}": g for key, g in zip(wanted, gradients, strict=True)}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that whatever a kernel leaves unwritten shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(t: Tensor) -> Tensor:
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: fill(empty(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k))),
+    ):
+        yield
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {key: t for key, t in inputs.items() if key not in names}
+
+
+SMALL: dict[str, Callable[[], Errors]] = {
+    "scan": lambda: errors("selective_scan", scan_inputs(2, 7, 5, 16, F32)),
+    "scan, length 1": lambda: errors("selective_scan", scan_inputs(2, 1, 5, 4, F32)),
+    "scan, length 2": lambda: errors("selective_scan", scan_inputs(1, 2, 33, 3, F32)),
+    "scan, chunks": lambda: errors("selective_scan", scan_inputs(1, 133, 9, 4, F32)),
+    "scan, chunks and segments": lambda: errors(
+        "selective_scan", scan_inputs(1, 130, 9, 4, F32), segments=documents(1, 130)
+    ),
+    "scan, bare": lambda: errors(
+        "selective_scan", without(scan_inputs(1, 9, 5, 4, F32), "D", "z", "delta_bias", "initial_state")
+    ),
+    "scan, segments": lambda: errors(
+        "selective_scan", scan_inputs(3, 8, 33, 4, F32), segments=documents(3, 8)
+    ),
+    "scan, bfloat16": lambda: errors("selective_scan", scan_inputs(2, 7, 5, 4, BF16)),
+    "convolution": lambda: errors("causal_conv1d", conv_inputs(2, 7, 5, 4, F32)),
+    "convolution, length 1": lambda: errors("causal_conv1d", conv_inputs(2, 1, 5, 4, F32)),
+    "convolution, longer than a span": lambda: errors("causal_conv1d", conv_inputs(1, 150, 5, 3, F32)),
+    "convolution, one tap": lambda: errors("causal_conv1d", conv_inputs(2, 9, 4, 1, F32)),
+    "convolution, eight taps": lambda: errors("causal_conv1d", conv_inputs(2, 19, 4, 8, F32)),
+    "convolution, bare": lambda: errors(
+        "causal_conv1d", without(conv_inputs(2, 9, 4, 3, F32), "bias", "initial_state")
+    ),
+    "convolution, segments": lambda: errors(
+        "causal_conv1d", conv_inputs(3, 19, 5, 4, F32), segments=documents(3, 19)
+    ),
+    "convolution, bfloat16": lambda: errors("causal_conv1d", conv_inputs(2, 7, 33, 4, BF16)),
+    "experts, relu": lambda: errors("expert_mlp", expert_inputs(20, 24, 40, 4, 1, F32), activation="relu"),
+    "experts, relu_squared": lambda: errors(
+        "expert_mlp", expert_inputs(30, 33, 70, 5, 3, F32), activation="relu_squared"
+    ),
+    "experts, swiglu": lambda: errors(
+        "expert_mlp", expert_inputs(30, 33, 40, 5, 2, F32, gated=True), activation="silu"
+    ),
+    "experts, many rows": lambda: errors(
+        "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
+    ),
+    "experts, one token": lambda: errors(
+        "expert_mlp",
+        {**expert_inputs(1, 16, 16, 4, 2, F32), "expert": torch.tensor([[2, 0]])},
+        activation="silu",
+    ),
+}
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: case() for name, case in SMALL.items()}))
