@@ -218,3 +218,11 @@ def test_jitter_is_off_by_default_and_in_eval_mode() -> None:
     assert torch.equal(router(x).weight, router(x).weight)
     plain, _ = with_logits(logits)
     assert torch.equal(plain.train()(x).weight, router(x).weight)
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 17, 20])
+def test_many_choices_are_those_of_a_stable_sort(k: int) -> None:
+    logits = torch.randint(0, 6, (1, 50, 20), generator=torch.Generator().manual_seed(0)).double()
+    router, x = with_logits(logits, top_k=k, score="sigmoid")
+    expected = logits[0].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(router(x).expert.long(), expected)

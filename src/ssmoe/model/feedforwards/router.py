@@ -19,6 +19,9 @@ from ssmoe.model.layer import RouterStats
 from ssmoe.model.norm import Float32Module
 from ssmoe.ops import Segments
 
+_FEW = 16
+"""Up to so many choices, taking the best one by one is quicker than sorting."""
+
 
 class Routing(NamedTuple):
     """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32."""
@@ -159,11 +162,16 @@ def count(values: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)
 
 
-def _top_k(probabilities: Tensor, k: int) -> Tensor:
-    """(t, e) -> (t, k) experts by falling probability; ties go to the lower expert number."""
-    if k == 1:
-        return probabilities.argmax(dim=-1, keepdim=True)
-    return probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+def _top_k(scores: Tensor, k: int) -> Tensor:
+    """(t, e) -> (t, k) experts by falling score; ties go to the lower expert number."""
+    if k > _FEW:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    first = scores.argmax(dim=-1, keepdim=True)  # of equal ones the first
+    chosen = [first]
+    for _ in range(k - 1):
+        scores = scores.scatter(1, chosen[-1], float("-inf"))
+        chosen.append(scores.argmax(dim=-1, keepdim=True))
+    return torch.cat(chosen, dim=-1)
 
 
 def rebalance(layer: nn.Module, load: Tensor) -> None:
