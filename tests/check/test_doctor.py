@@ -3,7 +3,10 @@ import torch
 
 from ssmoe.check import doctor
 from ssmoe.check.doctor import TOLERANCE, Check, diagnose, self_check
-from ssmoe.ops import BACKENDS, load
+from ssmoe.ops import BACKENDS, load, missing
+
+OPS = ["selective_scan", "causal_conv1d", "expert_mlp", "expert_linear", "linear"]
+ON_CPU = [name for name in BACKENDS if name != "triton" and not missing(name)]
 
 
 def broken(op):
@@ -17,10 +20,7 @@ def broken(op):
     return ops._replace(**{op: wrong})
 
 
-OPS = ["selective_scan", "causal_conv1d", "expert_mlp", "expert_linear"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_every_backend_passes(backend):
     checks = self_check(load(backend), "cpu")
     assert [check.op for check in checks] == OPS
@@ -51,8 +51,8 @@ def test_the_diagnosis_is_of_this_machine(monkeypatch):
     found = diagnose()
     assert found.healthy
     assert found.versions["torch"].startswith(torch.__version__.split("+")[0])
-    assert found.backends["cpu"] in BACKENDS
+    assert found.backends["cpu"].split(",")[0] in ON_CPU
     assert found.devices[0].startswith("cpu")
-    assert len(found.checks) == len(OPS) * len(BACKENDS)
+    assert {(check.backend, check.op) for check in found.checks} >= {(b, op) for b in ON_CPU for op in OPS}
     monkeypatch.setattr(doctor, "load", lambda name: broken("expert_mlp"))
     assert not diagnose().healthy

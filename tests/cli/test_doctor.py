@@ -13,7 +13,7 @@ def test_a_healthy_machine(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"]
-    names = {"selective_scan", "causal_conv1d", "expert_mlp", "expert_linear"}
+    names = {"selective_scan", "causal_conv1d", "expert_mlp", "expert_linear", "linear"}
     assert {check["op"] for check in found["checks"]} == names
 
 
@@ -33,5 +33,5 @@ def test_a_broken_kernel_is_exit_1(capsys, monkeypatch):
     found = json.loads(
         capsys.readouterr().out, parse_constant=lambda word: (_ for _ in ()).throw(ValueError(word))
     )
-    assert [check["passed"] for check in found["checks"]] == [True, True, False, True]
+    assert [check["passed"] for check in found["checks"]] == [True, True, False, True, True]
     assert found["checks"][2]["error"] is None

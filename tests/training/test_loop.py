@@ -157,3 +157,18 @@ def test_the_backend_of_a_run_is_not_decided_again(tiny_run, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "backend": "abacus"}))
     with pytest.raises(ValueError, match="backend='abacus'"):
         train(run, tmp_path / "r", data, evaluate=evaluate, resume=True)
+
+
+def test_threads_are_set_for_the_run_only_and_recorded(tiny_run, tmp_path):
+    before, seen = torch.get_num_threads(), []
+
+    def look(model):
+        seen.append(torch.get_num_threads())
+        return evaluate(model)
+
+    other = 3 if before == 2 else 2
+    run = tiny_run("train.steps=1", f"train.threads={other}")
+    train(run, tmp_path / "r", prepare(run.data), evaluate=look)
+    assert seen == [other]
+    assert torch.get_num_threads() == before
+    assert json.loads((tmp_path / "r" / "environment.json").read_text())["threads"] == other

@@ -83,6 +83,7 @@ def self_check(ops: Ops, device: str) -> list[Check]:
         Check(ops.name, "causal_conv1d", _error(conv[0], _conv(x[0], weight))),
         Check(ops.name, "expert_mlp", _error(mixed, _experts(tokens, up, down, expert, share))),
         Check(ops.name, "expert_linear", _error(mapped, _maps(tokens, up, expert, share))),
+        Check(ops.name, "linear", _error(ops.linear(tokens, up[0]), _linear(tokens, up[0]))),
     ]
 
 
@@ -146,6 +147,13 @@ def _maps(x: Tensor, bank: Tensor, expert: Tensor, share: Tensor) -> list[list[f
         output = float(share[t, 0]) * (bank[e].double() @ x[t].double()) * (e >= 0)
         rows.append([float(value) for value in output])
     return rows
+
+
+def _linear(x: Tensor, weight: Tensor) -> list[list[float]]:
+    """(t, d_out): one product after another."""
+    return [
+        [sum(float(a) * float(b) for a, b in zip(row, column, strict=True)) for column in weight] for row in x
+    ]
 
 
 def _device(backend: str) -> str:

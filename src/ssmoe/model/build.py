@@ -30,7 +30,7 @@ from ssmoe.model.mixers.mamba import Mamba
 from ssmoe.model.mixers.mamba_experts import LinearExperts, MambaExperts, NetworkExperts
 from ssmoe.model.mixers.parallel import Parallel
 from ssmoe.model.mixers.s4d import S4D
-from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
+from ssmoe.model.norm import LayerNorm, Linear, RMSNorm, use_products
 from ssmoe.ops import Ops, load
 
 
@@ -52,7 +52,8 @@ def build(
     with torch.device("meta"):
         layers = [Residual(_norm(config), _layer(layer, config.d_model, ops)) for layer in config.layers]
         final_norm = _norm(config) if config.final_norm else None
-        model = LM(config, layers, final_norm, backend=ops.name, compute_dtype=dtype)
+        model = LM(config, layers, final_norm, ops=ops, compute_dtype=dtype)
+    use_products(model, ops)
     if device.type != "meta":
         model.to_empty(device=device)
         init_weights(model, init=config.init, seed=seed, num_layers=len(config.layers))

@@ -3,14 +3,13 @@
 from typing import Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
 from ssmoe.model.loss import IGNORE, Loss, model_loss
 from ssmoe.model.norm import Linear
-from ssmoe.ops import Segments
+from ssmoe.ops import Ops, Segments
 
 
 class ModelOut(NamedTuple):
@@ -53,12 +52,12 @@ class LM(nn.Module):
         layers: list[Residual],
         final_norm: nn.Module | None,
         *,
-        backend: str,
+        ops: Ops,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
+        self.ops = ops
         self.compute_dtype = compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(layers)
@@ -105,12 +104,16 @@ class LM(nn.Module):
             (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
         )
         if targets is None:
-            bias = None if bias is None else bias.to(dtype)
-            return ModelOut(F.linear(x, weight.to(dtype), bias), tuple(states), tuple(stats), None)
+            return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
-        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None])
+        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops.linear)
         return ModelOut(None, tuple(states), tuple(stats), loss)
+
+    @property
+    def backend(self) -> str:
+        """The name of the kernels in use, fixed when the model was built."""
+        return self.ops.name
 
     def init_state(self, batch: int, capacity: int | None = None) -> State:
         """The zero state of `batch` rows; `capacity` tokens of room where a layer stores tokens."""

@@ -1,6 +1,6 @@
 """Cross-entropy of the head without keeping logits, and its sum with the routers' losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmoe.model.layer import RouterStats
+from ssmoe.ops.reference import linear
+
+Product = Callable[..., Tensor]
+"""A backend's `linear`."""
 
 IGNORE = -100
 """A target that is not predicted."""
@@ -29,15 +33,20 @@ class Loss(NamedTuple):
 
 
 def model_loss(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Sequence[RouterStats]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: Sequence[RouterStats],
+    product: Product = linear,
 ) -> Loss:
     """The loss of x (b, l, d), the head's input, under weight (vocab, d) and bias (vocab,).
 
-    targets: (b, l) int64, `IGNORE` where nothing is predicted.
+    targets: (b, l) int64, `IGNORE` where nothing is predicted. product: the backend's `linear`.
     """
     flat = targets.reshape(-1)
     tokens = (flat != IGNORE).sum()
-    total = head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat)
+    total = head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat, product)
     lm = total / tokens.clamp(min=1)
     zero = torch.zeros_like(lm)
     balance = torch.stack([zero, *(s.balance for s in stats)]).sum()
@@ -45,7 +54,9 @@ def model_loss(
     return Loss(lm + balance + z, lm, balance, z, tokens)
 
 
-def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def head_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, product: Product = linear
+) -> Tensor:
     """Summed cross-entropy of softmax(x W^T + b), () in float32 or wider, differentiable once.
 
     x: (t, d). weight: (vocab, d). bias: (vocab,). targets: (t,) int64, `IGNORE` where nothing is predicted.
@@ -53,8 +64,8 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     """
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets))
-    chunks = (_chunk_logits(x[rows], weight, bias) for rows in _chunks(x.shape[0]))
+        return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets, product))
+    chunks = (_chunk_logits(x[rows], weight, bias, product) for rows in _chunks(x.shape[0]))
     losses = [
         F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
         for rows, logits in zip(_chunks(x.shape[0]), chunks, strict=True)
@@ -66,19 +77,21 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """The gradients are formed in the forward pass, while a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, product: Product
+    ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         narrow_weight = weight.to(x.dtype)
         for rows in _chunks(x.shape[0]):
-            logits = _chunk_logits(x[rows], weight, bias)
+            logits = _chunk_logits(x[rows], weight, bias, product)
             total += F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
             gradient = _logit_gradient(logits, targets[rows])
             narrow = gradient.to(x.dtype)
-            dx[rows] = narrow @ narrow_weight
-            dweight += narrow.t() @ x[rows]
+            dx[rows] = product(narrow, narrow_weight.t())
+            dweight += product(narrow.t(), x[rows].t())
             if dbias is not None:
                 dbias += gradient.sum(0)
         ctx.save_for_backward(dx, dweight, dbias)
@@ -86,13 +99,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         scale = grad_outputs[0]
         dx, dweight, dbias = ctx.saved_tensors
         return (
             dx * scale.to(dx.dtype),
             (dweight * scale).to(ctx.weight_dtype),
             None if dbias is None else (dbias * scale).to(ctx.weight_dtype),
+            None,
             None,
         )
 
@@ -101,9 +115,8 @@ def _chunks(tokens: int) -> list[slice]:
     return [slice(begin, begin + _CHUNK) for begin in range(0, tokens, _CHUNK)]
 
 
-def _chunk_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return logits.to(torch.promote_types(x.dtype, torch.float32))
+def _chunk_logits(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+    return product(x, weight, bias).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,21 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmoe.ops import Ops
+from ssmoe.ops.reference import linear
+
 
 class Linear(nn.Module):
     """y = x W^T + bias, computed in x's dtype; the parameters keep theirs.
 
-    weight: (d_out, d_in). x: (..., d_in) -> (..., d_out).
+    weight: (d_out, d_in). x: (..., d_in) -> (..., d_out). product: the backend's `linear`, by `use_products`.
     """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.product: Callable[..., Tensor] = linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)"""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.weight, self.bias)
+
+
+def use_products(module: nn.Module, ops: Ops) -> None:
+    """Hand the matrix product of `ops` to every Linear in `module`."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.product = ops.linear
 
 
 class LayerNorm(nn.Module):

@@ -26,6 +26,7 @@ class Ops(NamedTuple):
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
 
 
 def missing(backend: str) -> str | None:
@@ -40,7 +41,7 @@ def missing(backend: str) -> str | None:
 
 
 def describe(backend: str) -> dict[str, str]:
-    """What a backend that loads chose on this machine, such as its instruction level; {} where it chooses nothing."""
+    """What a backend chose on this machine, such as its instruction level; {} where it chooses nothing."""
     if backend != "cpu":
         return {}
     from ssmoe.ops.cpu import describe as describe_cpu
@@ -88,4 +89,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
+        linear=module.linear,
     )

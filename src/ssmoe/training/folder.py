@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from ssmoe.config.load import RunConfig
+from ssmoe.ops import describe
 from ssmoe.training.checkpoint import list_checkpoints
 
 CONFIG = "config.json"
@@ -76,8 +77,9 @@ def environment(run: RunConfig, backend: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "platform": platform.platform(),
         "device": device_name(run.train.device),
-        "threads": torch.get_num_threads(),
+        "threads": run.train.threads or torch.get_num_threads(),
         "backend": backend,
+        "kernels": describe(backend),
         "seed": run.train.seed,
         "git": _git_commit(),
     }

@@ -98,7 +98,7 @@ def train(
     run = _Run(config, folder, data, model, optimizer, rows, evaluate, reporter)
     metrics = MetricsFile(folder)
     try:
-        with _interruptible() as interrupted:
+        with _threads(config.train.threads), _interruptible() as interrupted:
             progress = _loop(run, progress, metrics, interrupted)
     finally:
         metrics.close()
@@ -200,6 +200,17 @@ def _describe_data(data: Prepared) -> dict[str, str | int]:
         "held_out_tokens": data.held_out.num_tokens,
         "held_out_bytes": data.held_out.num_bytes,
     }
+
+
+@contextmanager
+def _threads(number: int | None) -> Generator[None]:
+    """Use `number` CPU threads, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

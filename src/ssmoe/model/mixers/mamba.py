@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut
-from ssmoe.model.norm import Float32Module, Linear
+from ssmoe.model.norm import Float32Module, Linear, use_products
 from ssmoe.ops import Ops, Segments, load
 
 
@@ -78,6 +78,7 @@ class Mamba(nn.Module):
         self.delta_proj = Linear(self.dt_rank, d_inner)
         self.ssm = SSMParameters(d_inner, d_state, (dt_min, dt_max))
         self.out_proj = Linear(d_inner, d_model)
+        use_products(self, self.ops)
         init_weights(self)
 
     def forward(
