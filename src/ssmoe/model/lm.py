@@ -37,7 +37,7 @@ class Residual(nn.Module):
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream."""
         out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
-        return out._replace(x=x + out.x)
+        return LayerOut(x + out.x, out.state, out.stats)
 
 
 class LM(nn.Module):

@@ -65,10 +65,10 @@ def head_cross_entropy(
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets, product))
-    chunks = (_chunk_logits(x[rows], weight, bias, product) for rows in _chunks(x.shape[0]))
+    narrow = weight.to(x.dtype)
     losses = [
-        F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
-        for rows, logits in zip(_chunks(x.shape[0]), chunks, strict=True)
+        _summed(_log_probabilities(x[rows], narrow, bias, product), targets[rows])
+        for rows in _chunks(x.shape[0])
     ]
     return torch.stack(losses).sum()
 
@@ -84,16 +84,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        narrow_weight = weight.to(x.dtype)
+        narrow = weight.to(x.dtype)
         for rows in _chunks(x.shape[0]):
-            logits = _chunk_logits(x[rows], weight, bias, product)
-            total += F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
-            gradient = _logit_gradient(logits, targets[rows])
-            narrow = gradient.to(x.dtype)
-            dx[rows] = product(narrow, narrow_weight.t())
-            dweight += product(narrow.t(), x[rows].t())
+            log_p = _log_probabilities(x[rows], narrow, bias, product)
+            total += _summed(log_p, targets[rows])
+            dlogits = _logit_gradient(log_p, targets[rows], x.dtype)
+            # rows that are not predicted are left out of the small factors, not of the large one
+            counted = (targets[rows] != IGNORE).unsqueeze(1)
+            dx[rows] = product(dlogits, narrow.t()) * counted
+            dweight += product(dlogits.t(), (x[rows] * counted).t())
             if dbias is not None:
-                dbias += gradient.sum(0)
+                dbias += (counted.to(dlogits.dtype).t() @ dlogits).squeeze(0)
         ctx.save_for_backward(dx, dweight, dbias)
         ctx.weight_dtype = weight.dtype
         return total
@@ -115,13 +116,19 @@ def _chunks(tokens: int) -> list[slice]:
     return [slice(begin, begin + _CHUNK) for begin in range(0, tokens, _CHUNK)]
 
 
-def _chunk_logits(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
-    return product(x, weight, bias).to(torch.promote_types(x.dtype, torch.float32))
+def _log_probabilities(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+    """(s, d) -> (s, vocab), float32 or wider"""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.log_softmax(product(x, weight, bias), dim=-1, dtype=dtype)
 
 
-def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    counted = targets != IGNORE
-    gradient = logits.softmax(dim=-1)
-    index = targets.masked_fill(~counted, 0).unsqueeze(1)
-    gradient.scatter_add_(1, index, -torch.ones_like(index, dtype=gradient.dtype))
-    return gradient.mul_(counted.unsqueeze(1))
+def _summed(log_p: Tensor, targets: Tensor) -> Tensor:
+    return F.nll_loss(log_p, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _logit_gradient(log_p: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax - one_hot(target) in `dtype`, in the place of `log_p` where that is its dtype."""
+    index = targets.clamp(min=0).unsqueeze(1)
+    at_target = torch.expm1(log_p.gather(1, index)).to(dtype)
+    out = log_p if log_p.dtype == dtype else torch.empty_like(log_p, dtype=dtype)
+    return torch.exp(log_p, out=out).scatter_(1, index, at_target)
