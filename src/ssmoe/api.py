@@ -13,7 +13,8 @@ from rich.console import Console
 from ssmoe.config.load import RunConfig
 from ssmoe.data.prepare import Prepared, prepare
 from ssmoe.data.tokenizer import load_tokenizer
-from ssmoe.eval.perplexity import evaluate
+from ssmoe.eval.perplexity import HeldOut, evaluate
+from ssmoe.model.feedforwards.mode import token_choice
 from ssmoe.model.lm import LM
 from ssmoe.training.checkpoint import find_weights, list_checkpoints
 from ssmoe.training.compare import Comparison, check_comparable, compare_runs, write_comparison
@@ -108,20 +109,28 @@ def _rules(folder: Path, *, resume: bool, overwrite: bool) -> _Rules:
 def _evaluator(run: RunConfig, data: Prepared) -> Evaluate:
     batch_size = run.train.micro_batch_size or run.train.batch_size
 
-    def evaluate_held_out(model: LM) -> Mapping[str, float]:
-        found = evaluate(
+    def score(model: LM) -> HeldOut:
+        return evaluate(
             model,
             data.held_out,
             context=run.data.context,
             batch_size=batch_size,
             rows=run.train.eval_rows,
             isolate=run.data.isolate_documents,
+            mask_fraction=run.data.mask_fraction,
         )
-        return {
+
+    def evaluate_held_out(model: LM) -> Mapping[str, float]:
+        found = score(model)
+        values = {
             "held_out_loss": found.loss,
             "held_out_bits_per_byte": found.bits_per_byte,
             "held_out_targets": found.targets,
         }
+        with token_choice(model) as changed:
+            if changed:
+                values["held_out_loss_token_choice"] = score(model).loss
+        return values
 
     return evaluate_held_out
 

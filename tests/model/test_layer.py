@@ -10,7 +10,7 @@ from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.ops import Segments
-from tests.model.zoo import PATTERNS, small, tiny, tiny_presets
+from tests.model.zoo import PATTERNS, mixing, small, tiny, tiny_presets
 
 TOLERANCE = 1e-9
 
@@ -185,3 +185,16 @@ def test_float32_follows_float64(name: str) -> None:
     with torch.no_grad():
         difference = (narrow(ids).logits.double() - wide(ids).logits).abs()
     assert difference.max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [*PATTERNS, "mixing expert-choice", "mixing mot"])
+def test_the_future_changes_nothing_in_training(name: str) -> None:
+    """Capacity, expert choice by position and mixtures included: no later position has a say."""
+    config = mixing(name.removeprefix("mixing ")) if name.startswith("mixing ") else small(name)
+    model, ids = build(config, seed=1).double().train(), draw(6, 20)
+    changed = ids.clone()
+    changed[:, 12:] = (changed[:, 12:] + 7) % 61
+    with torch.no_grad():
+        before, after = model(ids).logits, model(changed).logits
+    torch.testing.assert_close(after[:, :12], before[:, :12], rtol=0, atol=1e-12)
+    assert not torch.equal(before[:, 12:], after[:, 12:])

@@ -28,7 +28,7 @@ def test_uniform_routing_costs_the_coefficient(e: int, k: int) -> None:
     with torch.no_grad():
         stats = router(x).stats
     assert stats.load.tolist() == [k] * e
-    assert float(stats.balance) == pytest.approx(0.01, rel=1e-9)
+    assert float(stats.balance.detach()) == pytest.approx(0.01, rel=1e-9)
     assert float(stats.entropy) == pytest.approx(log(e), rel=1e-9)
 
 
@@ -39,7 +39,7 @@ def test_all_to_one_expert_costs_the_coefficient_times_experts() -> None:
     with torch.no_grad():
         stats = router(x).stats
     assert stats.load.tolist() == [0, 0, 0, 10, 0, 0]
-    assert float(stats.balance) == pytest.approx(0.06, rel=1e-12)
+    assert float(stats.balance.detach()) == pytest.approx(0.06, rel=1e-12)
     assert float(stats.confidence) == pytest.approx(1)
     assert float(stats.entropy) == pytest.approx(0, abs=1e-12)
 
@@ -145,3 +145,86 @@ def test_the_router_scores_in_float32_after_a_cast() -> None:
     assert router.weight.dtype == torch.float32
     assert router(torch.randn(1, 3, 8).bfloat16()).weight.dtype == torch.float32
     assert router.double().weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("score", "normalise", "scale"),
+    [("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5), ("sigmoid", False, 1.0)],
+)
+def test_weights_of_switch_mixtral_deepseek_and_the_loss_free_paper(
+    score: str, normalise: bool, scale: float
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 6, 5)
+    router, x = with_logits(logits, top_k=2, score=score, normalise_weights=normalise, weight_scale=scale)
+    routing = router(x)
+    chosen = x[0].topk(2)
+    if score == "softmax":
+        expected = chosen.values.softmax(-1) if normalise else x[0].softmax(-1).gather(1, chosen.indices)
+    else:
+        expected = chosen.values.sigmoid()
+        expected = expected / expected.sum(-1, keepdim=True) if normalise else expected
+    assert torch.equal(routing.expert.long(), chosen.indices)
+    torch.testing.assert_close(routing.weight, scale * expected)
+
+
+def test_the_bias_chooses_and_never_weighs() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0]]])
+    router, x = with_logits(logits, score="sigmoid", balance="bias")
+    assert router.bias is not None
+    router.bias.copy_(torch.tensor([-1.0, 0.0, 0.0]))
+    routing = router(x)
+    assert routing.expert.tolist() == [[1]]
+    torch.testing.assert_close(routing.weight[0, 0], x[0, 0, 1].sigmoid())
+    assert not routing.stats.balance.any()
+
+
+@pytest.mark.parametrize("update", ["sign", "error"])
+def test_the_bias_moves_against_the_load_and_has_mean_zero(update: str) -> None:
+    router, _ = with_logits(torch.zeros(1, 1, 4), balance="bias", bias_update=update, bias_rate=0.1)
+    load = torch.tensor([10, 2, 0, 0])
+    router.rebalance(load)
+    step = {"sign": [-1.0, 1.0, 1.0, 1.0], "error": [-7 / 3, 1 / 3, 1.0, 1.0]}[update]
+    expected = 0.1 * torch.tensor(step, dtype=torch.float64)
+    assert router.bias is not None
+    torch.testing.assert_close(router.bias, expected - expected.mean())
+    even = router.bias.clone()
+    router.rebalance(torch.tensor([3, 3, 3, 3]))
+    torch.testing.assert_close(router.bias, even)
+
+
+def test_the_bias_is_saved_and_no_parameter() -> None:
+    router = Router(8, num_experts=4, balance="bias").to(torch.bfloat16)
+    assert router.bias is not None
+    assert router.bias.dtype == torch.float32
+    assert set(router.state_dict()) == {"weight", "bias"}
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert set(Router(8, num_experts=4).state_dict()) == {"weight"}
+
+
+def test_sigmoid_scores_are_balanced_by_their_shares() -> None:
+    torch.manual_seed(1)
+    router, x = with_logits(torch.randn(2, 4, 3), score="sigmoid", balance_coefficient=0.5)
+    scores = x.reshape(-1, 3).sigmoid()
+    share = scores.argmax(-1).bincount(minlength=3) / 8
+    p = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    torch.testing.assert_close(router(x).stats.balance, 0.5 * 3 * (share * p).sum())
+
+
+def test_jitter_is_off_by_default_and_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 20, 4)
+    router, x = with_logits(logits, jitter=0.5)
+    assert not torch.equal(router.train()(x).weight, router(x).weight)
+    router.eval()
+    assert torch.equal(router(x).weight, router(x).weight)
+    plain, _ = with_logits(logits)
+    assert torch.equal(plain.train()(x).weight, router(x).weight)
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 17, 20])
+def test_many_choices_are_those_of_a_stable_sort(k: int) -> None:
+    logits = torch.randint(0, 6, (1, 50, 20), generator=torch.Generator().manual_seed(0)).double()
+    router, x = with_logits(logits, top_k=k, score="sigmoid")
+    expected = logits[0].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(router(x).expert.long(), expected)

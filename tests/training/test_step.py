@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssmoe.config.model import MoEConfig, ParallelConfig, RoutingConfig
 from ssmoe.config.train import TrainConfig
 from ssmoe.data.packing import Batch
 from ssmoe.model.build import build
@@ -23,12 +24,20 @@ def segments(batch, begin, count=2):
     return Segments(torch.from_numpy(batch.documents[part]), torch.from_numpy(batch.starts[part]))
 
 
+def unbalanced(layer):
+    if isinstance(layer, MoEConfig):
+        layer = layer.model_copy(update={"capacity_factor": None})
+    return (
+        layer.model_copy(update={"balance_coefficient": 0.0}) if isinstance(layer, RoutingConfig) else layer
+    )
+
+
 def dropless(name):
     config = small(name, repeat=1)
     pattern = [
-        layer.model_copy(update={"capacity_factor": None, "balance_coefficient": 0.0})
-        if layer.kind == "moe"
-        else layer
+        layer.model_copy(update={"moe": unbalanced(layer.moe)})
+        if isinstance(layer, ParallelConfig)
+        else unbalanced(layer)
         for layer in config.pattern
     ]
     return config.model_copy(update={"pattern": tuple(pattern)})

@@ -75,11 +75,14 @@ def self_check(ops: Ops, device: str) -> list[Check]:
     conv, _ = ops.causal_conv1d(x, weight)
     up, down, tokens = draw(3, 5, 6), draw(3, 6, 5), draw(7, 6)
     expert, share = torch.tensor([0, 2, 2, -1, 0, 2, 0], dtype=torch.int32).view(7, 1), draw(7, 1).exp()
-    mixed = ops.expert_mlp(tokens, up, down, expert=expert.to(device), weight=share, activation="relu")
+    placed = expert.to(device)
+    mixed = ops.expert_mlp(tokens, up, down, expert=placed, weight=share, activation="relu")
+    mapped = ops.expert_linear(tokens, up, expert=placed, weight=share)
     return [
         Check(ops.name, "selective_scan", _error(scan[0], _scan(x[0], delta[0], A, B[0], C[0]))),
         Check(ops.name, "causal_conv1d", _error(conv[0], _conv(x[0], weight))),
         Check(ops.name, "expert_mlp", _error(mixed, _experts(tokens, up, down, expert, share))),
+        Check(ops.name, "expert_linear", _error(mapped, _maps(tokens, up, expert, share))),
         Check(ops.name, "linear", _error(ops.linear(tokens, up[0]), _linear(tokens, up[0]))),
     ]
 
@@ -132,6 +135,16 @@ def _experts(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: Tensor)
             continue
         hidden = (up[e].double() @ x[t].double()).clamp(min=0)
         output = float(share[t, 0]) * (down[e].double() @ hidden)
+        rows.append([float(value) for value in output])
+    return rows
+
+
+def _maps(x: Tensor, bank: Tensor, expert: Tensor, share: Tensor) -> list[list[float]]:
+    """(t, d_out): each token through its one matrix."""
+    rows: list[list[float]] = []
+    for t in range(x.shape[0]):
+        e = int(expert[t, 0])
+        output = float(share[t, 0]) * (bank[e].double() @ x[t].double()) * (e >= 0)
         rows.append([float(value) for value in output])
     return rows
 

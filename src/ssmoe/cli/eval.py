@@ -36,10 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ssmoe.data.prepare import prepare, prepare_text
     from ssmoe.eval.bigram import byte_bigram, token_bigram
-    from ssmoe.eval.perplexity import evaluate
-    from ssmoe.training.folder import read_environment, read_run
+    from ssmoe.eval.perplexity import HeldOut, evaluate
+    from ssmoe.model.feedforwards.mode import token_choice
+    from ssmoe.training.folder import find_run, read_environment, read_run
 
-    folder = _run_folder(Path(arguments.run))
+    folder = find_run(Path(arguments.run))
     if folder is None and not arguments.data:
         raise ValueError(
             f"{arguments.run} is not in a run folder, whose configuration says which text is held out: "
@@ -57,16 +58,23 @@ def run(arguments: argparse.Namespace) -> int:
                 "ssmoe: the text has changed since the run began, and so has what is held out",
                 file=sys.stderr,
             )
-    found = evaluate(
-        model,
-        corpus,
-        context=arguments.context or config.context,
-        batch_size=arguments.batch_size,
-        rows=arguments.rows,
-        isolate=config.isolate_documents,
-    )
+
+    def score() -> HeldOut:
+        return evaluate(
+            model,
+            corpus,
+            context=arguments.context or config.context,
+            batch_size=arguments.batch_size,
+            rows=arguments.rows,
+            isolate=config.isolate_documents,
+            mask_fraction=config.mask_fraction,
+        )
+
     text = "data" if arguments.data else "held-out"
-    result: dict[str, Any] = {"text": text, "model": {**found._asdict(), "mode": "eval"}}
+    result: dict[str, Any] = {"text": text, "model": {**score()._asdict(), "mode": "eval"}}
+    with token_choice(model) as changed:
+        if changed:
+            result["token_choice"] = {**score()._asdict(), "mode": "eval, token choice"}
     if arguments.bigram and data is not None:
         result["token_bigram"] = token_bigram(data.train, data.held_out, tokenizer.vocab_size)._asdict()
         result["byte_bigram"] = {"bits_per_byte": byte_bigram(data.train, data.held_out, tokenizer)}
@@ -77,20 +85,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_folder(path: Path) -> Path | None:
-    """The run that a run folder, checkpoint or weights folder belongs to."""
-    for folder in (path, *path.absolute().parents[:3]):
-        if (folder / "metrics.jsonl").is_file():
-            return folder
-    return None
-
-
 def _print(result: dict[str, Any]) -> None:
     model = result["model"]
     print(
         f"{result['text']} loss {model['loss']:.4f} nats  perplexity {model['perplexity']:.2f}  "
         f"{model['bits_per_byte']:.3f} bits/byte  ({model['targets']:,} targets, eval mode)"
     )
+    if "token_choice" in result:
+        print(f"with the same weights as token choice: loss {result['token_choice']['loss']:.4f} nats")
     for name in ("token_bigram", "byte_bigram"):
         if name in result:
             bits = result[name]["bits_per_byte"]

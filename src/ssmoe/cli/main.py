@@ -18,6 +18,7 @@ COMMANDS = (
     "generate",
     "eval",
     "state",
+    "router",
     "import",
     "plan",
     "fit",

@@ -42,7 +42,7 @@ def _row(name: str) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]]) -> None:
     titles = ("preset", "total", "non-embedding", "active", "FLOPs/token", "state KiB")
-    print(f"{titles[0]:<22}{''.join(f'{title:>15}' for title in titles[1:])}  description")
+    print(f"{titles[0]:<30}{''.join(f'{title:>15}' for title in titles[1:])}  description")
     for row in rows:
         cells = (
             f"{row['total'] / 1e6:.1f}M",
@@ -51,7 +51,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{row['training_flops_per_token']:.3g}",
             f"{row['state_bytes'] / 1024:,.0f}",
         )
-        print(f"{row['name']:<22}{''.join(f'{cell:>15}' for cell in cells)}  {row['description']}")
+        print(f"{row['name']:<30}{''.join(f'{cell:>15}' for cell in cells)}  {row['description']}")
     print()
     print(
         "total: every parameter; non-embedding: without embedding and head; active: of those, for one token."

@@ -28,6 +28,8 @@ class DataConfig(Frozen):
     isolate_documents: bool = True
     """Reset state, attention and positions at document starts inside a row; false trains across them, as
     the MoE-Mamba authors did."""
+    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
+    """Share of a row's tokens that is hidden and predicted under model.objective = "masked"."""
     max_document_bytes: int = Field(default=1 << 20, ge=4)
     """Longer documents are cut into documents of at most this size: at line ends, or else between
     characters."""

@@ -6,19 +6,36 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ssmoe.config.data import DataConfig
-from ssmoe.config.model import AttentionConfig, DenseConfig, Frozen, MambaConfig, ModelConfig, MoEConfig
+from ssmoe.config.model import (
+    AttentionConfig,
+    DenseConfig,
+    ExpertChoiceConfig,
+    Frozen,
+    MambaConfig,
+    MambaExpertsConfig,
+    ModelConfig,
+    MoEConfig,
+    MoTConfig,
+    ParallelConfig,
+    S4DConfig,
+)
 from ssmoe.config.train import TrainConfig
 
 _LAYERS: dict[str, type[Frozen]] = {
     "mamba": MambaConfig,
+    "s4d": S4DConfig,
     "attention": AttentionConfig,
     "dense": DenseConfig,
     "moe": MoEConfig,
+    "mamba_experts": MambaExpertsConfig,
+    "parallel": ParallelConfig,
+    "expert_choice": ExpertChoiceConfig,
+    "mot": MoTConfig,
 }
 
 
@@ -31,6 +48,31 @@ class RunConfig(Frozen):
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.tbptt is not None and self.model.objective == "masked":
+            raise ValueError(
+                f"train.tbptt={self.train.tbptt} carries a state forward and a masked model reads both ways: "
+                "set train.tbptt=null"
+            )
+        rows, multiple = self.train.micro_batch_size or self.train.batch_size, self.model.row_multiple
+        if rows % multiple:
+            raise ValueError(
+                f"{rows} rows a forward pass do not fill groups of {multiple}: set train.batch_size (or "
+                f"train.micro_batch_size) to {rows + -rows % multiple} or a smaller model.pattern.mot.group"
+            )
+        if self.data.context % self.model.length_multiple:
+            raise ValueError(
+                f"data.context={self.data.context} does not fill groups of {self.model.length_multiple}: "
+                f"use {self.data.context + -self.data.context % self.model.length_multiple}"
+            )
+        if self.model.length_multiple > 1 and self.data.isolate_documents:
+            raise ValueError(
+                'axis="sequence" mixes neighbours whichever document they are of: '
+                "set data.isolate_documents=false"
+            )
+        return self
 
 
 def preset_names() -> list[str]:
@@ -123,11 +165,16 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> No
 def _assign_layers(
     targets: list[dict[str, Any]], model: type[BaseModel], path: list[str], value: Any, key: str
 ) -> None:
+    section = model.model_fields[path[0]].annotation if path[0] in model.model_fields else None
+    if len(path) == 2 and isinstance(section, type) and issubclass(section, BaseModel):
+        inner = [cast(dict[str, Any], target.setdefault(path[0], {})) for target in targets]
+        return _assign_layers(inner, section, path[1:], value, key)
     if len(path) != 1 or path[0] not in model.model_fields or path[0] == "kind":
         prefix = key.removesuffix("." + ".".join(path))
         raise ValueError(f"unknown key {key!r}{_nearest_key(prefix, path[0], model)}")
     for target in targets:
         target[path[0]] = value
+    return None
 
 
 def _pick_layers(layers: list[dict[str, Any]], segment: str, key: str) -> list[dict[str, Any]]:
@@ -174,7 +221,8 @@ def _describe(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_nearest(where.rpartition('.')[2], _field_names())}"
+        valid = _field_names() if "." in where else list(RunConfig.model_fields)
+        return f"unknown key {where!r}{_nearest(where.rpartition('.')[2], valid)}"
     given = first["input"]
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     return f"{where}: {message}{shown}" if where else message

@@ -1,99 +1,57 @@
 """What a model is: a pattern of residual sub-layers, repeated, between an embedding and a head.
 
-One frozen class a layer kind, told apart by `kind`. No tensors here: `ssmoe.model.build` turns a
-`ModelConfig` into modules and `ssmoe.config.count` into numbers.
+`ssmoe.config.layers` has one class a layer kind; their names are here too. No tensors: `ssmoe.model.build`
+turns a `ModelConfig` into modules and `ssmoe.config.count` into numbers.
 """
 
-from math import ceil
-from typing import Annotated, Literal, Self
+from math import lcm
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-Activation = Literal["relu", "relu_squared", "swiglu"]
+from ssmoe.config.layers import (
+    Activation,
+    AttentionConfig,
+    Balance,
+    BiasUpdate,
+    DenseConfig,
+    ExpertChoiceConfig,
+    Frozen,
+    LayerConfig,
+    MambaConfig,
+    MambaExpertsConfig,
+    MoEConfig,
+    MoTConfig,
+    ParallelConfig,
+    Projection,
+    RoutingConfig,
+    S4DConfig,
+    Score,
+    split_experts,
+)
 
-
-class Frozen(BaseModel):
-    """Base of every configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class MambaConfig(Frozen):
-    """A selective state space mixer (Mamba, arXiv 2312.00752, section 3.4)."""
-
-    kind: Literal["mamba"] = "mamba"
-    d_state: PositiveInt = 16
-    """State width N of each channel."""
-    d_conv: PositiveInt = 4
-    """Taps of the causal convolution."""
-    expand: PositiveFloat = 2.0
-    """d_inner = expand * d_model; fractions as in table 2 of arXiv 2401.04081 are rounded to an integer."""
-    dt_rank: PositiveInt | Literal["auto"] = "auto"
-    """Rank of the delta projection; "auto" is ceil(d_model / 16)."""
-    dt_min: PositiveFloat = 1e-3
-    dt_max: PositiveFloat = 1e-1
-    """The initial step sizes are log-uniform in [dt_min, dt_max]."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min={self.dt_min} is above dt_max={self.dt_max}: swap them")
-        return self
-
-    def d_inner(self, d_model: int) -> int:
-        """Channels inside the mixer."""
-        return max(1, round(self.expand * d_model))
-
-    def rank(self, d_model: int) -> int:
-        """`dt_rank` with "auto" resolved."""
-        return ceil(d_model / 16) if self.dt_rank == "auto" else self.dt_rank
-
-
-class AttentionConfig(Frozen):
-    """Causal multi-head self-attention."""
-
-    kind: Literal["attention"] = "attention"
-    num_heads: PositiveInt
-    rope: bool = True
-    """Rotary position embedding (arXiv 2104.09864); without it the layer sees no positions."""
-    rope_base: PositiveFloat = 10_000.0
-
-
-class DenseConfig(Frozen):
-    """A position-wise feed-forward layer, without biases."""
-
-    kind: Literal["dense"] = "dense"
-    d_ff: PositiveInt
-    activation: Activation = "relu"
-
-
-class MoEConfig(Frozen):
-    """A token-choice mixture of experts (Switch for top_k = 1, arXiv 2101.03961)."""
-
-    kind: Literal["moe"] = "moe"
-    num_experts: PositiveInt
-    d_expert: PositiveInt
-    top_k: PositiveInt = 1
-    activation: Activation = "relu"
-    capacity_factor: PositiveFloat | None = None
-    """In training an expert takes at most floor(capacity_factor * top_k * tokens / num_experts) tokens;
-    None is dropless. Evaluation is always dropless."""
-    balance_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of the load-balancing loss E * sum_e f_e P_e (arXiv 2101.03961, equation 4)."""
-    z_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the router z-loss, the mean squared log-partition of the router (arXiv 2202.08906)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k={self.top_k} is more than num_experts={self.num_experts}: "
-                f"lower top_k to at most {self.num_experts} or add experts"
-            )
-        return self
-
-
-LayerConfig = Annotated[MambaConfig | AttentionConfig | DenseConfig | MoEConfig, Field(discriminator="kind")]
+__all__ = [
+    "Activation",
+    "AttentionConfig",
+    "Balance",
+    "BiasUpdate",
+    "DenseConfig",
+    "ExpertChoiceConfig",
+    "Frozen",
+    "InitConfig",
+    "LayerConfig",
+    "MambaConfig",
+    "MambaExpertsConfig",
+    "MoEConfig",
+    "MoTConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "Projection",
+    "RoutingConfig",
+    "S4DConfig",
+    "Score",
+    "split_experts",
+]
 
 
 class InitConfig(Frozen):
@@ -123,6 +81,9 @@ class ModelConfig(Frozen):
     head_bias: bool = False
     residual_float32: bool = True
     """Keep the residual stream in float32 whatever the compute dtype."""
+    objective: Literal["causal", "masked"] = "causal"
+    """"masked" hides `data.mask_fraction` of the tokens behind the last id of the vocabulary, which the
+    tokenizer must not use, and predicts them."""
     init: InitConfig = InitConfig()
 
     @property
@@ -135,9 +96,42 @@ class ModelConfig(Frozen):
         for layer in self.pattern:
             if isinstance(layer, AttentionConfig):
                 _check_heads(layer, self.d_model)
+                if not layer.causal and self.objective == "causal":
+                    raise ValueError('causal=false sees the tokens to predict: set objective="masked"')
+            if isinstance(layer, MoTConfig) and layer.axis == "sequence" and self.objective == "causal":
+                raise ValueError(
+                    'axis="sequence" mixes a token with later ones: use axis="batch" or objective="masked"'
+                )
         if self.tied_embeddings and self.head_bias:
             raise ValueError("head_bias=true needs tied_embeddings=false: a tied head has no bias of its own")
         return self
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows of a forward pass must be a multiple of this, because groups of them are mixed."""
+        mixing = [layer for layer in self.pattern if isinstance(layer, MoTConfig) and layer.mixes]
+        return lcm(1, *(layer.group for layer in mixing if layer.axis == "batch"))
+
+    @property
+    def length_multiple(self) -> int:
+        """The length of a forward pass must be a multiple of this."""
+        mixing = [layer for layer in self.pattern if isinstance(layer, MoTConfig) and layer.mixes]
+        return lcm(1, *(layer.group for layer in mixing if layer.axis == "sequence"))
+
+    def why_no_generation(self) -> str | None:
+        """What keeps the model from generating text, and the remedy; None if nothing does."""
+        if self.objective == "masked":
+            return 'objective="masked" fills in hidden tokens and continues no text: train with "causal"'
+        for layer in self.pattern:
+            mixes = isinstance(layer, MoTConfig) and layer.mixes
+            chosen = isinstance(layer, ExpertChoiceConfig) and layer.mode == "expert_choice"
+            if mixes or chosen:
+                return (
+                    f"a {layer.kind} layer's output depends on the other rows of the batch: train on as "
+                    f"token choice with the same weights, `ssmoe train RUN/config.json train.init_from=RUN "
+                    f"model.pattern.{layer.kind}.mode=token_choice name=NEW`, and generate from that run"
+                )
+        return None
 
 
 def _check_heads(layer: AttentionConfig, d_model: int) -> None:

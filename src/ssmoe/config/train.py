@@ -37,6 +37,9 @@ class TrainConfig(Frozen):
     """Compute dtype. Parameters, optimiser and recurrent state are float32 in both."""
     seed: int = 0
     """Initial weights."""
+    init_from: str | None = None
+    """A run or checkpoint folder whose weights are the initial ones; names and shapes must be equal. The
+    optimiser, the schedule and the data begin anew."""
     device: str = "auto"
     """"auto" is cuda where present, else cpu."""
     threads: PositiveInt | None = None

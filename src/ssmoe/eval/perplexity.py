@@ -1,13 +1,15 @@
 """Held-out loss, perplexity and bits a byte, always in eval mode: every router dropless."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import exp, log
 from typing import NamedTuple
 
 import torch
 
+from ssmoe.config.model import ModelConfig
 from ssmoe.data.corpus import TokenCorpus
 from ssmoe.data.loader import held_out_batches
+from ssmoe.data.masking import hide
 from ssmoe.data.packing import Batch
 from ssmoe.model.lm import LM
 from ssmoe.ops import Segments
@@ -26,17 +28,26 @@ class HeldOut(NamedTuple):
 
 
 def evaluate(
-    model: LM, corpus: TokenCorpus, *, context: int, batch_size: int, rows: int = 0, isolate: bool = True
+    model: LM,
+    corpus: TokenCorpus,
+    *,
+    context: int,
+    batch_size: int,
+    rows: int = 0,
+    isolate: bool = True,
+    mask_fraction: float = 0.15,
 ) -> HeldOut:
     """The model's loss on the first `rows` rows of `corpus` (0 is all); the model's mode is left as it was.
 
-    A row starts from the zero state. isolate: documents in a row do not see each other.
+    A row starts from the zero state. isolate: documents in a row do not see each other. Rows that do not fill
+    a group of a Mixture of Tokens are left out. mask_fraction: of a masked model; the same tokens are hidden
+    each time. Raises ValueError where no row is left.
     """
     batches = held_out_batches(corpus, context=context, batch_size=batch_size, rows=rows)
     training = model.training
     model.eval()
     try:
-        nats, targets = _sum(model, batches, isolate)
+        nats, targets = _sum(model, _fitting(batches, model.config, mask_fraction), isolate)
     finally:
         model.train(training)
     return summarise(nats, targets, corpus)
@@ -56,6 +67,26 @@ def _sum(model: LM, batches: Iterable[Batch], isolate: bool) -> tuple[float, int
     for batch in batches:
         ids, goal, documents, starts = (torch.from_numpy(array).to(device) for array in batch)
         out = model(ids, segments=Segments(documents, starts) if isolate else None, targets=goal)
-        nats += float(out.loss.lm) * goal.numel()
-        targets += goal.numel()
+        counted = int(out.loss.tokens)
+        nats += float(out.loss.lm) * counted
+        targets += counted
+    if targets == 0:
+        raise ValueError(
+            f"no held-out rows fill a group of {model.config.row_multiple} rows: raise train.eval_rows and "
+            "the batch size to a multiple of it, or data.held_out"
+        )
     return nats, targets
+
+
+def _fitting(batches: Iterable[Batch], config: ModelConfig, mask_fraction: float) -> Iterator[Batch]:
+    """The rows that fill whole groups, with tokens hidden for a masked model."""
+    for number, batch in enumerate(batches):
+        rows, length = batch.ids.shape
+        rows -= rows % config.row_multiple
+        if rows == 0 or length % config.length_multiple:
+            continue
+        batch = Batch(batch.ids[:rows], batch.targets[:rows], batch.documents[:rows], batch.starts[:rows])
+        if config.objective == "masked":
+            mask_id = config.vocab_size - 1
+            batch = hide(batch, mask_id=mask_id, fraction=mask_fraction, seed=0, number=number)
+        yield batch

@@ -46,7 +46,10 @@ def decode(
     Rows of different lengths are read together; each gets what it would get alone. `accept` is called once
     for each new token of each row, in row order. Without `start` a prompt must hold at least one token.
     max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
+    Raises ValueError for a model that cannot generate, naming the remedy.
     """
+    if reason := model.config.why_no_generation():
+        raise ValueError(f"this model cannot generate: {reason}")
     if start is not None:
         prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
     if not all(prompts):

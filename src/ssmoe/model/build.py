@@ -6,18 +6,31 @@ from torch import nn
 from ssmoe.config.model import (
     AttentionConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     LayerConfig,
     MambaConfig,
+    MambaExpertsConfig,
     ModelConfig,
     MoEConfig,
+    MoTConfig,
+    ParallelConfig,
+    Projection,
+    RoutingConfig,
+    S4DConfig,
 )
 from ssmoe.model.feedforwards.dense import Dense
-from ssmoe.model.feedforwards.moe import MoE
+from ssmoe.model.feedforwards.expert_choice import ExpertChoice
+from ssmoe.model.feedforwards.moe import Experts, MoE
+from ssmoe.model.feedforwards.mot import MixtureOfTokens
+from ssmoe.model.feedforwards.router import Router
 from ssmoe.model.init import init_weights
 from ssmoe.model.lm import LM, Residual
 from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
-from ssmoe.model.norm import LayerNorm, RMSNorm, use_products
+from ssmoe.model.mixers.mamba_experts import LinearExperts, MambaExperts, NetworkExperts
+from ssmoe.model.mixers.parallel import Parallel
+from ssmoe.model.mixers.s4d import S4D
+from ssmoe.model.norm import LayerNorm, Linear, RMSNorm, use_products
 from ssmoe.ops import Ops, load
 
 
@@ -50,32 +63,151 @@ def build(
 def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
     match layer:
         case MambaConfig():
-            return Mamba(
+            return _mamba(layer, d_model, ops)
+        case S4DConfig():
+            return S4D(
                 d_model,
                 d_state=layer.d_state,
+                parametrisation=layer.parametrisation,
                 d_conv=layer.d_conv,
                 expand=layer.expand,
-                dt_rank=layer.dt_rank,
                 dt_min=layer.dt_min,
                 dt_max=layer.dt_max,
                 ops=ops,
             )
         case AttentionConfig():
-            return Attention(d_model, num_heads=layer.num_heads, rope=layer.rope, rope_base=layer.rope_base)
+            return Attention(
+                d_model,
+                num_heads=layer.num_heads,
+                rope=layer.rope,
+                rope_base=layer.rope_base,
+                causal=layer.causal,
+            )
         case DenseConfig():
             return Dense(d_model, d_ff=layer.d_ff, activation=layer.activation)
         case MoEConfig():
-            return MoE(
+            return _moe(layer, d_model, ops)
+        case ExpertChoiceConfig():
+            return ExpertChoice(
                 d_model,
+                router=_router(layer, d_model, layer.bank[0], layer.bank[2]),
+                experts=_experts(layer, d_model, ops),
+                output_norm=layer.output_norm,
+                group=layer.group,
+                mode=layer.mode,
+            )
+        case MoTConfig():
+            return MixtureOfTokens(
+                router=_router(layer, d_model, layer.bank[0], layer.bank[2]),
+                experts=_experts(layer, d_model, ops),
+                group=layer.group,
+                axis=layer.axis,
+                temperature=layer.temperature,
+                mode=layer.mode,
+            )
+        case MambaExpertsConfig():
+            return _mamba_experts(layer, d_model, ops)
+        case ParallelConfig():
+            return Parallel(_mamba(layer.mamba, d_model, ops), _moe(layer.moe, d_model, ops))
+
+
+def _mamba(layer: MambaConfig, d_model: int, ops: Ops) -> Mamba:
+    return Mamba(
+        d_model,
+        d_state=layer.d_state,
+        d_conv=layer.d_conv,
+        expand=layer.expand,
+        dt_rank=layer.dt_rank,
+        dt_min=layer.dt_min,
+        dt_max=layer.dt_max,
+        ops=ops,
+    )
+
+
+def _moe(layer: MoEConfig, d_model: int, ops: Ops) -> MoE:
+    return MoE(
+        d_model,
+        num_experts=layer.num_experts,
+        d_expert=layer.d_expert,
+        top_k=layer.top_k,
+        granularity=layer.granularity,
+        num_shared_experts=layer.num_shared_experts,
+        activation=layer.activation,
+        output_norm=layer.output_norm,
+        capacity_factor=layer.capacity_factor,
+        score=layer.score,
+        normalise_weights=layer.normalise_weights,
+        weight_scale=layer.weight_scale,
+        balance=layer.balance,
+        balance_coefficient=layer.balance_coefficient,
+        bias_update=layer.bias_update,
+        bias_rate=layer.bias_rate,
+        z_coefficient=layer.z_coefficient,
+        jitter=layer.jitter,
+        ops=ops,
+    )
+
+
+def _mamba_experts(layer: MambaExpertsConfig, d_model: int, ops: Ops) -> MambaExperts:
+    mamba, d_inner = layer.mamba, layer.mamba.d_inner(d_model)
+    projections: dict[Projection, Linear | LinearExperts | NetworkExperts] = {}
+    ends: tuple[tuple[Projection, int, int], ...] = (
+        ("conv", d_model, d_inner),
+        ("gate", d_model, d_inner),
+        ("out", d_inner, d_model),
+    )
+    routers: dict[str, Router] = {}
+    if layer.routing == "shared":
+        routers["shared"] = _router(layer, d_model, layer.num_experts, layer.top_k)
+    for name, d_in, d_out in ends:
+        if name not in layer.projections:
+            projections[name] = Linear(d_in, d_out)
+            continue
+        if layer.routing == "separate":
+            routers[f"for_{name}"] = _router(layer, d_in, layer.num_experts, layer.top_k)
+        if layer.expert == "linear":
+            projections[name] = LinearExperts(d_in, d_out, num_experts=layer.num_experts, ops=ops)
+        else:
+            projections[name] = NetworkExperts(
+                d_in,
+                d_out,
                 num_experts=layer.num_experts,
                 d_expert=layer.d_expert,
-                top_k=layer.top_k,
-                activation=layer.activation,
-                capacity_factor=layer.capacity_factor,
-                balance_coefficient=layer.balance_coefficient,
-                z_coefficient=layer.z_coefficient,
+                squared=layer.activation == "relu_squared",
                 ops=ops,
             )
+    return MambaExperts(
+        d_inner=d_inner,
+        d_state=mamba.d_state,
+        d_conv=mamba.d_conv,
+        dt_rank=mamba.rank(d_model),
+        delta_range=(mamba.dt_min, mamba.dt_max),
+        projections=projections,
+        routers=routers,
+        ops=ops,
+    )
+
+
+def _experts(layer: ExpertChoiceConfig | MoTConfig, d_model: int, ops: Ops) -> Experts:
+    num_experts, width, _ = layer.bank
+    return Experts(d_model, num_experts=num_experts, d_expert=width, activation=layer.activation, ops=ops)
+
+
+def _router(layer: RoutingConfig, d_model: int, num_experts: int, num_choices: int) -> Router:
+    return Router(
+        d_model,
+        num_experts=num_experts,
+        top_k=num_choices,
+        score=layer.score,
+        normalise_weights=layer.normalise_weights,
+        weight_scale=layer.weight_scale,
+        balance=layer.balance,
+        balance_coefficient=layer.balance_coefficient,
+        bias_update=layer.bias_update,
+        bias_rate=layer.bias_rate,
+        z_coefficient=layer.z_coefficient,
+        jitter=layer.jitter,
+    )
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -9,7 +9,7 @@ embedding, torch's default Linear, the last projection of a layer divided by sqr
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from hashlib import blake2b
-from math import log, sqrt
+from math import log, pi, sqrt
 from typing import NamedTuple, cast
 
 import torch
@@ -32,6 +32,7 @@ def init_weights(
 ) -> None:
     """Fill every parameter of `module` in place; parameters on the meta device are left alone.
 
+    Buffers (a router's balancing bias) start at zero.
     num_layers: residual sub-layers, by whose root scheme "mamba" divides output projections.
     """
     init = init or InitConfig()
@@ -46,6 +47,8 @@ def init_weights(
             rule(values, _Context(owner, init, num_layers), _generator(seed, full_name))
             with torch.no_grad():
                 parameter.copy_(values)
+        for buffer in owner.buffers(recurse=False):
+            buffer.zero_()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -107,9 +110,24 @@ def _truncated_expert_down(values: Tensor, context: _Context, generator: torch.G
 
 
 def _a_log(values: Tensor, context: _Context, generator: torch.Generator) -> None:
-    """S4D-Real: A_n = -(n + 1) in every channel."""
+    """S4D-Real, A_n = -(n + 1), in every channel; the real part of S4D-Lin is -1/2."""
+    del generator
+    if any(name == "A_imaginary" for name, _ in context.module.named_parameters()):
+        values.fill_(log(0.5))
+    else:
+        values.copy_(torch.arange(1, values.shape[1] + 1, dtype=values.dtype).log().expand_as(values))
+
+
+def _a_imaginary(values: Tensor, context: _Context, generator: torch.Generator) -> None:
+    """S4D-Lin: pi n."""
     del context, generator
-    values.copy_(torch.arange(1, values.shape[1] + 1, dtype=values.dtype).log().expand_as(values))
+    values.copy_((pi * torch.arange(values.shape[1], dtype=values.dtype)).expand_as(values))
+
+
+def _unit_normal(values: Tensor, context: _Context, generator: torch.Generator) -> None:
+    """Complex numbers, stored as pairs, of mean square one."""
+    del context
+    values.normal_(0, sqrt(0.5) if values.ndim == 3 else 1.0, generator=generator)
 
 
 def _delta_bias(values: Tensor, context: _Context, generator: torch.Generator) -> None:
@@ -122,6 +140,8 @@ def _delta_bias(values: Tensor, context: _Context, generator: torch.Generator) -
 
 _MAMBA_MIXER: tuple[tuple[str, _Rule], ...] = (
     ("*.A_log", _a_log),
+    ("*.A_imaginary", _a_imaginary),
+    ("*.C", _unit_normal),
     ("*.D", _ones),
     ("*.delta_bias", _delta_bias),
     ("*.delta_proj.weight", _uniform),

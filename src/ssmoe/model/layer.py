@@ -25,7 +25,8 @@ class RouterStats(NamedTuple):
     """What a router did with the tokens of one forward pass; padding is excluded everywhere.
 
     balance, z: () float32 losses, differentiable, their coefficients applied.
-    load: (e,) int64 assignments before capacity. dropped: () int64 assignments lost to capacity.
+    load: (e,) int64 assignments before capacity, or (r, e) in a layer of r routers. dropped: () int64
+        assignments lost to capacity.
     confidence: () mean probability of the first choice. entropy: () mean entropy of a token's
         probabilities, in nats.
     """
@@ -50,7 +51,8 @@ class Layer(Protocol):
     """What a stack needs of a layer."""
 
     batch_dependent: bool
-    """In training mode a token's output depends on the other rows of the batch."""
+    """In training mode, or in every mode (expert choice, Mixture of Tokens), a token's output depends on the
+    other rows of the batch."""
 
     def __call__(
         self, x: Tensor, state: LayerState | None = None, segments: Segments | None = None

@@ -25,6 +25,7 @@ class Ops(NamedTuple):
     selective_scan: Callable[..., tuple[Tensor, Tensor]]
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
+    expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
 
 
@@ -87,5 +88,6 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         selective_scan=module.selective_scan,
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
+        expert_linear=module.expert_linear,
         linear=module.linear,
     )

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ssmoe.config.load import RunConfig
 
@@ -27,6 +27,9 @@ def to_toml(run: RunConfig) -> str:
     # `kind` is a default of every layer class, but what tells them apart
     for layer, given in zip(run.model.pattern, model["pattern"], strict=True):
         lines += ["", "[[model.pattern]]", *_pairs({"kind": layer.kind, **given})]
+        for name, section in given.items():
+            if isinstance(section, dict):
+                lines += ["", f"[model.pattern.{name}]", *_pairs(cast(dict[str, Any], section))]
     for section in ("data", "train"):
         if section in values:
             lines += ["", f"[{section}]", *_pairs(values[section])]

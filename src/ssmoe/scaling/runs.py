@@ -22,7 +22,7 @@ class Point(NamedTuple):
     """Total, without embedding and head."""
     tokens: float
     granularity: float
-    """G = top_k, the experts a token visits."""
+    """G, the experts a token visits: top_k * granularity."""
     loss: float
     """Held-out, in nats a token."""
     expansion: float | None = None
@@ -127,7 +127,7 @@ def _experts(run: RunConfig, folder: Path) -> tuple[float, float | None, Blocks]
     layers = [layer for layer in run.model.layers if isinstance(layer, MoEConfig)]
     if not layers:
         return 1.0, None, "dense"
-    kinds = {(layer.top_k, layer.num_experts / layer.top_k) for layer in layers}
+    kinds = {(layer.bank[2], layer.num_experts / layer.top_k) for layer in layers}
     if len(kinds) > 1:
         raise ValueError(
             f"{folder} mixes MoE layers of several granularities or expansions: no law describes it"

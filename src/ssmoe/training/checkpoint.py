@@ -21,7 +21,7 @@ from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.state_file import state_from_tensors, state_tensors
-from ssmoe.model.weights import load_weights, save_weights
+from ssmoe.model.weights import WEIGHTS, differences, load_weights, save_weights
 from ssmoe.training.optimizer import optimizer_tensors, restore_optimizer
 
 CHECKPOINTS = "checkpoints"
@@ -115,6 +115,24 @@ def restore_state(checkpoint: Path, model: LM, rows: int) -> State:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}): {_remedy(checkpoint)}") from error
     return state_from_tensors(tensors, model.init_state(rows), what=str(path))
+
+
+def start_from(model: LM, path: str) -> None:
+    """Load the weights of a run or checkpoint folder into `model`, which may be configured otherwise.
+
+    Names and shapes must be equal, but a balancing bias that only one of them has is left at zero or out.
+    Raises FileNotFoundError where there are no weights, ValueError for those of another model.
+    """
+    folder = find_weights(path)
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    own, biases = model.state_dict(), dict(model.named_buffers())
+    tensors = {name: t for name, t in tensors.items() if name in own or not name.endswith("router.bias")}
+    tensors = {name: t for name, t in biases.items() if name not in tensors} | tensors
+    if problems := differences(own, tensors):
+        raise ValueError(
+            f"train.init_from={path!r} is not of this model: {'; '.join(problems[:3])}; give the same sizes"
+        )
+    model.load_state_dict(tensors)
 
 
 def find_weights(path: str | Path) -> Path:

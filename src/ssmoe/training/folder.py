@@ -105,6 +105,14 @@ def resolve_device(device: str) -> torch.device:
     return chosen
 
 
+def find_run(path: Path) -> Path | None:
+    """The run that a run folder, checkpoint or weights folder belongs to."""
+    for folder in (path, *path.absolute().parents[:3]):
+        if (folder / "metrics.jsonl").is_file():
+            return folder
+    return None
+
+
 def read_run(folder: Path) -> RunConfig:
     """The configuration that a run folder was made with."""
     path = folder / CONFIG

@@ -14,6 +14,7 @@ import torch
 from ssmoe.config.load import RunConfig
 from ssmoe.config.model import ModelConfig
 from ssmoe.data.loader import Cursor, batches
+from ssmoe.data.masking import hide
 from ssmoe.data.packing import Batch
 from ssmoe.data.prepare import Prepared
 from ssmoe.data.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from ssmoe.training.checkpoint import (
     restore_checkpoint,
     restore_state,
     save_checkpoint,
+    start_from,
 )
 from ssmoe.training.console import Reporter, Silent
 from ssmoe.training.folder import check_data, create_folder, read_environment, resolve_device
@@ -33,6 +35,7 @@ from ssmoe.training.metrics import MetricsFile, Record, eval_record, step_record
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.schedule import learning_rate
 from ssmoe.training.step import train_step
+from ssmoe.training.watch import RouterWatch
 
 Evaluate = Callable[[LM], Mapping[str, float]]
 """The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
@@ -73,6 +76,8 @@ def train(
     if resume:
         check_data(folder, _describe_data(data))
     model = _build(config, read_environment(folder)["backend"] if resume else config.train.backend)
+    if config.train.init_from is not None and not resume:
+        start_from(model, config.train.init_from)
     groups = parameter_groups(model)
     optimizer = build_optimizer(groups, config.train)
     progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
@@ -114,6 +119,11 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model a vocabulary of "
             f"{model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or another data.tokenizer"
         )
+    if model.objective == "masked" and tokenizer.vocab_size == model.vocab_size:
+        raise ValueError(
+            f"the tokenizer uses all {model.vocab_size} ids and a masked model hides tokens behind one of "
+            f"its own: set model.vocab_size={model.vocab_size + 1}"
+        )
 
 
 def _build(config: RunConfig, backend: str) -> LM:
@@ -131,10 +141,18 @@ def _loop(
     interrupted: Callable[[], bool],
 ) -> Progress:
     train, isolate = run.config.train, run.config.data.isolate_documents
-    saved = progress.step
+    saved, watch = progress.step, RouterWatch()
     for step in range(progress.step + 1, train.steps + 1):
         begin = perf_counter()
         batch, cursor = next(run.rows)
+        if run.model.config.objective == "masked":
+            batch = hide(
+                batch,
+                mask_id=run.model.config.vocab_size - 1,
+                fraction=run.config.data.mask_fraction,
+                seed=run.config.data.seed,
+                number=progress.cursor.rows,
+            )
         rate = learning_rate(train, step - 1)
         result = train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate, state=state)
         state = result.state
@@ -145,6 +163,8 @@ def _loop(
         record = step_record(step, tokens, result, rate, progress.seconds, batch.ids.size / elapsed)
         _check_finite(record, saved)
         _report(run, metrics, record)
+        for line in watch.check(step, batch.ids.size, result.routers):
+            run.reporter.message(line)
         if step % train.eval_every == 0 or step == train.steps:
             _report(run, metrics, eval_record(step, tokens, progress.seconds, run.evaluate(run.model)))
         last = step == train.steps or interrupted()

@@ -55,7 +55,7 @@ def router_summary(routers: dict[int, RouterStats]) -> dict[str, float]:
     """
     loads = [stats.load.double() for stats in routers.values()]
     assignments = max(1.0, sum(float(load.sum()) for load in loads))
-    entropies = [float(stats.entropy) / max(log(len(stats.load)), 1e-9) for stats in routers.values()]
+    entropies = [float(stats.entropy) / max(log(stats.load.shape[-1]), 1e-9) for stats in routers.values()]
     return {
         "max_over_mean": max(float(load.max() / load.mean().clamp(min=1e-9)) for load in loads),
         "dead": sum(int((load == 0).sum()) for load in loads),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
 from ssmoe.data.packing import Batch
+from ssmoe.model.feedforwards.router import rebalance
 from ssmoe.model.layer import RouterStats, State
 from ssmoe.model.lm import LM, ModelOut
 from ssmoe.model.state import concatenate, detach, select
@@ -41,8 +42,9 @@ def train_step(
     """Update `model` from one batch at the learning rate `rate`.
 
     The LM loss is the mean over the whole batch's targets however it is cut; the routers' losses are means
-    over the micro-batches, on which they are defined. isolate: documents do not see each other. With
-    train.tbptt the rows are that many windows, read one after another from `state` on.
+    over the micro-batches, on which they are defined; balancing biases move once, by the load of the whole
+    batch. isolate: documents do not see each other. With train.tbptt the rows are that many windows, read one
+    after another from `state` on.
     """
     rows = batch.ids.shape[0]
     size = train.micro_batch_size or rows
@@ -58,12 +60,15 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}
+    for i, stats in routers.items():
+        rebalance(model.layers[i], stats.load)
     return StepResult(
         lm=torch.stack([r.lm for r in results]).sum(),
         balance=torch.stack([r.balance for r in results]).sum(),
         z=torch.stack([r.z for r in results]).sum(),
         grad_norm=grad_norm,
-        routers={i: _merge([r.routers[i] for r in results]) for i in results[0].routers},
+        routers=routers,
         state=None if train.tbptt is None else concatenate([r.state for r in results if r.state is not None]),
     )
 

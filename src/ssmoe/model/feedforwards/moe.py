@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from ssmoe.config.model import Activation
+from ssmoe.config.model import Activation, Balance, BiasUpdate, Score, split_experts
+from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.router import Router
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut
+from ssmoe.model.norm import LayerNorm
 from ssmoe.ops import Ops, Segments, load
 
 
@@ -43,8 +45,9 @@ class MoE(nn.Module):
     """A mixture of experts, without norm and residual; usable on its own: `MoE(512, num_experts=8)(x).x`.
 
     x: (b, l, d_model) -> (b, l, d_model); the router's losses and counts are in `.stats`. `d_expert` None is
-    4 * d_model. With a `capacity_factor`, training drops tokens beyond
-    floor(capacity_factor * top_k * tokens / num_experts) an expert, in the order (position, row, rank).
+    4 * d_model. `granularity` G makes num_experts * G experts of d_expert / G and takes top_k * G of them.
+    With a `capacity_factor`, training drops tokens beyond floor(capacity_factor * top_k * tokens /
+    num_experts) an expert, in the order (position, row, rank). `MoEConfig` says what the other options mean.
     """
 
     def __init__(
@@ -54,40 +57,63 @@ class MoE(nn.Module):
         num_experts: int,
         d_expert: int | None = None,
         top_k: int = 1,
+        granularity: int = 1,
+        num_shared_experts: int = 0,
         activation: Activation = "relu",
+        output_norm: bool = False,
         capacity_factor: float | None = None,
+        score: Score = "softmax",
+        normalise_weights: bool = False,
+        weight_scale: float = 1.0,
+        balance: Balance = "auxiliary",
         balance_coefficient: float = 0.01,
+        bias_update: BiasUpdate = "sign",
+        bias_rate: float = 1e-3,
         z_coefficient: float = 0.0,
+        jitter: float = 0.0,
         ops: Ops | None = None,
     ) -> None:
         super().__init__()
-        if top_k > num_experts:
-            raise ValueError(f"top_k={top_k} is more than num_experts={num_experts}: lower it or add experts")
+        d_expert = 4 * d_model if d_expert is None else d_expert
+        bank, width, num_choices = split_experts(num_experts, d_expert, top_k, granularity)
         self.batch_dependent = capacity_factor is not None
         self.router = Router(
             d_model,
-            num_experts=num_experts,
-            top_k=top_k,
+            num_experts=bank,
+            top_k=num_choices,
             capacity_factor=capacity_factor,
+            score=score,
+            normalise_weights=normalise_weights,
+            weight_scale=weight_scale,
+            balance=balance,
             balance_coefficient=balance_coefficient,
+            bias_update=bias_update,
+            bias_rate=bias_rate,
             z_coefficient=z_coefficient,
+            jitter=jitter,
         )
-        self.experts = Experts(
-            d_model,
-            num_experts=num_experts,
-            d_expert=4 * d_model if d_expert is None else d_expert,
-            activation=activation,
-            ops=ops,
+        self.experts = Experts(d_model, num_experts=bank, d_expert=width, activation=activation, ops=ops)
+        self.norm = LayerNorm(d_model, 1e-5) if output_norm else None
+        # shared experts of weight 1 are one wider network
+        self.shared = (
+            Dense(d_model, d_ff=num_shared_experts * width, activation=activation)
+            if num_shared_experts
+            else None
         )
+        init_weights(self)
 
     def forward(
         self, x: Tensor, state: tuple[()] | None = None, segments: Segments | None = None
     ) -> LayerOut:
-        """Each real token through its experts; a dropped token gives zero."""
+        """Each real token through its experts; a dropped one gives zero, before norm and sharing."""
         del state
         routing = self.router(x, segments)
-        y = self.experts(x.reshape(-1, x.shape[-1]), routing.expert, routing.weight)
-        return LayerOut(y.view_as(x), (), routing.stats)
+        y = self.experts(x.reshape(-1, x.shape[-1]), routing.expert, routing.weight).view_as(x)
+        if self.norm is not None:
+            y = self.norm(y).to(x.dtype)
+        if self.shared is not None:
+            y = y + self.shared(x).x
+        return LayerOut(y, (), routing.stats)
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> tuple[()]:
         """Stateless."""

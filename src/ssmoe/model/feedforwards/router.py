@@ -1,7 +1,9 @@
 """The router: which experts a token goes to, with what weight, and what that says about balance.
 
-p = softmax(W x); a token takes its top k experts with weights p (Switch, arXiv 2101.03961, section 2.1).
-Balance loss: E sum_e f_e P_e, f_e the share of assignments, P_e the mean probability (equations 4 to 6).
+s = softmax(W x) or sigmoid(W x); a token takes the k experts of largest s + bias with weights s (Switch,
+arXiv 2101.03961, section 2.1), or s over the sum of the chosen (Mixtral, DeepSeek-V3).
+Balance loss: E sum_e f_e P_e, f_e the share of assignments, P_e the mean of s_e / sum s (equations 4 to 6).
+Loss-free balance: the bias moves against the load once an optimiser step (arXiv 2408.15664, algorithm 1).
 z-loss: mean of logsumexp(W x)^2 (ST-MoE, arXiv 2202.08906, equation 5).
 """
 
@@ -11,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmoe.config.model import Balance, BiasUpdate, Score
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import RouterStats
 from ssmoe.model.norm import Float32Module
 from ssmoe.ops import Segments
+
+_FEW = 16
+"""Up to so many choices, taking the best one by one is quicker than sorting."""
 
 
 class Routing(NamedTuple):
@@ -26,7 +32,12 @@ class Routing(NamedTuple):
 
 
 class Router(Float32Module):
-    """Token choice, scored in float32 or wider. Dropless in eval mode and without a `capacity_factor`."""
+    """Token choice, scored in float32 or wider. Dropless in eval mode and without a `capacity_factor`.
+
+    The arguments are those of `MoEConfig`; num_experts and top_k are the bank's.
+    """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -35,28 +46,72 @@ class Router(Float32Module):
         num_experts: int,
         top_k: int = 1,
         capacity_factor: float | None = None,
+        score: Score = "softmax",
+        normalise_weights: bool = False,
+        weight_scale: float = 1.0,
+        balance: Balance = "auxiliary",
         balance_coefficient: float = 0.01,
+        bias_update: BiasUpdate = "sign",
+        bias_rate: float = 1e-3,
         z_coefficient: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
-        self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
+        self.score, self.normalise_weights, self.weight_scale = score, normalise_weights, weight_scale
+        self.balance_coefficient = balance_coefficient if balance == "auxiliary" else 0.0
+        self.bias_update, self.bias_rate = bias_update, bias_rate
+        self.z_coefficient, self.jitter = z_coefficient, jitter
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        # saved with the weights, moved by `rebalance` alone
+        self.register_buffer("bias", torch.zeros(num_experts) if balance == "bias" else None)
         init_weights(self)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Routing:
         """x: (b, l, d_model) -> Routing of t = b * l tokens."""
-        b, length, d_model = x.shape
-        logits = F.linear(x.reshape(-1, d_model).to(self.weight.dtype), self.weight)  # (t, e)
-        real = torch.ones(b, length, dtype=torch.bool, device=x.device) if segments is None else segments.real
-        probabilities = logits.softmax(dim=-1)
-        expert = _top_k(probabilities, self.top_k).masked_fill(~real.reshape(-1, 1), -1)  # (t, k)
-        weight = probabilities.gather(1, expert.clamp(min=0))
+        return self.choose(self.logits(x), real_tokens(x, segments))
+
+    def choose(self, logits: Tensor, real: Tensor) -> Routing:
+        """logits: (b, l, e). real: (b, l) bool, false on padding."""
+        b, length, _ = logits.shape
+        logits = logits.reshape(b * length, -1)
+        scores = self.scores(logits)
+        choice = scores if self.bias is None else scores + self.bias
+        expert = _top_k(choice.detach(), self.top_k).masked_fill(~real.reshape(-1, 1), -1)  # (t, k)
+        weight = scores.gather(1, expert.clamp(min=0))
+        if self.normalise_weights:
+            weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         kept = expert
         if self.training and self.capacity_factor is not None:
             kept = self._drop(expert, b, length, real)
-        stats = self._stats(logits, probabilities, expert, kept, real.reshape(-1))
-        return Routing(kept.to(torch.int32), weight, stats)
+        load = count(expert.flatten() + 1, self.num_experts + 1)[1:]
+        stats = self.statistics(logits, real.reshape(-1), load, (expert != kept).sum())
+        return Routing(kept.to(torch.int32), weight * self.weight_scale, stats)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: (..., d_model) -> (..., e) in float32 or wider, with jitter in training."""
+        x = x.to(self.weight.dtype)
+        if self.training and self.jitter > 0:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        return F.linear(x, self.weight)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """(..., e) -> (..., e), positive."""
+        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
+
+    @torch.no_grad()
+    def rebalance(self, load: Tensor) -> None:
+        """Move the bias, if there is one, against `load` (e,), the assignments of a whole optimiser step.
+
+        Its mean is then taken off, which changes no choice and keeps it from drifting.
+        """
+        if self.bias is None:
+            return
+        counts = load.to(self.bias.dtype)
+        error = counts.mean() - counts
+        step = error.sign() if self.bias_update == "sign" else error / counts.mean().clamp(min=1)
+        self.bias.add_(step, alpha=self.bias_rate)
+        self.bias.sub_(self.bias.mean())
 
     def _drop(self, expert: Tensor, b: int, length: int, real: Tensor) -> Tensor:
         """Tokens claim room in the order (position, row, rank), so that no later position displaces one."""
@@ -66,37 +121,61 @@ class Router(Float32Module):
         )
         claims = expert.view(b, length, self.top_k).transpose(0, 1).reshape(-1)
         order = torch.argsort(claims, stable=True)
-        counts = torch.bincount(claims + 1, minlength=self.num_experts + 1)
+        counts = count(claims + 1, self.num_experts + 1)
         begin = (counts.cumsum(0) - counts)[claims[order] + 1]
         place = torch.empty_like(claims)
         place[order] = torch.arange(claims.numel(), device=claims.device) - begin
         claims = claims.masked_fill(place >= capacity, -1)
         return claims.view(length, b, self.top_k).transpose(0, 1).reshape(-1, self.top_k)
 
-    def _stats(
-        self, logits: Tensor, probabilities: Tensor, expert: Tensor, kept: Tensor, real: Tensor
-    ) -> RouterStats:
+    def statistics(self, logits: Tensor, real: Tensor, load: Tensor, dropped: Tensor) -> RouterStats:
+        """What happened to logits (t, e) where real (t,), of which the experts got `load` (e,)."""
+        scores = self.scores(logits)
+        # sigmoid scores become a distribution
+        shares = scores if self.score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
         tokens = real.sum().clamp(min=1)
-        masked = probabilities * real.unsqueeze(-1)
-        load = torch.bincount(expert.flatten() + 1, minlength=self.num_experts + 1)[1:]
-        share = load.to(masked.dtype) / (tokens * self.top_k)
-        balance = self.num_experts * (share * (masked.sum(0) / tokens)).sum()
+        masked = shares * real.unsqueeze(-1)
+        fraction = load.to(masked.dtype) / (tokens * self.top_k)
+        balance = self.num_experts * (fraction * (masked.sum(0) / tokens)).sum()
         z = (logits.logsumexp(dim=-1).square() * real).sum() / tokens
         with torch.no_grad():
-            entropy = -(masked * probabilities.clamp(min=1e-30).log()).sum() / tokens
+            entropy = -(masked * shares.clamp(min=1e-30).log()).sum() / tokens
             confidence = masked.amax(dim=-1).sum() / tokens
         return RouterStats(
             balance=self.balance_coefficient * balance,
             z=self.z_coefficient * z,
             load=load,
-            dropped=(expert != kept).sum(),
+            dropped=dropped,
             confidence=confidence,
             entropy=entropy,
         )
 
 
-def _top_k(probabilities: Tensor, k: int) -> Tensor:
-    """(t, e) -> (t, k) experts by falling probability; ties go to the lower expert number."""
-    if k == 1:
-        return probabilities.argmax(dim=-1, keepdim=True)
-    return probabilities.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+def real_tokens(x: Tensor, segments: Segments | None) -> Tensor:
+    """(b, l) bool, false on padding."""
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if segments is None else segments.real
+
+
+def count(values: Tensor, size: int) -> Tensor:
+    """How often each of 0 to size - 1 occurs, without waiting for the device as bincount does."""
+    ones = torch.ones_like(values)
+    return torch.zeros(size, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)
+
+
+def _top_k(scores: Tensor, k: int) -> Tensor:
+    """(t, e) -> (t, k) experts by falling score; ties go to the lower expert number."""
+    if k > _FEW:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    first = scores.argmax(dim=-1, keepdim=True)  # of equal ones the first
+    chosen = [first]
+    for _ in range(k - 1):
+        scores = scores.scatter(1, chosen[-1], float("-inf"))
+        chosen.append(scores.argmax(dim=-1, keepdim=True))
+    return torch.cat(chosen, dim=-1)
+
+
+def rebalance(layer: nn.Module, load: Tensor) -> None:
+    """Give every router of `layer` its row of `load` (e,) or (r, e), the assignments of an optimiser step."""
+    routers = [module for module in layer.modules() if isinstance(module, Router)]
+    for router, counts in zip(routers, load.reshape(-1, load.shape[-1]), strict=True):
+        router.rebalance(counts)

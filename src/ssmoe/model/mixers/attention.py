@@ -1,6 +1,7 @@
-"""Causal multi-head self-attention with rotary positions (arXiv 2104.09864) and a key-value state.
+"""Multi-head self-attention with rotary positions (arXiv 2104.09864) and a key-value state.
 
 A document sees itself only: positions restart at starts, and the state keeps the last document's tokens.
+Causal, or looking both ways for a masked objective; then a row must be given whole, and there is no state.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,7 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, without norm and residual. x: (b, l, d_model) -> (b, l, d_model).
+    """Self-attention, without norm and residual. x: (b, l, d_model) -> (b, l, d_model).
 
     The state grows when its capacity is used up, so that a short capacity costs copies, never tokens.
     """
@@ -32,36 +33,47 @@ class Attention(nn.Module):
     batch_dependent = False
 
     def __init__(
-        self, d_model: int, *, num_heads: int, rope: bool = True, rope_base: float = 10_000.0
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        rope: bool = True,
+        rope_base: float = 10_000.0,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads, self.d_head = num_heads, d_model // num_heads
-        self.rope, self.rope_base = rope, rope_base
+        self.rope, self.rope_base, self.causal = rope, rope_base, causal
         self.qkv_proj = Linear(d_model, 3 * d_model)
         self.o_proj = Linear(d_model, d_model)
         init_weights(self)
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, segments: Segments | None = None
+        self, x: Tensor, state: AttentionState | tuple[()] | None = None, segments: Segments | None = None
     ) -> LayerOut:
-        """Attend causally inside each document; `state` None is an empty past."""
+        """Attend inside each document; `state` None is an empty past."""
+        past_state = state if isinstance(state, AttentionState) else None
         b, length, d_model = x.shape
         q, k, v = self.qkv_proj(x).view(b, length, 3, self.num_heads, self.d_head).permute(2, 0, 3, 1, 4)
-        past = torch.zeros(b, dtype=torch.int64, device=x.device) if state is None else state.length
+        past = torch.zeros(b, dtype=torch.int64, device=x.device) if past_state is None else past_state.length
         if self.rope:
             positions = _positions(past, length, segments)
             q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
-        if state is None and segments is None:
+        if not self.causal:
+            y, state = _attend_both_ways(q, k, v, segments), ()
+        elif past_state is None and segments is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             state = AttentionState(k, v, past + length)
         else:
-            y, state = _attend(q, k, v, state, past, segments)
+            y, state = _attend(q, k, v, past_state, past, segments)
         return LayerOut(self.o_proj(y.transpose(1, 2).reshape(b, length, d_model)), state, None)
 
     def init_state(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> AttentionState:
-        """An empty past with room for `capacity` tokens."""
+    ) -> AttentionState | tuple[()]:
+        """An empty past with room for `capacity` tokens; nothing when looking both ways."""
+        if not self.causal:
+            return ()
         room = torch.zeros(batch, self.num_heads, capacity, self.d_head, dtype=dtype, device=device)
         return AttentionState(room, room.clone(), torch.zeros(batch, dtype=torch.int64, device=device))
 
@@ -85,6 +97,17 @@ def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _attend_both_ways(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    if segments is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    document = segments.resets.to(torch.int64).cumsum(1)
+    mask = segments.real.unsqueeze(1) & (document.unsqueeze(1) == document.unsqueeze(2))
+    # a padding query looks at itself, as below
+    mask = mask | torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+    return y.masked_fill(~segments.real[:, None, :, None], 0)
 
 
 def _attend(

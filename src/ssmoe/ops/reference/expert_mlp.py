@@ -44,7 +44,9 @@ def expert_mlp(
         0, order, torch.cat(outputs)
     )
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    return (slots.view(t, k, -1).to(accumulate) * weight.unsqueeze(-1).to(accumulate)).sum(1).to(x.dtype)
+    return (
+        (slots.view(t, k, x.shape[1]).to(accumulate) * weight.unsqueeze(-1).to(accumulate)).sum(1).to(x.dtype)
+    )
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
