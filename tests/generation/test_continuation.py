@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.generation import continuation
@@ -15,6 +16,9 @@ from tests.model.zoo import small
 PROGRAM = """
 import sys
 from pathlib import Path
+import torch
+# sums are split by thread: equal bits need equal numbers of them
+torch.set_num_threads(int(sys.argv[4]))
 from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.generation import continuation
 from ssmoe.generation.text import generate
@@ -36,7 +40,15 @@ def test_save_new_process_load_is_bit_equal_to_never_stopping(tmp_path, name) ->
     first = generate(model, tokenizer, prompts, max_new_tokens=7, seed=5)
     continuation.save(first.continuation, tmp_path / "s", model=model, tokenizer=tokenizer)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path, tmp_path / "s", tmp_path / "end"],
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            tmp_path,
+            tmp_path / "s",
+            tmp_path / "end",
+            str(torch.get_num_threads()),
+        ],
         capture_output=True,
         text=True,
         check=True,
