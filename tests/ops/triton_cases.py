@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmoe.ops import Segments, load
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 Errors = dict[str, tuple[float, float]]
 """For each output and gradient: the kernels' error and eager torch's, both against float64."""
@@ -99,6 +100,31 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
     return result
 
 
+def cross_entropy_errors(t: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """Losses and their gradient, some rows ignored, some almost certain, a column at -inf."""
+    normal = normals(device)
+    logits, targets = normal(t, vocab) * 3, (normal(t, vocab) * 3).argmax(1)
+    logits[::3].scatter_(1, targets[::3].unsqueeze(1), 25.0)
+    logits[:, 0] = float("-inf")
+    targets = targets.clamp(min=1)
+    targets[::4] = IGNORE
+    narrow = logits.to(dtype)
+    kernels, reference = load("triton"), load("reference")
+    truth = reference.cross_entropy(narrow.double(), targets, gradient=True)
+    eager = reference.cross_entropy(narrow.clone(), targets, gradient=True)
+    with poisoned():
+        found = kernels.cross_entropy(narrow.clone(), targets, gradient=True)
+        loss, nothing = kernels.cross_entropy(narrow, targets, gradient=False)
+    assert nothing is None
+    assert torch.equal(loss, found[0])
+    result: Errors = {}
+    for name, true, ours, theirs in zip(("loss", "gradient"), truth, found, eager, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        scale = true.norm().clamp(min=1e-30)
+        result[name] = tuple(((t.double() - true).norm() / scale).item() for t in (ours, theirs))
+    return result
+
+
 def everything(
     op: Callable[..., object], inputs: dict[str, Tensor], options: dict[str, object]
 ) -> dict[str, Tensor]:
@@ -176,6 +202,9 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
     ),
+    "cross-entropy": lambda: cross_entropy_errors(9, 37, F32),
+    "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
+    "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16),
     "experts, one token": lambda: errors(
         "expert_mlp",
         {**expert_inputs(1, 16, 16, 4, 2, F32), "expert": torch.tensor([[2, 0]])},

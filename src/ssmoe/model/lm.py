@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
-from ssmoe.model.loss import IGNORE, Loss, model_loss
+from ssmoe.model.loss import Loss, model_loss
 from ssmoe.model.norm import Linear
 from ssmoe.ops import Ops, Segments
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 
 class ModelOut(NamedTuple):
@@ -111,7 +112,7 @@ class LM(nn.Module):
             return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
-        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops.linear)
+        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops)
         return ModelOut(None, tuple(states), tuple(stats), loss)
 
     @property

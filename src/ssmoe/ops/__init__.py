@@ -27,6 +27,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def missing(backend: str) -> str | None:
@@ -90,4 +91,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
         linear=module.linear,
+        cross_entropy=module.cross_entropy,
     )

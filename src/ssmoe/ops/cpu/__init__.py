@@ -14,5 +14,14 @@ from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.cross_entropy import cross_entropy
 
-__all__ = ["causal_conv1d", "describe", "expert_linear", "expert_mlp", "linear", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "cross_entropy",
+    "describe",
+    "expert_linear",
+    "expert_mlp",
+    "linear",
+    "selective_scan",
+]
