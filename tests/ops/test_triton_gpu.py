@@ -16,6 +16,7 @@ from tests.ops.triton_cases import (
     errors,
     everything,
     expert_inputs,
+    norm_errors,
     scan_inputs,
     without,
 )
@@ -43,6 +44,14 @@ def within_twice_eager(found: Errors, dtype: torch.dtype) -> None:
 def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
     segments = documents(shape[0], shape[1], "cuda") if segmented else None
     within_twice_eager(errors("selective_scan", scan_inputs(*shape, dtype, "cuda"), segments=segments), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700, 512), (65, 768), (2, 9, 5120)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype, centre: bool) -> None:
+    for stream in (torch.float32, dtype):
+        within_twice_eager(norm_errors(shape, stream, dtype, "cuda", centre=centre), dtype)
 
 
 @BOTH

@@ -86,7 +86,7 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
     """Every output and gradient of one op against the reference in float64."""
     kernels, reference = getattr(load("triton"), name), getattr(load("reference"), name)
     wide = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
-    truth = everything(reference, wide, options)
+    truth = everything(reference, wide, options | ({"dtype": torch.float64} if "dtype" in options else {}))
     with poisoned():
         found = everything(kernels, inputs, options)
     eager = everything(reference, inputs, options)
@@ -98,6 +98,21 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
         ours, theirs = ((t.double() - value).norm() / scale for t in (found[key], eager[key]))
         result[key] = (ours.item(), theirs.item())
     return result
+
+
+def norm_errors(
+    shape: tuple[int, ...],
+    stream: torch.dtype,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    centre: bool = True,
+) -> Errors:
+    """The stream and its norm, x with a mean that the norm must take away."""
+    normal = normals(device)
+    inputs = {"x": (normal(*shape) + 2).to(stream), "weight": normal(shape[-1]), "bias": normal(shape[-1])}
+    inputs = inputs if centre else without(inputs, "bias")
+    return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
 
 
 def cross_entropy_errors(t: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
@@ -202,6 +217,9 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
     ),
+    "norm, layer": lambda: norm_errors((3, 5, 33), F32, F32),
+    "norm, root mean square": lambda: norm_errors((7, 2100), F32, F32, centre=False),
+    "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
     "cross-entropy": lambda: cross_entropy_errors(9, 37, F32),
     "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
     "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
 from ssmoe.model.loss import Loss, model_loss
-from ssmoe.model.norm import Linear
+from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
 from ssmoe.ops import Ops, Segments
 from ssmoe.ops.reference.cross_entropy import IGNORE
 
@@ -28,16 +28,19 @@ class ModelOut(NamedTuple):
 class Residual(nn.Module):
     """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, norm: LayerNorm | RMSNorm, layer: nn.Module, ops: Ops) -> None:
         super().__init__()
         self.norm = norm
         self.layer = layer
+        self.ops = ops
 
     def forward(
         self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream."""
-        out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
+        norm = self.norm
+        x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+        out: LayerOut = self.layer(normed, state, segments)
         return LayerOut(x + out.x, out.state, out.stats)
 
 

@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
+    residual_norm: Callable[..., tuple[Tensor, Tensor]]
 
 
 def missing(backend: str) -> str | None:
@@ -92,4 +93,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_linear=module.expert_linear,
         linear=module.linear,
         cross_entropy=module.cross_entropy,
+        residual_norm=module.residual_norm,
     )

@@ -15,6 +15,7 @@ from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.cross_entropy import cross_entropy
+from ssmoe.ops.reference.residual_norm import residual_norm
 
 __all__ = [
     "causal_conv1d",
@@ -23,5 +24,6 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "linear",
+    "residual_norm",
     "selective_scan",
 ]

@@ -5,6 +5,15 @@ from ssmoe.ops.reference.cross_entropy import cross_entropy
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.reference.residual_norm import residual_norm
 from ssmoe.ops.reference.selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "cross_entropy", "expert_linear", "expert_mlp", "linear", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "cross_entropy",
+    "expert_linear",
+    "expert_mlp",
+    "linear",
+    "residual_norm",
+    "selective_scan",
+]
