@@ -12,6 +12,9 @@ from torch import Tensor
 from ssmoe.ops.reference.cross_entropy import IGNORE
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major
 
+LOWEST = tl.constexpr(-3.4e38)
+"""In place of -inf, whose difference with itself is no number."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """`ssmoe.ops.reference.cross_entropy` for float32 and bfloat16; the gradient takes the logits' place."""
@@ -30,9 +33,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[T
     return loss, logits if gradient else None
 
 
-LOWEST = tl.constexpr(-3.4e38)
-
-
 @triton.jit
 def cross_entropy_kernel(
     logits, targets, loss, vocab, stride, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
@@ -42,18 +42,17 @@ def cross_entropy_kernel(
     real = target != IGNORE
     base = logits + row * stride
     lane = tl.arange(0, BLOCK)
-    # every lane keeps the maximum and sum of its own column of blocks; LOWEST keeps -inf out of differences
-    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    # the maximum so far is one number, so that each logit costs one exponential
+    top = tl.full((), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, vocab, BLOCK):
         value = tl.load(base + begin + lane, mask=begin + lane < vocab, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, value)
+        higher = tl.maximum(top, tl.max(value, axis=0))
         total = total * tl.exp(top - higher) + tl.exp(value - higher)
         top = higher
-    peak = tl.max(top, axis=0)
-    log_total = tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
+    log_total = tl.log(tl.sum(total, axis=0))
     # two differences: their sum would round away what a large maximum hides
-    log_p = tl.load(base + tl.where(real, target, 0)).to(tl.float32) - peak - log_total
+    log_p = tl.load(base + tl.where(real, target, 0)).to(tl.float32) - top - log_total
     tl.store(loss + row, tl.where(real, -log_p, 0.0))
     if GRADIENT:
         # exp(log_p) - 1 by its series where the difference would lose the small value
@@ -62,5 +61,5 @@ def cross_entropy_kernel(
         for begin in range(0, vocab, BLOCK):
             column = begin + lane
             value = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-            slope = tl.where(column == target, at_target, tl.exp(value - peak - log_total))
+            slope = tl.where(column == target, at_target, tl.exp(value - top - log_total))
             tl.store(base + column, tl.where(real, slope, 0.0), mask=column < vocab)

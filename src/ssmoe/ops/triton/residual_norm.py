@@ -54,7 +54,7 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dty
     many = max(1, 2048 // block)
     if rows:
         with on_device(x):
-            forward_kernel[(triton.cdiv(rows, many),)](
+            norm_forward_kernel[(triton.cdiv(rows, many),)](
                 x, *some(x, weight, bias), y, rows, d, eps,
                 CENTRE=bias is not None, ROWS=many, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
@@ -79,7 +79,7 @@ def norm_backward(
     programs = max(1, min(PROGRAMS, triton.cdiv(rows, many)))
     partial = torch.empty(2 if centre else 1, programs, d, dtype=torch.float32, device=x.device)
     with on_device(x):
-        backward_kernel[(programs,)](
+        norm_backward_kernel[(programs,)](
             dstream, dy, x, weight.contiguous(), dx, partial, rows, d, eps,
             CENTRE=centre, ROWS=many, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
@@ -109,7 +109,7 @@ def normalised(x, at, inside, d, eps, CENTRE: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def norm_forward_kernel(
     x, weight, bias, y, rows, d, eps, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -124,7 +124,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def norm_backward_kernel(
     dstream, dy, x, weight, dx, partial, rows, d, eps,
     CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
