@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
 from ssmoe.model.loss import IGNORE, Loss, model_loss
-from ssmoe.model.norm import Linear
+from ssmoe.model.mixers.mamba import Mamba, MambaState
+from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
 from ssmoe.ops import Ops, Segments
 
 
@@ -25,7 +26,7 @@ class ModelOut(NamedTuple):
 
 
 class Residual(nn.Module):
-    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype."""
+    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
 
     def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
         super().__init__()
@@ -36,6 +37,14 @@ class Residual(nn.Module):
         self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream."""
+        if (
+            x.shape[1] == 1
+            and segments is None
+            and not torch.is_grad_enabled()
+            and isinstance(self.layer, Mamba)
+            and isinstance(self.norm, RMSNorm | LayerNorm)
+        ):
+            return self.layer.step(x, self.norm, cast(MambaState | None, state), dtype)
         out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
         return LayerOut(x + out.x, out.state, out.stats)
 

@@ -27,6 +27,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def missing(backend: str) -> str | None:
@@ -90,4 +91,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
         linear=module.linear,
+        mamba_step=module.mamba_step,
     )
