@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
 from ssmoe.model.loss import Loss, model_loss
+from ssmoe.model.mixers.mamba import Mamba, MambaState
 from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
 from ssmoe.ops import Ops, Segments
 from ssmoe.ops.reference.cross_entropy import IGNORE
@@ -26,7 +27,7 @@ class ModelOut(NamedTuple):
 
 
 class Residual(nn.Module):
-    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype."""
+    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
 
     def __init__(self, norm: LayerNorm | RMSNorm, layer: nn.Module, ops: Ops) -> None:
         super().__init__()
@@ -38,6 +39,13 @@ class Residual(nn.Module):
         self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream."""
+        if (
+            x.shape[1] == 1
+            and segments is None
+            and not torch.is_grad_enabled()
+            and isinstance(self.layer, Mamba)
+        ):
+            return self.layer.step(x, self.norm, cast(MambaState | None, state), dtype)
         norm = self.norm
         x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
         out: LayerOut = self.layer(normed, state, segments)

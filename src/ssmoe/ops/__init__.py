@@ -29,6 +29,7 @@ class Ops(NamedTuple):
     linear: Callable[..., Tensor]
     cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
+    mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def missing(backend: str) -> str | None:
@@ -94,4 +95,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         linear=module.linear,
         cross_entropy=module.cross_entropy,
         residual_norm=module.residual_norm,
+        mamba_step=module.mamba_step,
     )

@@ -13,6 +13,7 @@ from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.linear import linear
+from ssmoe.ops.cpu.mamba_step import mamba_step
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.cross_entropy import cross_entropy
 from ssmoe.ops.reference.residual_norm import residual_norm
@@ -24,6 +25,7 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "linear",
+    "mamba_step",
     "residual_norm",
     "selective_scan",
 ]

@@ -5,6 +5,7 @@ from ssmoe.ops.reference.cross_entropy import cross_entropy
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.reference.mamba_step import mamba_step
 from ssmoe.ops.reference.residual_norm import residual_norm
 from ssmoe.ops.reference.selective_scan import selective_scan
 
@@ -14,6 +15,7 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "linear",
+    "mamba_step",
     "residual_norm",
     "selective_scan",
 ]
