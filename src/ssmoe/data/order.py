@@ -24,7 +24,7 @@ def scatter(positions: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
 
 
 def distance(rows: int) -> int:
-    """The fewest positions between a row and its continuation: a quarter of `rows` or more, from 10 rows on."""
+    """The fewest positions between a row and its continuation: a quarter of 10 rows or more."""
     step = _step(rows)
     return min(step, rows - step)
 
