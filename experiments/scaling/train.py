@@ -1,6 +1,6 @@
 """Train every preset of a folder, several at once on one device; what is finished is passed over.
 
-    python experiments/scaling/train.py PRESETS OUT [--jobs 8] [key=value ...]
+    python experiments/scaling/train.py PRESETS OUT [--jobs 8] [--only GLOB] [key=value ...]
 
 PRESETS holds what `ssmoe plan --ladder` wrote; key=value goes to every run. Each of the `--jobs` processes
 takes the longest run that is left. Small models leave a GPU idle between their launches, so several share it.
@@ -14,7 +14,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 
-from ssmoe.config.count import training_flops
 from ssmoe.config.load import RunConfig, load_run
 
 
@@ -25,8 +24,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--jobs", type=int, default=1)
-    given = parser.parse_args()
-    runs = [load_run(str(path), given.overrides) for path in sorted(given.presets.glob("*.toml"))]
+    parser.add_argument("--only", default="*", metavar="GLOB", help="names of the presets to train")
+    given = parser.parse_intermixed_args()
+    runs = [load_run(str(path), given.overrides) for path in sorted(given.presets.glob(f"{given.only}.toml"))]
     runs = [run for run in runs if not (given.out / run.name / "report.html").is_file()]
     runs.sort(key=duration, reverse=True)
     begin = perf_counter()
@@ -42,18 +42,18 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def duration(run: RunConfig) -> float:
-    """Steps, with a little for what they compute: a small model's step costs its launches."""
-    tokens = run.train.batch_size * run.data.context
-    return run.train.steps * (1 + training_flops(run.model, run.data.context) * tokens / 1e12)
+def duration(run: RunConfig) -> int:
+    """Steps times layers: a small model's step costs its launches, not what they compute."""
+    return run.train.steps * len(run.model.layers)
 
 
 def train(run: RunConfig, folder: Path) -> None:
-    """In a process of its own; what it prints goes to a file beside the run."""
+    """In a process of its own; an interrupted run goes on."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import ssmoe
 
-    ssmoe.train(run, folder, resume=folder.is_dir())
+    resume = any(folder.glob("checkpoints/step-*"))
+    ssmoe.train(run, folder, resume=resume, overwrite=folder.is_dir() and not resume)
 
 
 if __name__ == "__main__":

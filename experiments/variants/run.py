@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"(default: {' '.join(names)})")
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run (default 1)")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     given.out.mkdir(parents=True, exist_ok=True)
     results = given.out / "results.jsonl"
     for name in given.presets or names:

@@ -8,7 +8,7 @@ from ssmoe.training.step import StepResult
 
 def result(device="cpu"):
     """Numbers that any lossy packing would change: integers beyond float32, a (r, e) load, a NaN."""
-    value = iter(torch.arange(1, 100, device=device).float() / 7)
+    value = iter((torch.arange(1, 100).float() / 7).to(device))
     load = torch.tensor([[2**53 + 1, 3], [0, 2**24 + 1]], device=device)
     routers = {
         i: RouterStats(next(value), next(value), counts, counts.sum(), next(value), next(value))

@@ -101,6 +101,7 @@ def test_what_is_no_number_is_never_written(journal, tmp_path, at_once):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("name", ["mamba", "moe", "moe-fine"])
 def test_no_step_waits_for_the_gpu(name, journal):
     """From the batch on the CPU to the noted numbers; the kernels are compiled in the first step."""
