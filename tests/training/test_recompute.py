@@ -9,6 +9,7 @@ from ssmoe.training.loop import train
 from ssmoe.training.metrics import TIMES, read_metrics
 from ssmoe.training.recompute import recompute_layers
 from tests.model.zoo import PATTERNS, small
+from tests.ops.test_triton_interpreter import interpreted
 
 
 def gradients(name, *, recompute, tied=False):
@@ -81,3 +82,47 @@ def test_a_run_with_recomputation_is_the_run_without(tiny_run, tmp_path):
         )
         lines.append([{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)])
     assert lines[0] == lines[1]
+
+
+TRITON = """
+import torch
+from ssmoe.model.build import build
+from ssmoe.training.recompute import recompute_layers
+from tests.model.zoo import small
+
+def gradients(recompute):
+    model = build(small("moe-mamba", repeat=1), backend="triton", seed=0).train()
+    if recompute:
+        recompute_layers(model)
+    ids = torch.randint(60, (2, 6), generator=torch.Generator().manual_seed(0))
+    model(ids, targets=ids).loss.total.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+torch.testing.assert_close(gradients(True), gradients(False))
+"""
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_can_be_recomputed():
+    """In the interpreter; a kernel that asks twice for what it saved cannot be."""
+    pytest.importorskip("triton", reason="the Triton interpreter needs triton: pip install triton")
+    interpreted("-c", TRITON)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["mamba", "moe", "moe-fine"])
+def test_a_gpu_recomputes_the_same_gradients_in_less_memory(name):
+    ids = torch.randint(60, (16, 256), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    found, peaks = [], []
+    for recompute in (False, True):
+        model = build(small(name, repeat=4), device="cuda", seed=3).train()
+        if recompute:
+            recompute_layers(model)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(ids, targets=ids).loss.total.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append({key: p.grad for key, p in model.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert peaks[1] < peaks[0]
