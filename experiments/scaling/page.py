@@ -1,10 +1,11 @@
-"""The numbers and the picture of docs/results/scaling.md, from docs/results/scaling.csv alone.
+"""The numbers and the picture of docs/results/scaling.md, from the two CSV files beside it.
 
     python experiments/scaling/page.py                      rebuild the page's tables and scaling.png
-    python experiments/scaling/page.py --collect RUN ...    write the CSV from finished run folders first
+    python experiments/scaling/page.py --collect RUN ...    write the CSV files from finished runs first
+    ... --results DIR                                       in another folder than docs/results
 
-Unfinished runs are passed over. Runs named held-out-* are predicted and never fitted. The page's tables stand
-between marker lines, and only they are replaced.
+Unfinished runs are passed over. Runs named held-out-* go to scaling-held-out.csv, are predicted and never
+fitted. The page's tables stand between marker lines, and only they are replaced.
 """
 
 import argparse
@@ -25,23 +26,21 @@ from ssmoe.scaling.intervals import bootstrap, profile
 from ssmoe.scaling.plots import plot_fit
 from ssmoe.scaling.runs import Point, read_csv, read_run
 
-RESULTS = Path("docs/results")
+FITTED, HELD_OUT, PAGE, PICTURE = "scaling.csv", "scaling-held-out.csv", "scaling.md", "scaling.png"
 COLUMNS = ("name", "N", "D", "G", "E", "loss", "width", "layers", "steps", "learning_rate", "seed")
 CONSTANTS: tuple[float | None, ...] = (0.472, 1.0, None)
-
-Rows = dict[str, list[Point]]
 
 
 def main() -> None:
     """Collect, fit, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--collect", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR")
     given = parser.parse_args()
+    results: Path = given.results
     if given.collect:
-        collect(given.collect, RESULTS / "scaling.csv")
-    points = read_csv(RESULTS / "scaling.csv")
-    held_out = [point for point in points if point.name.startswith("held-out")]
-    fitted = [point for point in points if point not in held_out]
+        collect(given.collect, results)
+    fitted, held_out = read_csv(results / FITTED), read_csv(results / HELD_OUT)
     joint = [attempt(fitted, c) for c in CONSTANTS]
     alone = {
         g: attempt([p for p in fitted if p.granularity == g], None, form="dense") for g in grains(fitted)
@@ -49,22 +48,23 @@ def main() -> None:
     tables = {
         "fits": fits_table(joint, fitted, held_out),
         "alone": alone_table(alone, held_out),
-        "pairs": pairs_table(points),
+        "pairs": pairs_table([*fitted, *held_out]),
         "noise": noise_table(fitted),
         "runs": runs_table(joint, fitted, held_out),
     }
-    page = RESULTS / "scaling.md"
-    page.write_text(replace(page.read_text(), tables))
+    page = results / PAGE
+    if page.is_file():
+        page.write_text(replace(page.read_text(), tables))
     found = next((found for found in joint if isinstance(found, Fit)), None)
     if found is not None:
         law = to_law(found, fitted, name="ladder", blocks="mamba-moe", expansion=8, intervals={})
-        plot_fit(law, fitted, held_out, RESULTS / "scaling.png")
+        plot_fit(law, fitted, held_out, results / PICTURE)
     print("\n".join(line for lines in tables.values() for line in [*lines, ""]))
 
 
-def collect(folders: Iterable[Path], path: Path) -> None:
+def collect(folders: Iterable[Path], results: Path) -> None:
     """Finished runs as rows, in order of name and seed."""
-    rows: list[dict[str, object]] = []
+    rows: list[tuple[object, ...]] = []
     for folder in folders:
         run = load_run(str(folder / "config.json"))
         try:
@@ -74,12 +74,14 @@ def collect(folders: Iterable[Path], path: Path) -> None:
             continue
         numbers = (point.parameters, point.tokens, point.granularity, point.expansion, point.loss)
         shape = (run.model.d_model, len(run.model.layers), run.train.steps, run.train.learning_rate)
-        rows.append(dict(zip(COLUMNS, (run.name, *numbers, *shape, run.train.seed), strict=True)))
-    rows.sort(key=lambda row: (str(row["name"]), str(row["seed"])))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.append((run.name, *numbers, *shape, run.train.seed))
+    rows.sort(key=lambda row: (str(row[0]), str(row[-1])))
+    results.mkdir(parents=True, exist_ok=True)
+    for name, is_held_out in ((FITTED, False), (HELD_OUT, True)):
+        with (results / name).open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(row for row in rows if str(row[0]).startswith("held-out") is is_held_out)
 
 
 def attempt(points: Sequence[Point], c: float | None, form: str = "fine-grained") -> Fit | str:
