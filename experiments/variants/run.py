@@ -1,13 +1,14 @@
 """Train every variant's preset for 200 steps and let it generate: the table of docs/results/variants.md.
 
-    python experiments/variants/run.py [PRESET ...] [--out runs/variants] [--threads N]
+    python experiments/variants/run.py [PRESET ...] [--out runs/variants] [--threads N] [--page FILE.md]
 
 Each `*-tiny` preset and the demo is trained as it is, on its own text (the standard library's sources), with
 only train.steps=200 changed. A loss falls when the mean of the last ten steps is below 0.8 of the mean of the
 first ten, one limit for all presets. Each model then generates, or refuses and names the fix; where the fix
 is to train on as token choice, that is done for 20 steps and the result generates.
 
-A preset that is in OUT/results.jsonl already is not trained again. Ends with 1 if any variant fell short.
+A preset that is in OUT/results.jsonl already is not trained again. --page puts the table between the marker
+lines of a page. Ends with 1 if any variant fell short.
 """
 
 import argparse
@@ -21,6 +22,7 @@ STEPS, EDGE, LIMIT = 200, 10, 0.8
 TRANSITION_STEPS = 20
 PROMPT = "def read_lines(path):\n"
 NEW_TOKENS = 24
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 Row = dict[str, Any]
 
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"(default: {' '.join(names)})")
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a run (default 1)")
+    parser.add_argument("--page", type=Path, metavar="FILE.md")
     given = parser.parse_intermixed_args()
     given.out.mkdir(parents=True, exist_ok=True)
     results = given.out / "results.jsonl"
@@ -42,6 +45,9 @@ def main() -> int:
                 file.write(json.dumps(row) + "\n")
     rows = [row for name, row in read(results).items() if name in (given.presets or names)]
     print("\n".join(table(rows)))
+    if given.page is not None:
+        before, _, rest = given.page.read_text().partition(BEGIN)
+        given.page.write_text("\n".join([before + BEGIN, *table(rows), END]) + rest.partition(END)[2])
     return 0 if all(row["ratio"] < LIMIT and row["ends_well"] for row in rows) else 1
 
 
