@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# The runs behind docs/results/scaling.md: a ladder of MoE-Mamba runs, its fit and its held-out check.
+# The runs behind docs/results/scaling.md: a ladder of MoE-Mamba runs, repeats of two of them, and the page.
 #
-#   experiments/scaling/ladder.sh FLOPS OUT [key=value ...]
+#   JOBS=16 experiments/scaling/ladder.sh OUT RESULTS [key=value ...]
 #
-# FLOPS is for all runs together; key=value goes to every run (train.precision=bfloat16, data.sources=...).
-# Interrupted, it goes on where it stopped. Keep the largest D below the tokens of the corpus: the law knows no
-# repeated data.
+# key=value goes to every run: train.precision=bfloat16, data.sources=FOLDER, ... JOBS runs share the device.
+# RESULTS gets the CSV files, the picture and, where it holds a scaling.md with markers, the tables
+# (docs/results rewrites the page). Interrupted, it goes on with the runs that are not finished. Keep the largest
+# D below the tokens of the text: the law knows no repeated data.
 set -euo pipefail
-flops=${1:?FLOPS of the whole ladder, such as 1e16} out=${2:?output folder}
+out=${1:?folder for presets and runs} results=${2:?folder for the tables, such as docs/results}
 shift 2
+here=$(dirname "$0")
+train() { python "$here/train.py" "$out/presets" "$@"; }
 
 if [ ! -d "$out/presets" ]; then
-  ssmoe plan --ladder "$out/presets" --flops "$flops" --expansion 8 --widths 64 96 128 192 --granularities 1 2 4 8
+  ssmoe plan --ladder "$out/presets" --flops 2.55e15 --expansion 8 --widths 64 128 192 \
+    --granularities 1 2 4 --held-out-levels 4 6
+  # G = 2 at the most tokens would cost a fifth of the ladder; its ends show what G does there
+  rm "$out"/presets/fit-*-g002-t08.toml
 fi
-for preset in "$out"/presets/*.toml; do
-  run="$out/runs/$(basename "$preset" .toml)"
-  if [ -f "$run/report.html" ]; then continue; fi
-  if [ -d "$run" ]; then resume=--resume; else resume=; fi
-  ssmoe train "$preset" --out "$run" $resume "$@"
-done
-for c in 0.472 free; do
-  for method in paper multistart; do
-    ssmoe fit "$out"/runs/fit-* --held-out "$out"/runs/held-out-* --c "$c" --method "$method" --json \
-      > "$out/fit-$c-$method.json" || echo "c = $c, $method: no fit, see above"
+train "$out/runs" --jobs "${JOBS:-1}" "$@"
+for seed in 1 2; do
+  for name in fit-d0064-g002-t02 fit-d0128-g002-t01; do
+    train "$out/repeat-$seed" --only "$name" "$@" train.seed=$seed
   done
 done
-ssmoe fit "$out"/runs/fit-* --held-out "$out"/runs/held-out-* --output "$out/law.json" --plot "$out/fit.png"
+python "$here/page.py" --results "$results" --collect "$out"/runs/* "$out"/repeat-*/*

@@ -75,11 +75,15 @@ def test_a_ladder_is_files_that_load(tmp_path, capsys):
         "1",
         "2",
         "4",
+        "--held-out-levels",
+        "4",
+        "6",
     )
     assert run(*words) == 0
     assert "24 runs to fit and 4 larger" in capsys.readouterr().out
     files = sorted(tmp_path.glob("*.toml"))
     assert len(files) == 28
+    assert [file.stem[-3:] for file in files if file.stem.startswith("held-out")] == ["t04", "t06"] * 2
     for file in files:
         assert load_run(str(file)).model.pattern[0].kind == "mamba"
     assert run("--ladder", str(tmp_path / "b"), "--flops", "1e15", "--law", "dense", "--json") == 0
@@ -97,6 +101,7 @@ def test_a_ladder_is_files_that_load(tmp_path, capsys):
         (("--flops", "1e20", "--hours", "3"), "both set the compute"),
         (("--flops", "1e20", "--params", "1e8", "--tokens", "1e8"), "caps contradict"),
         (("--flops", "1e20", "--widths", "64"), "--widths belongs to --ladder"),
+        (("--flops", "1e20", "--held-out-levels", "2"), "--held-out-levels belongs to --ladder"),
         (("--ladder", "x"), "--ladder needs --flops"),
         (("--ladder", "x", "--flops", "1e15", "--tokens", "5"), "--tokens does not apply"),
         (("--ladder", "x", "--flops", "1e9"), "too little"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ssmoe.data.loader import Cursor, batches, held_out_batches
+from ssmoe.data.order import distance, scatter
 from ssmoe.data.packing import pack, shuffled
 
 
@@ -27,9 +28,9 @@ def corpus(random_corpus):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_rows_of_an_epoch_follow_those_of_the_one_before(corpus, batch_size):
     rows_an_epoch = corpus.num_targets // 7
+    order = scatter(np.arange(rows_an_epoch), rows_an_epoch)
     epochs = [
-        pack(corpus, shuffled(corpus.num_documents, seed=3, epoch=epoch)).rows(np.arange(rows_an_epoch), 7)
-        for epoch in range(4)
+        pack(corpus, shuffled(corpus.num_documents, seed=3, epoch=epoch)).rows(order, 7) for epoch in range(4)
     ]
     expected = [np.concatenate(arrays) for arrays in zip(*epochs, strict=True)]
     count = 4 * rows_an_epoch // batch_size
@@ -53,6 +54,33 @@ def test_restart_with_another_batch_size_goes_on_with_the_next_row(corpus):
     _, cursor = take(corpus, 3)[-1]
     found = np.concatenate([batch.ids for batch, _ in take(corpus, 4, cursor=cursor, batch_size=2)])
     np.testing.assert_array_equal(found, rows[12:20])
+
+
+def follows(batch):
+    """The pairs of rows of which the second goes on where the first ended, in a corpus of distinct tokens."""
+    opens = {int(row[0]): number for number, row in enumerate(batch.ids)}
+    ends = [int(row[-1]) for row in batch.targets]
+    return [(number, opens[end]) for number, end in enumerate(ends) if end in opens]
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 16, 20])
+def test_no_batch_holds_a_row_and_its_continuation(corpus_of, batch_size):
+    """Nor does, then, any group of a layer that mixes the rows of a batch."""
+    corpus = corpus_of([list(range(400))])
+    rows_an_epoch = corpus.num_targets // 7
+    assert batch_size <= distance(rows_an_epoch)
+    for batch, _ in take(corpus, 3 * rows_an_epoch // batch_size, batch_size=batch_size):
+        assert not follows(batch)
+    # what the check would find in the order of the stream
+    assert len(follows(pack(corpus, np.arange(1)).rows(np.arange(4), 7))) == 3
+
+
+@pytest.mark.parametrize("rows", [0, 57, 40])
+def test_no_held_out_batch_holds_a_row_and_its_continuation(corpus_of, rows):
+    corpus = corpus_of([list(range(400))])
+    drawn = list(held_out_batches(corpus, context=7, batch_size=8, rows=rows))
+    assert len(drawn) > 4
+    assert not any(follows(batch) for batch in drawn)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
@@ -101,26 +129,23 @@ def test_held_out_covers_every_target_once(random_corpus, seed):
     corpus = random_corpus(generator)
     context, batch_size = (int(number) for number in generator.integers(1, 20, size=2))
     drawn = list(held_out_batches(corpus, context=context, batch_size=batch_size, rows=0))
-    targets = np.concatenate([batch.targets.ravel() for batch in drawn])
-    expected = [[*corpus.document(number), 999] for number in range(corpus.num_documents)]
-    assert targets.tolist() == [token for document in expected for token in document]
+    found = sorted(tuple(row) for batch in drawn for row in batch.targets.tolist())
+    documents = [[*corpus.document(number), 999] for number in range(corpus.num_documents)]
+    targets = [int(token) for document in documents for token in document]
+    rows = [targets[begin : begin + context] for begin in range(0, len(targets), context)]
+    assert found == sorted(map(tuple, rows))
     assert len(targets) == corpus.num_targets
     assert all(len(batch.ids) <= batch_size for batch in drawn)
 
 
 def test_held_out_sample_is_spread_over_the_corpus(corpus):
     context = 3
-    everything = np.concatenate(
-        [
-            batch.ids
-            for batch in held_out_batches(corpus, context=context, batch_size=1)
-            if batch.ids.shape[1] == context
-        ]
-    )
+    everything = pack(corpus, np.arange(corpus.num_documents))
     drawn = list(held_out_batches(corpus, context=context, batch_size=4, rows=10))
     assert [len(batch.ids) for batch in drawn] == [4, 4, 2]
-    rows = np.arange(10) * len(everything) // 10
-    np.testing.assert_array_equal(np.concatenate([batch.ids for batch in drawn]), everything[rows])
+    sample = np.arange(10) * (corpus.num_targets // context) // 10
+    expected = everything.rows(sample[scatter(np.arange(10), 10)], context)
+    np.testing.assert_array_equal(np.concatenate([batch.ids for batch in drawn]), expected.ids)
 
 
 def test_held_out_with_more_rows_than_there_are_is_everything(corpus):

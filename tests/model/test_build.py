@@ -57,18 +57,20 @@ def test_every_variant_trains_200_steps_and_generates_or_says_why_not(name: str)
     optimizer = build_optimizer(groups, run.train)
     generator = np.random.default_rng(0)
     words = generator.integers(0, 32, (12, 8))
+    masked = run.model.objective == "masked"
+    # a row of 32 tokens has 5 targets then: as many targets a step as the others' 8 rows have
+    rows = 56 if masked else 8
     losses: list[float] = []
     for step in range(200):
-        text = words[generator.integers(0, 12, (8, 5))].reshape(8, 40)
-        ids, flags = text[:, :32], np.zeros((8, 32), np.bool_)
-        batch = Batch(ids, text[:, 1:33], np.zeros((8, 32), np.int32), flags)
-        if run.model.objective == "masked":
+        text = words[generator.integers(0, 12, (rows, 5))].reshape(rows, 40)
+        ids, flags = text[:, :32], np.zeros((rows, 32), np.bool_)
+        batch = Batch(ids, text[:, 1:33], np.zeros((rows, 32), np.int32), flags)
+        if masked:
             batch = hide(batch, mask_id=32, fraction=0.15, seed=0, number=step)
         result = train_step(model.train(), optimizer, batch, run.train, 0.005, isolate=False)
         losses.append(float(result.lm))
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    # a masked model has 40 targets a step where the others have 256
-    assert last < (0.9 if run.model.objective == "masked" else 0.8) * first, (first, last)
+    assert last < 0.8 * first, (first, last)
 
     model.eval()
     prompts = [words[0].tolist(), words[1, :3].tolist()]

@@ -42,6 +42,19 @@ def test_names_differ_and_only_sizes_vary():
     assert len({(run.train.batch_size, run.data, run.model.vocab_size) for run in runs}) == 1
 
 
+def test_levels_are_the_ratios_of_tokens():
+    made = ladder(1e15, widths=(64, 128), levels=(1, 1.5, 3), held_out_levels=(6,))
+    base = made.fitted[0].train.steps
+    steps = {run.name[-4:].lstrip("-"): run.train.steps / base for run in (*made.fitted, *made.held_out)}
+    assert steps == pytest.approx({"t01": 1, "t1.5": 1.5, "t03": 3, "t06": 6}, rel=0.01)
+    assert len(made.held_out) == 2
+
+
+def test_wide_mamba_models_learn_more_slowly():
+    rates = {run.model.d_model: run.train.learning_rate for run in ladder(1e16, widths=(64, 256)).fitted}
+    assert rates == {64: 0.01, 256: 0.0056}
+
+
 @pytest.mark.parametrize("blocks", ["moe", "dense"])
 def test_transformer_ladders(blocks):
     grains = (1,) if blocks == "dense" else (1, 2, 4)
@@ -58,6 +71,9 @@ def test_transformer_ladders(blocks):
         ({"widths": (64,)}, "at least two model sizes"),
         ({"widths": (64, 100)}, "multiples of 16"),
         ({"granularities": (1, 2)}, "at least three"),
+        ({"levels": (2,)}, "--levels 2: a law needs at least two"),
+        ({"levels": (0.5, 2)}, "--levels 0.5: levels are multiples"),
+        ({"held_out_levels": (4, 1e4)}, "--held-out-levels 10000"),
         ({"granularities": (1, 2, 64)}, "under 16"),
     ],
 )

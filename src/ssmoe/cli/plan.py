@@ -18,6 +18,7 @@ from ssmoe.scaling.preset import write_preset
 
 HELP = "the compute-optimal configuration for a budget, from a scaling law"
 
+LADDER_OPTIONS = ("expansion", "widths", "granularities", "levels", "held_out_levels")
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
@@ -61,14 +62,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--granularities", type=int, nargs="+", metavar="G", help="(default 1 2 4; 1 without experts)"
     )
 
+    steps.add_argument(
+        "--levels", type=float, nargs="+", metavar="X", help="tokens of the runs to fit (default 1 2 4 8)"
+    )
+    steps.add_argument(
+        "--held-out-levels", type=float, nargs="+", metavar="X", help="of the held-out ones (default 4 12)"
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, and write its preset or a ladder."""
     if args.ladder is not None:
         return _ladder(args)
-    for option in ("expansion", "widths", "granularities"):
+    for option in LADDER_OPTIONS:
         if getattr(args, option) is not None:
-            raise ValueError(f"--{option} belongs to --ladder DIR")
+            raise ValueError(f"--{option.replace('_', '-')} belongs to --ladder DIR")
     candidates = _laws(args.law or published.MOE_64.name)
     budget = Budget(
         flops=args.flops,
@@ -117,7 +125,7 @@ def _ladder(args: argparse.Namespace) -> int:
     if args.flops is None:
         raise ValueError("--ladder needs --flops, the compute of all its runs together")
     law = _laws(args.law or published.SSM.name)[0]
-    options = ("expansion", "widths", "granularities", "vocab_size", "context")
+    options = (*LADDER_OPTIONS, "vocab_size", "context")
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     made = ladder(args.flops, blocks=law.blocks, **given)
     for each in (*made.fitted, *made.held_out):

@@ -20,6 +20,9 @@ class TrainConfig(Frozen):
     tokens a row, gradients go through all of them, and the next step goes on from the state of this one, so
     that a document is read as a whole however long it is. Attention keeps all tokens of its
     document. None starts every row from the zero state."""
+    recompute: bool = False
+    """Keep of every layer only its input for the backward pass and compute the rest again there: much less
+    memory for one more forward pass."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)

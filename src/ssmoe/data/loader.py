@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssmoe.data.corpus import TokenCorpus
+from ssmoe.data.order import scatter
 from ssmoe.data.packing import Batch, Stream, pack, shuffled
 
 
@@ -31,8 +32,10 @@ def batches(
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Endless training batches from `cursor` on, each with the cursor that follows it.
 
-    Every epoch has its own order, and leaves out what does not fill a last row. Of the `batch_size` rows
-    a rank gets its share; the shares in rank order are the batch of a single rank.
+    Every epoch has its own order of documents, and leaves out what does not fill a last row. Its rows are
+    read in the order of `scatter`, so that no batch of up to `distance(rows of an epoch)` rows holds a row
+    and its continuation. Of the `batch_size` rows a rank gets its share; the shares in rank order are the
+    batch of a single rank.
 
     consecutive: row i of a batch goes on where row i of the batch before ended, until the epoch ends; the
     first batch of an epoch has starts in its first column. An epoch then leaves out what does not fill a last
@@ -61,7 +64,8 @@ def batches(
         return pack(corpus, shuffled(corpus.num_documents, seed=seed, epoch=epoch))
 
     def read(rows: NDArray[np.int64]) -> Batch:
-        epochs, numbers = np.divmod(rows, rows_an_epoch)
+        epochs, positions = np.divmod(rows, rows_an_epoch)
+        numbers = scatter(positions, rows_an_epoch)
         parts = [
             epoch_stream(int(epoch)).rows(numbers[epochs == epoch], context) for epoch in np.unique(epochs)
         ]
@@ -83,7 +87,7 @@ def batches(
 
 
 def held_out_batches(corpus: TokenCorpus, *, context: int, batch_size: int, rows: int = 0) -> Iterator[Batch]:
-    """Batches for evaluation, in the order of the documents; the last batch may have fewer rows.
+    """Batches for evaluation, in the order of `scatter`; the last batch may have fewer rows.
 
     `rows` are spread evenly over the corpus. With 0, or more than there are, every target of the corpus comes
     exactly once, the last of them in a shorter row of its own.
@@ -92,6 +96,7 @@ def held_out_batches(corpus: TokenCorpus, *, context: int, batch_size: int, rows
     num_full, rest = divmod(corpus.num_targets, context)
     is_sample = 0 < rows <= num_full
     numbers = np.arange(rows) * num_full // rows if is_sample else np.arange(num_full)
+    numbers = numbers[scatter(np.arange(len(numbers)), len(numbers))]
     for first in range(0, len(numbers), batch_size):
         yield stream.rows(numbers[first : first + batch_size], context)
     if rest and not is_sample:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ssmoe.scaling.law import Law, loss
 from ssmoe.scaling.optimum import best_width, optimum
@@ -64,6 +65,8 @@ def plot_fit(law: Law, points: Sequence[Point], held_out: Sequence[Point], path:
             )
         axes.set_title(f"G = {grain:g}", fontsize="medium")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")

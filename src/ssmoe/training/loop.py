@@ -1,11 +1,9 @@
 """The training loop: batches through steps, with evaluations, checkpoints and a clean end on Ctrl-C."""
 
-import math
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from time import perf_counter
 from types import FrameType
 from typing import NamedTuple
 
@@ -37,18 +35,16 @@ from ssmoe.training.folder import (
     read_environment,
     resolve_device,
 )
-from ssmoe.training.metrics import MetricsFile, Record, eval_record, step_record, truncate_metrics
+from ssmoe.training.journal import Diverged as Diverged
+from ssmoe.training.journal import Journal, Taken
+from ssmoe.training.metrics import MetricsFile, eval_record, truncate_metrics
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
+from ssmoe.training.recompute import recompute_layers
 from ssmoe.training.schedule import learning_rate
 from ssmoe.training.step import train_step
-from ssmoe.training.watch import RouterWatch
 
 Evaluate = Callable[[LM], Mapping[str, float]]
 """The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
-
-
-class Diverged(RuntimeError):
-    """The loss or a gradient is no longer a number."""
 
 
 class _Run(NamedTuple):
@@ -137,7 +133,10 @@ def _build(config: RunConfig, backend: str) -> LM:
     train = config.train
     dtype = torch.bfloat16 if train.precision == "bfloat16" else None
     device = resolve_device(train.device)
-    return build(config.model, backend=backend, device=device, seed=train.seed, dtype=dtype).train()
+    model = build(config.model, backend=backend, device=device, seed=train.seed, dtype=dtype).train()
+    if train.recompute:
+        recompute_layers(model)
+    return model
 
 
 def _loop(
@@ -148,34 +147,31 @@ def _loop(
     interrupted: Callable[[], bool],
 ) -> Progress:
     train, isolate = run.config.train, run.config.data.isolate_documents
-    saved, watch = progress.step, RouterWatch()
+    journal = Journal(
+        metrics,
+        run.reporter,
+        at_once=run.model.embedding.weight.device.type == "cpu",
+        seconds=progress.seconds,
+        saved=progress.step,
+    )
+    tokens = progress.tokens
     for step in range(progress.step + 1, train.steps + 1):
-        begin = perf_counter()
-        batch, cursor = next(run.rows)
-        if run.model.config.objective == "masked":
-            batch = hide(
-                batch,
-                mask_id=run.model.config.vocab_size - 1,
-                fraction=run.config.data.mask_fraction,
-                seed=run.config.data.seed,
-                number=progress.cursor.rows,
-            )
+        journal.begin()
+        batch, cursor = _next(run, progress.cursor)
         rate = learning_rate(train, step - 1)
         result = train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate, state=state)
         state = result.state
-        _wait(run.model)
-        elapsed = perf_counter() - begin
-        tokens = progress.tokens + batch.ids.size
-        progress = Progress(step, tokens, cursor, progress.seconds + elapsed)
-        record = step_record(step, tokens, result, rate, progress.seconds, batch.ids.size / elapsed)
-        _check_finite(record, saved)
-        _report(run, metrics, record)
-        for line in watch.check(step, batch.ids.size, result.routers):
-            run.reporter.message(line)
+        tokens += batch.ids.size
+        journal.add(Taken(step, tokens, batch.ids.size, rate), result)
         if step % train.eval_every == 0 or step == train.steps:
-            _report(run, metrics, eval_record(step, tokens, progress.seconds, run.evaluate(run.model)))
+            journal.settle()
+            journal.write(eval_record(step, tokens, journal.seconds, run.evaluate(run.model)))
         last = step == train.steps or interrupted()
-        if step % train.checkpoint_every == 0 or last:
+        saves = step % train.checkpoint_every == 0 or last
+        if saves:
+            journal.settle()
+        progress = Progress(step, tokens, cursor, journal.seconds)
+        if saves:
             save_checkpoint(
                 run.folder,
                 run.model,
@@ -185,32 +181,20 @@ def _loop(
                 keep=train.keep_checkpoints,
                 state=state,
             )
-            saved = step
+            journal.saved = step
         if last:
             break
     return progress
 
 
-def _wait(model: LM) -> None:
-    """A GPU works on after the call returns; without this its time would be nobody's."""
-    device = model.embedding.weight.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _report(run: _Run, metrics: MetricsFile, record: Record) -> None:
-    metrics.write(record)
-    run.reporter.record(record)
-
-
-def _check_finite(record: Record, saved: int) -> None:
-    for key in ("loss", "grad_norm"):
-        if not math.isfinite(record[key]):
-            where = f"the checkpoint of step {saved} is good" if saved else "there is no checkpoint yet"
-            raise Diverged(
-                f"{key} is {record[key]} at step {record['step']}; {where}: lower train.learning_rate, "
-                "train.clip_norm or raise train.warmup_fraction"
-            )
+def _next(run: _Run, cursor: Cursor) -> tuple[Batch, Cursor]:
+    """The batch after `cursor`, with tokens hidden for a masked model."""
+    batch, after = next(run.rows)
+    if run.model.config.objective == "masked":
+        data = run.config.data
+        mask_id = run.model.config.vocab_size - 1
+        batch = hide(batch, mask_id=mask_id, fraction=data.mask_fraction, seed=data.seed, number=cursor.rows)
+    return batch, after
 
 
 def _describe_data(data: Prepared) -> dict[str, str | int]:

@@ -1,8 +1,9 @@
 """One optimiser step: forward and backward over the micro-batches, clip, update."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
@@ -75,7 +76,13 @@ def train_step(
 
 def segments_of(batch: Batch, device: torch.device) -> Segments:
     """The batch's document structure on `device`."""
-    return Segments(torch.from_numpy(batch.documents).to(device), torch.from_numpy(batch.starts).to(device))
+    return Segments(_to(batch.documents, device), _to(batch.starts, device))
+
+
+def _to(array: NDArray[Any], device: torch.device) -> Tensor:
+    """On `device`; the copy to a GPU does not wait for what the GPU is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _accumulate(
@@ -83,7 +90,7 @@ def _accumulate(
 ) -> StepResult:
     """Every target counts, so a micro-batch's share of rows is its share of targets."""
     device = model.embedding.weight.device
-    ids, targets = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.targets).to(device)
+    ids, targets = _to(batch.ids, device), _to(batch.targets, device)
     segments = segments_of(batch, device) if isolate else None
     outs: list[ModelOut] = []
     size = ids.shape[1] // (tbptt or 1)

@@ -251,8 +251,9 @@ def _save(ctx, inputs, output):  # noqa: ARG001
 
 
 def _backward(ctx, dy):
-    _, _, bias, past, *_ = ctx.saved_tensors
-    dx, dweight, dbias, dpast = conv_backward(dy, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # once: recomputation lets nobody ask twice
+    _, _, bias, past, *_ = saved
+    dx, dweight, dbias, dpast = conv_backward(dy, *saved)
     return dx, dweight, None if bias is None else dbias, None if past is None else dpast, None, None, None
 
 
