@@ -111,7 +111,8 @@ class LM(nn.Module):
             return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
-        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops.linear)
+        found = [s for s in stats if s is not None]
+        loss = model_loss(x, weight, bias, targets, found, self.ops.head_cross_entropy)
         return ModelOut(None, tuple(states), tuple(stats), loss)
 
     @property

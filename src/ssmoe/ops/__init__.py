@@ -26,6 +26,7 @@ class Ops(NamedTuple):
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
+    head_cross_entropy: Callable[..., Tensor]
     linear: Callable[..., Tensor]
 
 
@@ -89,5 +90,6 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
+        head_cross_entropy=module.head_cross_entropy,
         linear=module.linear,
     )

@@ -12,7 +12,16 @@ from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
 from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
+from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "describe", "expert_linear", "expert_mlp", "linear", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "describe",
+    "expert_linear",
+    "expert_mlp",
+    "head_cross_entropy",
+    "linear",
+    "selective_scan",
+]

@@ -3,7 +3,15 @@
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
+from ssmoe.ops.reference.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.reference.selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "expert_linear", "expert_mlp", "linear", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "expert_linear",
+    "expert_mlp",
+    "head_cross_entropy",
+    "linear",
+    "selective_scan",
+]
