@@ -69,6 +69,18 @@ void settle(const Dense& p, const typename Accumulator<S>::type* sums, int64_t s
     }
 }
 
+// the memory of the right operand's next two panels
+template <class S>
+SSMOE_INLINE Ahead next_columns(const Dense& p, const Piece& piece, int64_t column, int64_t at, int64_t count) {
+  using T = typename Accumulator<S>::type;
+  const int64_t columns = least(2 * kLanes<T>, piece.right - piece.left - column);
+  if (columns <= 0) return {};
+  const int64_t item = p.b_wide ? sizeof(T) : sizeof(S);
+  const char* from = static_cast<const char*>(p.b) + ((piece.left + column) * p.b_column + at * p.b_row) * item;
+  return p.b_row == 1 ? Ahead(from, count * item, p.b_column * item, columns)
+                      : Ahead(from, columns * item, p.b_row * item, count);
+}
+
 template <class S>
 void dense_block(const Dense& p, const Piece& piece, void* scratch) {
   using U = typename Element<S>::U;
@@ -91,8 +103,8 @@ void dense_block(const Dense& p, const Piece& piece, void* scratch) {
       for (int64_t j = 0; j < vectors; ++j)
         pack_operand<S>(right + j * depth * W, p.b, p.b_wide, p.b_column, p.b_row, piece.left + column + j * W,
                         least(W, columns - j * W), p.n, at, count);
-      Ahead ahead;
-      ahead.at = reinterpret_cast<const char*>(right);
+      Ahead ahead = next_columns<S>(p, piece, column + 2 * W, at, count);
+      if (!ahead.at) ahead.at = reinterpret_cast<const char*>(right);
       for (int64_t i = 0; i < panels; ++i) {
         const int64_t begin = i * m / panels, rows = (i + 1) * m / panels - begin;
         const U* own = left + i * kDepth * W;

@@ -46,6 +46,23 @@ struct Softmax {
   double* loss;          // (t,)
 };
 
+// y = (x - mean) / deviation * weight + bias by row, or without bias x / root mean square * weight.
+struct Norm {
+  int64_t t, d;
+  double eps;
+  bool wide_x, wide_y;  // of the accumulator's type, not the activations'
+  const void* x;
+  const void* weight;   // (d,) accumulator type
+  const void* bias;     // (d,) or null
+  void* y;
+  void* moments;        // (t, 2): mean and 1 / deviation; forward writes it if not null
+  // backward
+  const void* dy;
+  void* dx;
+  int64_t part;         // rows a task handles
+  void* dparameters;    // (parts, 2, weight and bias): sums, and room
+};
+
 // "state" below: (d, n) of a row at base + index * d * n, index = slots ? slots[row] : row.
 // Accumulator type: double for float64 activations, else float; A, D, delta_bias and every state have it.
 struct Scan {
@@ -141,6 +158,8 @@ struct Kernels {
   void (*dense[kKinds])(const Dense&, const Piece&, void* scratch);
   int64_t (*dense_scratch[kKinds])(const Dense&, int64_t rows, int64_t columns);  // bytes
   Task<Softmax> softmax[kKinds];
+  Task<Norm> norm[kKinds];
+  Task<Norm> norm_backward[kKinds];
   Task<Scan> scan_forward[kKinds];
   Task<Scan> scan_backward[kKinds];
   Task<Conv> conv_forward[kKinds];

@@ -3,6 +3,7 @@
 #include "conv.h"
 #include "dense.h"
 #include "experts.h"
+#include "norm.h"
 #include "scan.h"
 #include "softmax.h"
 
@@ -21,6 +22,8 @@ const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     SSMOE_EACH(::dense_block),
     SSMOE_EACH(::dense_scratch),
     SSMOE_EACH(::softmax_rows),
+    SSMOE_EACH(::norm_rows),
+    SSMOE_EACH(::norm_backward),
     SSMOE_EACH(::scan_forward),
     SSMOE_EACH(::scan_backward),
     SSMOE_EACH(::conv_forward),

@@ -36,7 +36,7 @@ class Residual(nn.Module):
         self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream."""
-        out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
+        out: LayerOut = self.layer(self.norm(x, dtype), state, segments)
         return LayerOut(x + out.x, out.state, out.stats)
 
 
@@ -102,7 +102,7 @@ class LM(nn.Module):
             stats.append(out.stats)
         if targets is None and logits == "last":
             x = _last_real(x, segments)
-        x = (x if self.norm is None else self.norm(x)).to(dtype)
+        x = x.to(dtype) if self.norm is None else self.norm(x, dtype)
 
         weight, bias = (
             (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)

@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
     head_cross_entropy: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    norm: Callable[..., Tensor]
 
 
 def missing(backend: str) -> str | None:
@@ -92,4 +93,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_linear=module.expert_linear,
         head_cross_entropy=module.head_cross_entropy,
         linear=module.linear,
+        norm=module.norm,
     )

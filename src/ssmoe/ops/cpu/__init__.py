@@ -14,6 +14,7 @@ from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import linear
+from ssmoe.ops.cpu.norm import norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "expert_mlp",
     "head_cross_entropy",
     "linear",
+    "norm",
     "selective_scan",
 ]

@@ -5,6 +5,7 @@ from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
 from ssmoe.ops.reference.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.reference.norm import norm
 from ssmoe.ops.reference.selective_scan import selective_scan
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "expert_mlp",
     "head_cross_entropy",
     "linear",
+    "norm",
     "selective_scan",
 ]

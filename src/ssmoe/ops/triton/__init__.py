@@ -1,6 +1,7 @@
 """The GPU backend: kernels compiled when first used, from Triton, with no CUDA build."""
 
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.triton.norm import norm
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
@@ -13,5 +14,6 @@ __all__ = [
     "expert_mlp",
     "head_cross_entropy",
     "linear",
+    "norm",
     "selective_scan",
 ]
