@@ -24,7 +24,7 @@ from cpu_peers import median_ms, require_parity
 from torch import Tensor, nn
 
 from ssmoe import ops
-from ssmoe.config.model import MambaConfig, MoEConfig, ModelConfig
+from ssmoe.config.model import MambaConfig, ModelConfig, MoEConfig
 from ssmoe.model.build import build
 from ssmoe.model.lm import LM
 
@@ -193,9 +193,7 @@ def moe(dtype: torch.dtype, _: argparse.Namespace) -> None:
     show(f"training step, 4 x (Mamba + 8 experts), B4 L256, {setting(dtype)}", ids.numel(), rows)
 
 
-def _identity(
-    x: Tensor, *_: object, initial_state: object = None, segments: object = None
-) -> tuple[Tensor, Any]:
+def _identity(x: Tensor, *_: object, **__: object) -> tuple[Tensor, Any]:
     return x, None
 
 

@@ -3,8 +3,10 @@
 #include "conv.h"
 #include "dense.h"
 #include "experts.h"
+#include "mamba_step.h"
 #include "norm.h"
 #include "scan.h"
+#include "skinny.h"
 #include "softmax.h"
 
 #define SSMOE_TEXT_(x) #x
@@ -32,6 +34,13 @@ const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     SSMOE_EACH(::activate),
     SSMOE_EACH(::activate_backward),
     SSMOE_EACH(::combine),
+    SSMOE_EACH(::pack_vectors),
+    SSMOE_EACH(::skinny),
+    SSMOE_EACH(::step_norm),
+    SSMOE_EACH(::step_in),
+    SSMOE_EACH(::step_parts),
+    SSMOE_EACH(::step_scan),
+    SSMOE_EACH(::step_out),
 };
 
 }  // namespace ssmoe

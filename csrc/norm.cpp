@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, const May
   return {y, moments};
 }
 
-// gradients of x, weight and bias
-std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+// gradients of x (with that of the stream, if there is one), weight and bias
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Maybe& dstream, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                  const Maybe& bias, double eps, const Tensor& moments) {
   Prepared p(x, weight, bias, eps, dy.scalar_type());
   Norm& n = p.args;
@@ -61,6 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor&
   n.part = std::max<int64_t>(1, (n.t + tasks - 1) / tasks);
   const int64_t parts = (n.t + n.part - 1) / n.part, sums = (bias ? 2 : 1) * n.d;
   Tensor dx = empty(sizes_of(x), x.scalar_type()), partial = empty({parts, 2, sums}, p.wide);
+  if (dstream) expect(*dstream, x.scalar_type(), "dstream");
+  n.dstream = p.keep.flat(dstream, x.numel(), "dstream");
   n.dy = p.keep.flat(dy, x.numel(), "dy"), n.dx = dx.mutable_data_ptr();
   n.moments = const_cast<void*>(p.keep.flat(moments, 2 * n.t, "moments"));
   n.dparameters = partial.mutable_data_ptr();
@@ -75,13 +77,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor&
 }  // namespace ssmoe
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmoe, m) {
-  m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype, bool keep) -> (Tensor, Tensor)");
+  m.def("row_norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype, bool keep) -> (Tensor, Tensor)");
   m.def(
-      "norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, float eps, Tensor moments) "
+      "row_norm_backward(Tensor? dstream, Tensor dy, Tensor x, Tensor weight, Tensor? bias, float eps, Tensor moments) "
       "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CPU, m) {
-  m.impl("norm", TORCH_BOX(&ssmoe::norm));
-  m.impl("norm_backward", TORCH_BOX(&ssmoe::norm_backward));
+  m.impl("row_norm", TORCH_BOX(&ssmoe::norm));
+  m.impl("row_norm_backward", TORCH_BOX(&ssmoe::norm_backward));
 }

@@ -54,6 +54,7 @@ void norm_row_backward(const Norm& args, int64_t t, T* dweight, T* dbias) {
   const In* x = static_cast<const In*>(args.x) + t * d;
   const Out* dy = static_cast<const Out*>(args.dy) + t * d;
   const T* weight = static_cast<const T*>(args.weight);
+  const In* dstream = args.dstream ? static_cast<const In*>(args.dstream) + t * d : nullptr;
   In* dx = static_cast<In*>(args.dx) + t * d;
   const T mean = static_cast<const T*>(args.moments)[2 * t], rate = static_cast<const T*>(args.moments)[2 * t + 1];
   Vec<T> along = splat<T>(0), level = splat<T>(0);
@@ -71,7 +72,9 @@ void norm_row_backward(const Norm& args, int64_t t, T* dweight, T* dbias) {
     const int64_t left = d - i;
     const Vec<T> n = (load_some(x + i, left) - mean) * rate;
     const Vec<T> g = load_some(dy + i, left) * load_some(weight + i, left);
-    store_some(dx + i, (g - base - n * share) * rate, left);
+    Vec<T> change = (g - base - n * share) * rate;
+    if (dstream) change = change + load_some(dstream + i, left);
+    store_some(dx + i, change, left);
   }
 }
 

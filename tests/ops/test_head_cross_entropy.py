@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmoe.ops import BACKENDS, load, missing
-from ssmoe.ops.reference.head_cross_entropy import IGNORE
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 ON_CPU = [name for name in BACKENDS if name != "triton" and not missing(name)]
 
@@ -46,7 +46,7 @@ def test_value_and_gradients(
     vocab: int,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(sys.modules["ssmoe.ops.reference.head_cross_entropy"], "CHUNK", 7)
+    monkeypatch.setitem(sys.modules["ssmoe.ops.reference.head_cross_entropy"].CHUNK, "cpu", 7)
     inputs, targets = draw(tokens, d, vocab, bias=bias)
     narrow = [t.to(dtype) for t in inputs]
     found = run(load(backend).head_cross_entropy, narrow, targets)
@@ -99,11 +99,15 @@ def test_extreme_logits_stay_finite(backend: str, value: float) -> None:
     assert all(t.isfinite().all() for t in found)
 
 
+# torch's own, from tracing any autograd.Function
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_compiles_as_one_graph(backend: str) -> None:
+@pytest.mark.skipif("cpu" not in ON_CPU, reason="the CPU kernels were not built")
+def test_compiles_as_one_graph() -> None:
+    """The definition does not: rows without a target are found by their number."""
+    if not torch.ops.ssmoe.cpu_level().startswith("Avx512"):
+        pytest.skip("composed of finer ops at this level")
     (x, weight), targets = draw(20, 8, 30, bias=False)
-    function = load(backend).head_cross_entropy
+    function = load("cpu").head_cross_entropy
     leaf = weight.float().requires_grad_()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(

@@ -1,16 +1,14 @@
 """The sum of the head's cross-entropy and the routers' losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssmoe.model.layer import RouterStats
-from ssmoe.ops.reference import head_cross_entropy as reference_cross_entropy
-from ssmoe.ops.reference.head_cross_entropy import IGNORE
-
-__all__ = ["IGNORE", "Loss", "model_loss"]
+from ssmoe.ops import Ops, load
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 
 class Loss(NamedTuple):
@@ -32,16 +30,15 @@ def model_loss(
     bias: Tensor | None,
     targets: Tensor,
     stats: Sequence[RouterStats],
-    cross_entropy: Callable[..., Tensor] = reference_cross_entropy,
+    ops: Ops | None = None,
 ) -> Loss:
     """The loss of x (b, l, d), the head's input, under weight (vocab, d) and bias (vocab,).
 
-    targets: (b, l) int64, `IGNORE` where nothing is predicted.
-    cross_entropy: the backend's `head_cross_entropy`.
+    targets: (b, l) int64, `IGNORE` where nothing is predicted. ops: the kernels, by default the definitions.
     """
     flat = targets.reshape(-1)
     tokens = (flat != IGNORE).sum()
-    lm = cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat)
+    lm = (ops or load("reference")).head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat)
     zero = torch.zeros_like(lm)
     balance = torch.stack([zero, *(s.balance for s in stats)]).sum()
     z = torch.stack([zero, *(s.z for s in stats)]).sum()

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmoe.ops import Ops
-from ssmoe.ops.reference import linear, norm
+from ssmoe.ops.reference import linear
 
 
 class Linear(nn.Module):
@@ -27,51 +28,42 @@ class Linear(nn.Module):
 
 
 def use_products(module: nn.Module, ops: Ops) -> None:
-    """Hand the matrix product of `ops` to every Linear in `module`, and its norm to every norm."""
+    """Hand the matrix product of `ops` to every Linear in `module`."""
     for part in module.modules():
         if isinstance(part, Linear):
             part.product = ops.linear
-        elif isinstance(part, LayerNorm | RMSNorm):
-            part.norm = ops.norm
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with scale and bias (arXiv 1607.06450), computed in float32 or wider.
-
-    norm: the backend's, by `use_products`.
-    """
+    """Layer normalisation with scale and bias (arXiv 1607.06450), in float32 or wider."""
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
         self.bias = nn.Parameter(torch.empty(d_model))
         self.eps = eps
-        self.norm: Callable[..., Tensor] = norm
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """(..., d_model) -> (..., d_model) in `dtype`, None for x's or float32, whichever is wider."""
-        return self.norm(x, self.weight, self.bias, self.eps, dtype or _wide(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., d_model), at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(
+            x.to(dtype), self.weight.shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
+        )
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with scale (arXiv 1910.07467), computed in float32 or wider.
-
-    norm: the backend's, by `use_products`.
-    """
+    """Root-mean-square normalisation with scale (arXiv 1910.07467), in float32 or wider."""
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = None
         self.eps = eps
-        self.norm: Callable[..., Tensor] = norm
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """(..., d_model) -> (..., d_model) in `dtype`, None for x's or float32, whichever is wider."""
-        return self.norm(x, self.weight, None, self.eps, dtype or _wide(x))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., d_model), at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
 
 
 class Float32Module(nn.Module):

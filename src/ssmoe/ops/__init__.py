@@ -26,9 +26,11 @@ class Ops(NamedTuple):
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
-    head_cross_entropy: Callable[..., Tensor]
     linear: Callable[..., Tensor]
-    norm: Callable[..., Tensor]
+    cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
+    head_cross_entropy: Callable[..., Tensor]
+    residual_norm: Callable[..., tuple[Tensor, Tensor]]
+    mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def missing(backend: str) -> str | None:
@@ -91,7 +93,9 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
-        head_cross_entropy=module.head_cross_entropy,
         linear=module.linear,
-        norm=module.norm,
+        cross_entropy=module.cross_entropy,
+        head_cross_entropy=module.head_cross_entropy,
+        residual_norm=module.residual_norm,
+        mamba_step=module.mamba_step,
     )

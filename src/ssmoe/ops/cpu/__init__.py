@@ -14,16 +14,20 @@ from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import linear
-from ssmoe.ops.cpu.norm import norm
+from ssmoe.ops.cpu.mamba_step import mamba_step
+from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.cross_entropy import cross_entropy
 
 __all__ = [
     "causal_conv1d",
+    "cross_entropy",
     "describe",
     "expert_linear",
     "expert_mlp",
     "head_cross_entropy",
     "linear",
-    "norm",
+    "mamba_step",
+    "residual_norm",
     "selective_scan",
 ]

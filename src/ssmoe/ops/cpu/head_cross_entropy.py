@@ -1,7 +1,7 @@
 """The head's cross-entropy on the CPU: `ssmoe.ops.reference.head_cross_entropy`, by `csrc/dense.cpp`.
 
-Logits, probabilities and their gradient are one recycled buffer, and the head's gradient is written in float32.
-Below AVX-512, where our products are not the machine's fastest, it is the reference's with the backend's `linear`.
+Logits, probabilities and their gradient are one recycled buffer, and the head's gradient is written in
+float32. Below AVX-512, where our products are not the machine's fastest, it is composed of the finer ops.
 """
 
 from typing import Any, cast
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ssmoe.ops.cpu.linear import OWN, linear
 from ssmoe.ops.cpu.state import any_gradient
-from ssmoe.ops.reference.head_cross_entropy import chunked
+from ssmoe.ops.reference.cross_entropy import cross_entropy
+from ssmoe.ops.reference.head_cross_entropy import composed
 
 
 def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """x (t, d), weight (vocab, d), bias (vocab,), targets (t,) -> (); see the reference."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if not OWN or weight.dtype not in (x.dtype, wide) or not any_gradient(x, weight, bias):
-        return chunked(linear, x, weight, bias, targets)
+        return composed(linear, cross_entropy, x, weight, bias, targets)
     return cast(Tensor, _HeadCrossEntropy.apply(x, weight, None if bias is None else bias.to(wide), targets))
 
 

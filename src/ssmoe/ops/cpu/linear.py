@@ -1,9 +1,10 @@
 """The matrix product on the CPU: `ssmoe.ops.reference.linear`, by whatever is the fastest here.
 
 torch's float32 product is MKL's, which reaches 40 % of an AMD core where oneDNN, in the same torch, reaches
-90 %; bfloat16 is oneDNN's in either, and float64 is left to torch. On AVX-512 our own products (`csrc/dense.h`)
-join in where the libraries lose: gradients of weights, whose operands lie transposed, and float32 weights under
-bfloat16 activations, which are narrowed while they are packed and whose gradients come in float32.
+90 %; bfloat16 is oneDNN's in either, and float64 is left to torch. On AVX-512 our own products
+(`csrc/dense.h`) join in where the libraries lose: gradients of weights, whose operands lie transposed, and
+float32 weights under bfloat16 activations, which are narrowed while they are packed and whose gradients come
+in float32.
 """
 
 from typing import Any, cast

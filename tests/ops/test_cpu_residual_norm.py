@@ -23,6 +23,10 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
+def normed(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    return load(backend).residual_norm(x, weight, bias, eps=1e-5, dtype=dtype)[1]
+
+
 def run(function, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
     y = function(*leaves, *([None] * (3 - len(leaves))))
@@ -41,7 +45,7 @@ def test_equals_float64(backend: str, with_bias: bool, shape: tuple[int, ...], x
     wide = torch.promote_types(x_dtype, torch.float32)
     weight, bias = (torch.randn(d, generator=generator).to(wide) for _ in range(2))
     inputs = (x, weight, bias if with_bias else None)
-    found = run(lambda *args: load(backend).norm(*args, 1e-5, y_dtype), *inputs, dy)
+    found = run(lambda *args: normed(backend, *args, dtype=y_dtype), *inputs, dy)
     expected = run(exact, *(None if t is None else t.double() for t in inputs), dy.double())
     dtypes = [y_dtype, x_dtype, wide, wide]
     for ours, theirs, dtype in zip(found, expected, dtypes, strict=False):
@@ -59,7 +63,7 @@ def test_equals_float64(backend: str, with_bias: bool, shape: tuple[int, ...], x
 def test_extreme_rows_stay_finite(backend: str, value: float) -> None:
     x, weight = torch.full((2, 20), value), torch.ones(20)
     assert all(t.isfinite().all() for t in run(
-        lambda *args: load(backend).norm(*args, 1e-5, torch.float32), x, weight, None, torch.ones(2, 20)
+        lambda *args: normed(backend, *args, dtype=torch.float32), x, weight, None, torch.ones(2, 20)
     ))  # fmt: skip
 
 
@@ -67,15 +71,33 @@ def test_extreme_rows_stay_finite(backend: str, value: float) -> None:
 def test_strided_rows(backend: str) -> None:
     x = torch.randn(4, 6, 10).transpose(0, 1)
     weight = torch.randn(10)
-    torch.testing.assert_close(load(backend).norm(x, weight, None, 1e-5, x.dtype), exact(x, weight, None))
+    torch.testing.assert_close(normed(backend, x, weight, None, dtype=x.dtype), exact(x, weight, None))
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_compiles_as_one_graph(backend: str) -> None:
-    function = load(backend).norm
-    weight = torch.randn(6, requires_grad=True)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(
-        compiled(x, weight, None, 1e-5, x.dtype), function(x, weight, None, 1e-5, x.dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_stream_is_added(backend: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(6)
+    stream, y = load(backend).residual_norm(x, weight, None, eps=1e-5, dtype=dtype)
+    assert torch.equal(stream, x)
+    (2 * stream.sum() + y.float().sum()).backward()
+    exact = x.detach().double().requires_grad_()
+    (2 * exact.sum() + F.rms_norm(exact, (6,), weight.double(), 1e-5).sum()).backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=1e-5)
+    (alone,) = torch.autograd.grad(
+        load(backend).residual_norm(x, weight, None, eps=1e-5, dtype=dtype)[0].sum(), x
     )
+    assert torch.equal(alone, torch.ones_like(alone))
+
+
+# torch's own, from tracing any autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_compiles_as_one_graph(backend: str) -> None:
+    weight = torch.randn(6, requires_grad=True)
+    compiled = torch.compile(normed, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 6)
+    found, expected = (f(backend, x, weight, None, dtype=x.dtype) for f in (compiled, normed))
+    torch.testing.assert_close(found, expected)
