@@ -86,6 +86,7 @@ void conv_strip(const Conv& args, int64_t b, int64_t c, typename Accumulator<S>:
   for (int64_t t = 0; t < args.l; ++t) {
     const S* x = row_at<S>(args.x, b, t) + c;
     S* out = row_at<S>(args.y, b, t) + c;
+    prefetch_row<S>(args.x, b, t + 8, args.l, c, V * W);
     Vec<T> y[V], e[V];
     SSMOE_EACH_VECTOR window[K - 1][i] = load(x + i * W);
     SSMOE_EACH_VECTOR y[i] = bias[i] + window[K - 1][i] * taps[K - 1][i];

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ssmoe.ops.cpu.state import any_gradient
 from ssmoe.ops.reference.linear import linear as torch_linear
 
 # measured once for the expert bank too (csrc/experts.cpp)
@@ -22,7 +23,7 @@ _LEVEL = str(torch.ops.ssmoe.cpu_level())
 OWN = _LEVEL.startswith("Avx512")
 """Whether our own products keep up with the libraries' at this level of instructions."""
 
-_OWN_DTYPES = {torch.float32} | ({torch.bfloat16} if _LEVEL == "Avx512Bf16" else set())
+_OWN_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)[: 2 if _LEVEL == "Avx512Bf16" else OWN]
 
 _SMALL = 1 << 21
 """Multiply-adds below which a call through autograd in Python, about 20 us more than torch's, costs more than
@@ -35,7 +36,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch_linear(x, weight, bias)
     if x.dtype not in _OWN_DTYPES or weight.dtype not in (x.dtype, torch.float32):
         weight = weight.to(x.dtype)
-    return cast(Tensor, _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype)))
+    bias = None if bias is None else bias.to(x.dtype)
+    if any_gradient(x, weight, bias):
+        return cast(Tensor, _Linear.apply(x, weight, bias))
+    return _apply(x, weight, bias)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _onednn(dtype: torch.dtype) -> bool:
@@ -67,7 +75,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.with_bias = bias is not None
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return _apply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

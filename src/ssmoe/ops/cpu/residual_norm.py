@@ -3,7 +3,7 @@
 The pass backward adds the stream's own gradient.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ def residual_norm(
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
     if not any_gradient(x, weight, bias):
         return x, torch.ops.ssmoe.row_norm(x, weight, bias, eps, dtype, False)[0]
-    stream, y = _ResidualNorm.apply(x, weight, bias, eps, dtype)  # type: ignore[misc]
-    return stream, y
+    return cast(tuple[Tensor, Tensor], _ResidualNorm.apply(x, weight, bias, eps, dtype))
 
 
 class _ResidualNorm(torch.autograd.Function):
