@@ -67,6 +67,48 @@ void conv_vector(const Conv& args, int64_t b, int64_t c, typename Accumulator<S>
   unpack_taps<S>(window, c, lanes, k - 1, to);
 }
 
+// V vectors of channels side by side down a row without documents or padding, k = 4: the window stays in registers
+// and a line of memory is used whole.
+template <class S, int V>
+void conv_strip(const Conv& args, int64_t b, int64_t c, typename Accumulator<S>::type* memory) {
+  using T = typename Accumulator<S>::type;
+  constexpr int W = kLanes<T>, K = 4, N = V;
+  constexpr T most = sizeof(T) == 4 ? T(87.3) : T(708.3);
+  const T* bias_row = static_cast<const T*>(args.bias);
+  Vec<T> taps[K][V], window[K][V], bias[V];
+  for (int v = 0; v < V; ++v) {
+    pack_taps<T>(static_cast<const T*>(args.weight), c + v * W, W, K, memory);
+    for (int j = 0; j < K; ++j) taps[j][v] = get(memory + j * W);
+    read_past<S>(args, b, c + v * W, W, memory);
+    for (int j = 0; j < K - 1; ++j) window[j][v] = get(memory + j * W);
+    bias[v] = bias_row ? load(bias_row + c + v * W) : splat<T>(0);
+  }
+  for (int64_t t = 0; t < args.l; ++t) {
+    const S* x = row_at<S>(args.x, b, t) + c;
+    S* out = row_at<S>(args.y, b, t) + c;
+    prefetch_row<S>(args.x, b, t + 8, args.l, c, V * W);
+    Vec<T> y[V], e[V];
+    SSMOE_EACH_VECTOR window[K - 1][i] = load(x + i * W);
+    SSMOE_EACH_VECTOR y[i] = bias[i] + window[K - 1][i] * taps[K - 1][i];
+#pragma GCC unroll 3
+    for (int j = K - 2; j >= 0; --j) {
+      SSMOE_EACH_VECTOR y[i] = y[i] + window[j][i] * taps[j][i];
+    }
+    SSMOE_EACH_VECTOR e[i] = clamped<T>(-y[i], -most, most);
+    exp_all<T, V, false>(e);
+    SSMOE_EACH_VECTOR store(out + i * W, y[i] / (e[i] + T(1)));
+#pragma GCC unroll 3
+    for (int j = 0; j < K - 1; ++j) {
+      SSMOE_EACH_VECTOR window[j][i] = window[j + 1][i];
+    }
+  }
+  S* to = static_cast<S*>(args.final_state) + (args.out_slots ? args.out_slots[b] : b) * args.d * (K - 1);
+  for (int v = 0; v < V; ++v) {
+    for (int j = 0; j < K - 1; ++j) put<T>(memory + j * W, window[j][v]);
+    unpack_taps<S>(memory, c + v * W, W, K - 1, to);
+  }
+}
+
 // d silu(y) / dy
 template <class T>
 SSMOE_INLINE Vec<T> silu_slope(Vec<T> y) {
@@ -150,7 +192,10 @@ void conv_forward(const Conv& args, int64_t begin, int64_t end) {
   T *taps = scratch.take(args.k * W), *window = scratch.take((args.k + kChunk) * W);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / args.groups, c0 = task % args.groups * args.group;
-    for (int64_t c = c0; c < c0 + args.group && c < args.d; c += W) {
+    int64_t c = c0;
+    if (args.k == 4 && !args.flags)
+      for (; c + 2 * W <= c0 + args.group && c + 2 * W <= args.d; c += 2 * W) conv_strip<S, 2>(args, b, c, taps);
+    for (; c < c0 + args.group && c < args.d; c += W) {
       if (args.k == 4)
         conv_vector<S, 4>(args, b, c, taps, window);
       else

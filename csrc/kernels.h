@@ -18,6 +18,52 @@ enum Flag : uint8_t { kReal = 0, kReset = 1, kPadding = 2 };
 // Positions between two kept states; also the positions a kernel keeps in cache at a time.
 constexpr int64_t kChunk = 32;
 
+// c (m, n) = or += a (m, k) b (k, n). Of an operand's two strides one is 1. Operands are activations, or "wide":
+// of the accumulator's type.
+struct Dense {
+  int64_t m, n, k;
+  const void *a, *b;
+  int64_t a_row, a_column, b_row, b_column;
+  bool a_wide, b_wide;
+  void* c;
+  int64_t c_row;
+  bool c_wide, add;  // add: only to a wide c
+};
+
+// Rows and columns of c.
+struct Piece {
+  int64_t top, bottom, left, right;
+};
+
+// Rows of logits (t, v) become the gradient of their mean cross-entropy, as activations in the same place, a row
+// of them where the row of logits began.
+struct Softmax {
+  int64_t v;
+  void* logits;          // accumulator type
+  const void* bias;      // (v,) accumulator type or null
+  const int64_t* target;  // (t,), below 0: not predicted
+  double scale;          // of the gradient
+  double* loss;          // (t,)
+};
+
+// y = (x - mean) / deviation * weight + bias by row, or without bias x / root mean square * weight.
+struct Norm {
+  int64_t t, d;
+  double eps;
+  bool wide_x, wide_y;  // of the accumulator's type, not the activations'
+  const void* x;
+  const void* weight;   // (d,) accumulator type
+  const void* bias;     // (d,) or null
+  void* y;
+  void* moments;        // (t, 2): mean and 1 / deviation; forward writes it if not null
+  // backward
+  const void* dstream;  // added to dx, of x's type; or null
+  const void* dy;
+  void* dx;
+  int64_t part;         // rows a task handles
+  void* dparameters;    // (parts, 2, weight and bias): sums, and room
+};
+
 // "state" below: (d, n) of a row at base + index * d * n, index = slots ? slots[row] : row.
 // Accumulator type: double for float64 activations, else float; A, D, delta_bias and every state have it.
 struct Scan {
@@ -142,6 +188,11 @@ enum Kind { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2, kKinds = 3 };
 struct Kernels {
   const char* name;
   int64_t lanes[kKinds];
+  void (*dense[kKinds])(const Dense&, const Piece&, void* scratch);
+  int64_t (*dense_scratch[kKinds])(const Dense&, int64_t rows, int64_t columns);  // bytes
+  Task<Softmax> softmax[kKinds];
+  Task<Norm> norm[kKinds];
+  Task<Norm> norm_backward[kKinds];
   Task<Scan> scan_forward[kKinds];
   Task<Scan> scan_backward[kKinds];
   Task<Conv> conv_forward[kKinds];
@@ -163,6 +214,7 @@ extern const Kernels kPortable;
 #ifdef SSMOE_X86
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
 }  // namespace ssmoe

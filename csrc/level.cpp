@@ -1,10 +1,13 @@
 // The kernels at one level of instructions; setup.py compiles this file once a level, with the level's name
-// in SSMOE_LEVEL (Portable, Avx2, Avx512) and its flags.
+// in SSMOE_LEVEL (Portable, Avx2, Avx512, Avx512Bf16) and its flags.
 #include "conv.h"
+#include "dense.h"
 #include "experts.h"
 #include "mamba_step.h"
+#include "norm.h"
 #include "scan.h"
 #include "skinny.h"
+#include "softmax.h"
 
 #define SSMOE_TEXT_(x) #x
 #define SSMOE_TEXT(x) SSMOE_TEXT_(x)
@@ -18,6 +21,11 @@ extern const Kernels SSMOE_JOIN(k, SSMOE_LEVEL);
 const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     SSMOE_TEXT(SSMOE_LEVEL),
     {kLanes<float>, kLanes<float>, kLanes<double>},
+    SSMOE_EACH(::dense_block),
+    SSMOE_EACH(::dense_scratch),
+    SSMOE_EACH(::softmax_rows),
+    SSMOE_EACH(::norm_rows),
+    SSMOE_EACH(::norm_backward),
     SSMOE_EACH(::scan_forward),
     SSMOE_EACH(::scan_backward),
     SSMOE_EACH(::conv_forward),

@@ -50,6 +50,11 @@ class Keep {
   Rows rows(const Maybe& t, int64_t b, int64_t l, int64_t d, const char* name) {
     return t ? rows(*t, b, l, d, name) : Rows{};
   }
+  // one of the two strides is 1
+  const Tensor& matrix(const Tensor& t) {
+    const bool usable = t.stride(1) == 1 || t.stride(0) == 1;
+    return hold(usable ? t : torch::stable::contiguous(t));
+  }
   const void* flat(const Tensor& t, int64_t count, const char* name) {
     STD_TORCH_CHECK(t.numel() == count, "ssmoe cpu: ", name, " must have ", count, " elements");
     return hold(t.is_contiguous() ? t : torch::stable::contiguous(t)).const_data_ptr();

@@ -13,7 +13,9 @@
 namespace ssmoe {
 namespace {
 
-constexpr int64_t kHuge = int64_t(2) << 20;      // a huge page; smaller tensors are torch's own
+constexpr int64_t kHuge = int64_t(2) << 20;      // a huge page
+constexpr int64_t kRecycled = int64_t(1) << 18;  // smaller tensors are torch's own
+constexpr int64_t kGrain = int64_t(1) << 16;     // sizes below a huge page are multiples of this
 constexpr int64_t kMostKept = int64_t(1) << 30;  // bytes kept beyond those in use
 
 struct Kept {
@@ -40,9 +42,9 @@ void* take(int64_t size) {
     }
   }
   void* block = nullptr;
-  if (posix_memalign(&block, kHuge, size)) return nullptr;
+  if (posix_memalign(&block, size < kHuge ? kGrain : kHuge, size)) return nullptr;
 #ifdef MADV_HUGEPAGE
-  madvise(block, size, MADV_HUGEPAGE);
+  if (size >= kHuge) madvise(block, size, MADV_HUGEPAGE);
 #endif
   return block;
 }
@@ -68,8 +70,8 @@ int64_t item_size(ScalarType type) {
 Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
   int64_t bytes = item_size(type);
   for (int64_t size : sizes) bytes *= size;
-  const int64_t whole = (bytes + kHuge - 1) / kHuge * kHuge;
-  void* block = bytes < kHuge ? nullptr : take(whole);
+  const int64_t unit = bytes < kHuge ? kGrain : kHuge, whole = (bytes + unit - 1) / unit * unit;
+  void* block = bytes < kRecycled ? nullptr : take(whole);
   if (!block) return torch::stable::empty({sizes.data(), sizes.size()}, type);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);

@@ -33,6 +33,7 @@ OPS = (
     "expert_linear",
     "linear",
     "cross_entropy",
+    "head_cross_entropy",
     "residual_norm",
     "mamba_step",
 )

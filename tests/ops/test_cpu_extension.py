@@ -25,6 +25,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     judge(lambda: scan(2, 50, 35, 18, dtype, True, some), reference.selective_scan, cpu.selective_scan, dtype)
     judge(lambda: scan(2, 1, 35, 16, dtype, True, None), reference.selective_scan, cpu.selective_scan, dtype)
     judge(lambda: conv(2, 50, 35, 4, dtype, True, some), reference.causal_conv1d, cpu.causal_conv1d, dtype)
+    judge(lambda: conv(2, 50, 67, 4, dtype, True, None), reference.causal_conv1d, cpu.causal_conv1d, dtype)
     judge(lambda: experts(60, 24, 40, 5, 2, dtype, "silu", True), reference.expert_mlp, cpu.expert_mlp, dtype)
 print(cpu.describe()["level"])
 """

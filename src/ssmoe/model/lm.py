@@ -62,7 +62,7 @@ class LM(nn.Module):
         self,
         config: ModelConfig,
         layers: list[Residual],
-        final_norm: nn.Module | None,
+        final_norm: LayerNorm | RMSNorm | None,
         *,
         ops: Ops,
         compute_dtype: torch.dtype | None = None,
@@ -114,7 +114,9 @@ class LM(nn.Module):
             stats.append(out.stats)
         if targets is None and logits == "last":
             x = _last_real(x, segments)
-        x = (x if self.norm is None else self.norm(x)).to(dtype)
+        if (norm := self.norm) is not None:
+            _, x = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+        x = x.to(dtype)
 
         weight, bias = (
             (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)

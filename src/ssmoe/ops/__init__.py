@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
+    head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -94,6 +95,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_linear=module.expert_linear,
         linear=module.linear,
         cross_entropy=module.cross_entropy,
+        head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         mamba_step=module.mamba_step,
     )

@@ -12,11 +12,12 @@ from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
 from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
+from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.mamba_step import mamba_step
+from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.cross_entropy import cross_entropy
-from ssmoe.ops.reference.residual_norm import residual_norm
 
 __all__ = [
     "causal_conv1d",
@@ -24,6 +25,7 @@ __all__ = [
     "describe",
     "expert_linear",
     "expert_mlp",
+    "head_cross_entropy",
     "linear",
     "mamba_step",
     "residual_norm",

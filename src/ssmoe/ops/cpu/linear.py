@@ -1,7 +1,10 @@
-"""The matrix product on the CPU: `ssmoe.ops.reference.linear`, through oneDNN where that is the faster.
+"""The matrix product on the CPU: `ssmoe.ops.reference.linear`, by whatever is the fastest here.
 
 torch's float32 product is MKL's, which reaches 40 % of an AMD core where oneDNN, in the same torch, reaches
-90 %. bfloat16 is oneDNN's in either; float64 is left to torch.
+90 %; bfloat16 is oneDNN's in either, and float64 is left to torch. On AVX-512 our own products
+(`csrc/dense.h`) join in where the libraries lose: gradients of weights, whose operands lie transposed, and
+float32 weights under bfloat16 activations, which are narrowed while they are packed and whose gradients come
+in float32.
 """
 
 from typing import Any, cast
@@ -9,26 +12,57 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ssmoe.ops.cpu.state import any_gradient
 from ssmoe.ops.reference.linear import linear as torch_linear
 
 # measured once for the expert bank too (csrc/experts.cpp)
 _ONEDNN = str(torch.ops.ssmoe.cpu_products()) == "oneDNN"
 
+_LEVEL = str(torch.ops.ssmoe.cpu_level())
+
+OWN = _LEVEL.startswith("Avx512")
+"""Whether our own products keep up with the libraries' at this level of instructions."""
+
+_OWN_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)[: 2 if _LEVEL == "Avx512Bf16" else OWN]
+
 _SMALL = 1 << 21
-"""Multiply-adds below which oneDNN's cost of a call, about 20 us more than torch's, outweighs its speed."""
+"""Multiply-adds below which a call through autograd in Python, about 20 us more than torch's, costs more than
+it saves."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in), weight (d_out, d_in), bias (d_out,) -> (..., d_out); see the reference."""
-    if not _ONEDNN or x.dtype != torch.float32 or x.numel() * weight.shape[0] < _SMALL:
+    if x.numel() * weight.shape[0] < _SMALL or not (x.dtype in _OWN_DTYPES or _onednn(x.dtype)):
         return torch_linear(x, weight, bias)
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return cast(Tensor, _Linear.apply(x, weight, bias))
+    if x.dtype not in _OWN_DTYPES or weight.dtype not in (x.dtype, torch.float32):
+        weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if any_gradient(x, weight, bias):
+        return cast(Tensor, _Linear.apply(x, weight, bias))
+    return _apply(x, weight, bias)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _onednn(dtype: torch.dtype) -> bool:
+    return _ONEDNN and dtype == torch.float32
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left (m, k) right^T (k, n) + bias"""
+    """left (m, k) right^T (k, n) + bias in left's dtype"""
+    if left.dtype != right.dtype or not _onednn(left.dtype):
+        y = torch.ops.ssmoe.product(left, right.t(), False)
+        return y if bias is None else y.add_(bias)
     return torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T (d_out, t) x (t, d_in) in the weight's dtype"""
+    if x.dtype in _OWN_DTYPES:
+        return torch.ops.ssmoe.product(dy.t(), x, dtype == torch.float32)
+    return _product(dy.t(), x.t())
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -41,7 +75,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.with_bias = bias is not None
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return _apply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -50,6 +84,15 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         return (
             _product(dy, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None,
-            _product(dy.t(), rows.t()) if ctx.needs_input_grad[1] else None,
+            _weight_gradient(dy, rows, weight.dtype) if ctx.needs_input_grad[1] else None,
             dy.sum(0) if ctx.with_bias else None,
         )
+
+
+def _fake(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    narrow = torch.bfloat16 if torch.bfloat16 in (a.dtype, b.dtype) else a.dtype
+    dtype = torch.promote_types(narrow, torch.float32) if wide else narrow
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+torch.library.register_fake("ssmoe::product", _fake)

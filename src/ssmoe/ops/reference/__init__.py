@@ -4,6 +4,7 @@ from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.cross_entropy import cross_entropy
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
+from ssmoe.ops.reference.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.reference.mamba_step import mamba_step
 from ssmoe.ops.reference.residual_norm import residual_norm
@@ -14,6 +15,7 @@ __all__ = [
     "cross_entropy",
     "expert_linear",
     "expert_mlp",
+    "head_cross_entropy",
     "linear",
     "mamba_step",
     "residual_norm",
