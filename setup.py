@@ -33,6 +33,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["Avx512"] = [
         "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
     ]  # fmt: skip
+    LEVELS["Avx512Bf16"] = [*LEVELS["Avx512"], "-mavx512bf16"]
 
 
 def torch_folder() -> Path | None:

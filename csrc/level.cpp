@@ -1,5 +1,5 @@
 // The kernels at one level of instructions; setup.py compiles this file once a level, with the level's name
-// in SSMOE_LEVEL (Portable, Avx2, Avx512) and its flags.
+// in SSMOE_LEVEL (Portable, Avx2, Avx512, Avx512Bf16) and its flags.
 #include "conv.h"
 #include "experts.h"
 #include "scan.h"
@@ -20,9 +20,10 @@ const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     SSMOE_EACH(::scan_backward),
     SSMOE_EACH(::conv_forward),
     SSMOE_EACH(::conv_backward),
-    SSMOE_EACH(::gather),
-    SSMOE_EACH(::activate),
-    SSMOE_EACH(::activate_backward),
+    SSMOE_EACH(::expert_forward),
+    SSMOE_EACH(::expert_backward),
+    SSMOE_EACH(::expert_gradients),
+    SSMOE_EACH(::expert_scratch),
     SSMOE_EACH(::combine),
 };
 

@@ -9,13 +9,14 @@ namespace ssmoe {
 static const Kernels& choose() {
   const char* wanted = std::getenv("SSMOE_CPU_LEVEL");
   const bool any = !wanted || !*wanted || !std::strcmp(wanted, "auto");
-  STD_TORCH_CHECK(any || !std::strcmp(wanted, "portable") || !std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "avx512"),
-                  "SSMOE_CPU_LEVEL=", wanted, " is not one of: auto, portable, avx2, avx512");
+  STD_TORCH_CHECK(any || !std::strcmp(wanted, "portable") || !std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "avx512") ||
+                      !std::strcmp(wanted, "avx512bf16"),
+                  "SSMOE_CPU_LEVEL=", wanted, " is not one of: auto, portable, avx2, avx512, avx512bf16");
 #ifdef SSMOE_X86
   __builtin_cpu_init();
-  if ((any || !std::strcmp(wanted, "avx512")) && __builtin_cpu_supports("avx512f") &&
+  if ((any || !std::strncmp(wanted, "avx512", 6)) && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
+    return (any || !std::strcmp(wanted, "avx512bf16")) && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   if ((any || std::strcmp(wanted, "portable")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return kAvx2;
 #endif
@@ -61,7 +62,8 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
       "causal_conv1d_backward(Tensor? dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? initial_state, Tensor? ids, Tensor? starts) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "expert_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, int activation) "
+      "expert_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, int activation, "
+      "bool keep) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "expert_mlp_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, "
