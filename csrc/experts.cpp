@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kMostRows = 168;                   // a task's rows, so that what it keeps fits a core's cache
 constexpr int64_t kLeastRows = 48;                   // so that reading the weights again does not dominate
-constexpr int64_t kMostOutputs = int64_t(512) << 10;  // of a gradient, a task
+constexpr int64_t kMostOutputs = int64_t(512) << 10;   // of a gradient, a task
 constexpr int64_t kStreamed = int64_t(16) << 20;     // bytes of gradients that no cache keeps
 
 // Where each assignment's row lies once rows are sorted by expert; stable, dropped assignments have none.
@@ -125,9 +125,9 @@ std::vector<Block> blocks_of_gradients(const Call& s, const Order& order) {
 template <class F>
 void for_each_block(const Call& s, const std::vector<Block>& blocks, const F& task) {
   if (blocks.empty()) return;
-  int64_t most = 0;
-  for (const Block& b : blocks) most = std::max(most, b.end - b.begin);
-  const int64_t bytes = kernels().expert_scratch[s.kind](s.bank, std::min(most, kMostRows), most);
+  int64_t rows = 0, outputs = 0;
+  for (const Block& b : blocks) rows = std::max(rows, b.end - b.begin), outputs = std::max(outputs, b.last - b.first);
+  const int64_t bytes = kernels().expert_scratch[s.kind](s.bank, std::min(rows, kMostRows), rows, outputs);
   const int64_t workers = std::min<int64_t>(blocks.size(), torch::stable::get_num_threads());
   Tensor scratch = empty({workers * bytes / 4}, ScalarType::Float);
   auto* base = static_cast<char*>(scratch.mutable_data_ptr());

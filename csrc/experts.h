@@ -13,13 +13,22 @@ using ssmoe::Combine;
 
 constexpr int64_t kSlice = 128;         // hidden columns between two products at a time
 constexpr int64_t kPiece = 128 * 1024;  // elements of a gradient's packed right operand
+constexpr int64_t kWidest = 1024;       // columns of it
+constexpr int64_t kTogether = 4;        // panels of its left operand packed at a time
+
+// no exponent above 0, so that nothing overflows
+template <class T>
+SSMOE_INLINE Vec<T> logistic(Vec<T> v) {
+  const Vec<T> e = exp<T>(v < T(0) ? v : -v);
+  return (v < T(0) ? e : splat<T>(1)) / (e + T(1));
+}
 
 // value and slope of the activation
 template <class T>
 SSMOE_INLINE void activation(int64_t kind, Vec<T> v, Vec<T>& value, Vec<T>& slope) {
   Vec<T> zero = splat<T>(0);
   if (kind == ssmoe::kSilu) {
-    Vec<T> s = sigmoid<T>(v);
+    Vec<T> s = logistic<T>(v);
     value = v * s;
     slope = s * (T(1) + v * (T(1) - s));
   } else if (kind == ssmoe::kReluSquared) {
@@ -66,7 +75,7 @@ struct Expert {
     left = room.take<U>(panels * left_step);
     inner = room.take<U>(panels * inner_step);
     other = room.take<U>(panels * inner_step);
-    buffer = room.take<U>(2 * inner_step);
+    buffer = room.take<U>(kGroup * inner_step);
     first = room.take<T>(rows * slice_stride);
     second = room.take<T>(rows * slice_stride);
     out = room.take<T>(rows * out_stride);
@@ -88,7 +97,7 @@ struct Expert {
   // where a product with it begins
   template <class R>
   Ahead start(const R& right) const {
-    return right.ahead(0, least(kDeep, right.k), 0, 2 * W);
+    return right.ahead(0, least(kDeep, right.k), 0);
   }
   int64_t row(int64_t panel) const { return panel * rows / panels; }
 
@@ -155,6 +164,12 @@ struct Expert {
     scatter(bank.direct);
   }
 
+  // the same columns two rows further down, which no hardware expects
+  void soon(const S* columns, int64_t count) const {
+    const char* at = reinterpret_cast<const char*>(columns + 2 * bank.f);
+    for (int64_t i = 0; i < count * int64_t(sizeof(S)); i += 64) __builtin_prefetch(at + i);
+  }
+
   void activate_backward(int64_t at, int64_t column, int64_t count) {
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t r = row(p); r < row(p + 1); ++r) {
@@ -163,6 +178,8 @@ struct Expert {
         const S *hidden = saved(bank.hidden, r, place), *gates = saved(bank.gates, r, place);
         S *scaled = saved(bank.inner, r, place), *dhidden = saved(bank.dhidden, r, place);
         S* dgates = saved(bank.dgates, r, place);
+        soon(hidden, count), soon(scaled, count), soon(dhidden, count);
+        if (bank.gate) soon(gates, count), soon(dgates, count);
         Vec<T> dot = splat<T>(0);
         for (int64_t c = 0; c < count; c += W) {
           const int64_t lanes = count - c;
@@ -216,49 +233,77 @@ template <class S>
 struct Gradients {
   using U = typename Element<S>::U;
   using T = typename Sum<U>::T;
-  static constexpr int64_t W = kLanes<T>, per = Element<S>::kPer;
+  static constexpr int64_t W = kLanes<T>, per = Element<S>::kPer, whole = 2 * W;
 
-  int64_t depth, columns;  // of the packed right operand
-  U *panel, *piece;
-  T* edge;
+  int64_t rows, depth, columns, sum_stride;  // packed at a time: elements along the rows, columns of the right operand
+  U *panels, *piece;
+  T* sums;  // (outputs' rows, columns) of what does not fit into one depth
 
-  Gradients(int64_t rows, Room& room) : depth((rows + per - 1) / per) {
-    columns = up_to(kPiece / (depth + 1) + 1, 2 * W);
-    panel = room.take<U>(depth * W);
-    piece = room.take<U>(depth * columns);
-    edge = room.take<T>(kMost<T> * 2 * W);
+  // no smaller with more rows or outputs, so that the largest task's scratch serves all
+  Gradients(int64_t rows, int64_t outputs, Room& room) : rows(rows), depth(least(kDepth, (rows + per - 1) / per)) {
+    columns = least(up_to(kPiece / (depth + 1) + 1, whole), kWidest);
+    sum_stride = columns + W;
+    panels = room.take<U>(kTogether * kDepth * W);
+    piece = room.take<U>(kPiece + kDepth * whole);
+    const int64_t once = kMost<T> * (kWidest + W), added = rows > depth * per ? outputs * sum_stride : 0;
+    sums = room.take<T>(once > added ? once : added);
   }
 
-  // out (m, n), rows first..last of left^T right; both have `rows` rows
+  // out (m, n), rows first..last of left^T right
   template <class O>
-  void multiply(int64_t rows, const Source<S>& left, int64_t m, const Source<S>& right, int64_t n, int64_t first,
-                int64_t last, O* out, bool streamed) const {
-    const int64_t panels = panels_of<T>(last - first), whole = 2 * W;
-    Ahead none;
-    none.at = reinterpret_cast<const char*>(panel);
+  void multiply(const Source<S>& left, int64_t m, const Source<S>& right, int64_t n, int64_t first, int64_t last,
+                O* out, bool streamed) const {
     const bool lines = streamed && n * sizeof(O) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    const bool once = rows <= depth * per;
     for (int64_t from = 0; from < n; from += columns) {
       const int64_t count = least(columns, n - from);
-      for (int64_t c = 0; c < count; c += W) pack_columns(piece + c * depth, right, 0, rows, from + c, n);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t top = first + p * (last - first) / panels, end = first + (p + 1) * (last - first) / panels;
-        pack_columns(panel, left, 0, rows, top, m);
-        for (int64_t c = 0; c < count; c += whole) {
-          O* to = out + top * n + from + c;
-          const U* vectors = piece + c * depth;
-          if (count - c >= whole) {
-            compute(Tile<U, O>{depth, panel, vectors, depth * W, to, n, lines ? kStream : kSet, &none}, end - top, 2);
-            continue;
+      for (int64_t at = 0; at < rows; at += depth * per) {
+        const int64_t some = least(depth * per, rows - at);
+        pack_all_columns(piece, depth * W, right, at, some, from, count, n);
+        piece_of(left, m, at, some, first, last, [&](const U* panel, int64_t top, int64_t tall) {
+          for (int64_t c = 0; c < count; c += whole) {
+            const U* vectors = piece + c * depth;
+            O* to = out + top * n + from + c;
+            if (once && count - c >= whole) {
+              tile(panel, vectors, some, to, n, lines ? kStream : kSet, tall, 2);
+              continue;
+            }
+            T* sum = sums + (once ? 0 : (top - first) * sum_stride) + c;
+            tile(panel, vectors, some, sum, sum_stride, at ? kAdd : kSet, tall, count - c > W ? 2 : 1);
+            if (at + some == rows) copy(sum, tall, least(whole, count - c), to, n);
           }
-          compute(Tile<U, T>{depth, panel, vectors, depth * W, edge, whole, kSet, &none}, end - top,
-                  count - c > W ? 2 : 1);
-          for (int64_t r = 0; r < end - top; ++r)
-            for (int64_t i = 0; i < count - c; i += W)
-              store_some(to + r * n + i, load(edge + r * whole + i), count - c - i);
-        }
+        });
       }
     }
     if (lines) drain();
+  }
+
+ private:
+  // f(panel, first output row, output rows) for every panel of the left operand
+  template <class F>
+  void piece_of(const Source<S>& left, int64_t m, int64_t at, int64_t some, int64_t first, int64_t last,
+                const F& f) const {
+    const int64_t outputs = last - first, count = panels_of<T>(outputs);
+    auto top = [&](int64_t p) { return first + p * outputs / count; };
+    for (int64_t p = 0; p < count; p += kTogether) {
+      const int64_t end = least(p + kTogether, count);
+      for (int64_t r = 0; r < some; r += kNear)
+        for (int64_t q = p; q < end; ++q)
+          pack_columns(panels + (q - p) * depth * W + r / per * W, left, at + r, least(kNear, some - r), top(q), m);
+      for (int64_t q = p; q < end; ++q) f(panels + (q - p) * depth * W, top(q), top(q + 1) - top(q));
+    }
+  }
+  template <class O>
+  void tile(const U* panel, const U* vectors, int64_t some, O* to, int64_t stride, Mode mode, int64_t tall,
+            int64_t wide) const {
+    Ahead none;
+    none.at = reinterpret_cast<const char*>(panel);
+    compute(Tile<U, O>{(some + per - 1) / per, panel, vectors, depth * W, to, stride, mode, &none}, tall, wide);
+  }
+  template <class O>
+  void copy(const T* sum, int64_t tall, int64_t wide, O* to, int64_t n) const {
+    for (int64_t r = 0; r < tall; ++r)
+      for (int64_t i = 0; i < wide; i += W) store_some(to + r * n + i, load(sum + r * sum_stride + i), wide - i);
   }
 };
 
@@ -295,7 +340,7 @@ void expert_gradient(const Bank& bank, const Block& block, void* scratch) {
     return;
   }
   Room room{static_cast<char*>(scratch)};
-  const Gradients<S> work(rows, room);
+  const Gradients<S> work(rows, block.last - block.first, room);
   auto tokens = [&](const void* data) {
     return Source<S>{static_cast<const S*>(data), bank.d, bank.token + block.begin};
   };
@@ -303,9 +348,9 @@ void expert_gradient(const Bank& bank, const Block& block, void* scratch) {
     return Source<S>{static_cast<const S*>(data) + block.begin * bank.f, bank.f};
   };
   if (block.matrix == 0)
-    work.multiply(rows, tokens(bank.dy), bank.d, sorted(bank.inner), n, block.first, block.last, out, bank.stream);
+    work.multiply(tokens(bank.dy), bank.d, sorted(bank.inner), n, block.first, block.last, out, bank.stream);
   else
-    work.multiply(rows, sorted(block.matrix == 1 ? bank.dhidden : bank.dgates), bank.f, tokens(bank.x), n, block.first,
+    work.multiply(sorted(block.matrix == 1 ? bank.dhidden : bank.dgates), bank.f, tokens(bank.x), n, block.first,
                   block.last, out, bank.stream);
 }
 
@@ -319,10 +364,10 @@ void expert_gradients(const Bank& bank, const Block& block, void* scratch) {
 
 // bytes
 template <class S>
-int64_t expert_scratch(const Bank& bank, int64_t block_rows, int64_t expert_rows) {
+int64_t expert_scratch(const Bank& bank, int64_t block_rows, int64_t expert_rows, int64_t outputs) {
   Room rows{nullptr}, gradients{nullptr};
   Expert<S, S>(bank, 0, block_rows, 0, rows);
-  Gradients<S>(expert_rows, gradients);
+  Gradients<S>(expert_rows, outputs, gradients);
   const int64_t most = rows.at > gradients.at ? rows.at - (char*)nullptr : gradients.at - (char*)nullptr;
   return up_to(most, 4096);
 }

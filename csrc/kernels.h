@@ -121,7 +121,7 @@ struct Kernels {
   void (*expert_forward[kKinds])(const Bank&, const Block&, void* scratch);
   void (*expert_backward[kKinds])(const Bank&, const Block&, void* scratch);
   void (*expert_gradients[kKinds])(const Bank&, const Block&, void* scratch);
-  int64_t (*expert_scratch[kKinds])(const Bank&, int64_t block_rows, int64_t expert_rows);
+  int64_t (*expert_scratch[kKinds])(const Bank&, int64_t block_rows, int64_t expert_rows, int64_t outputs);
   Task<Combine> combine[kKinds];
 };
 

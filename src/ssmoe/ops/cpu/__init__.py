@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU, sources in `csrc/`: AVX-512 with or without BF16, AVX2 or portable, chosen when first used.
+"""C++ kernels for the CPU, sources in `csrc/`: AVX-512 (with BF16 or without), AVX2 or portable, chosen once.
 
 `SSMOE_CPU_LEVEL` (auto, avx512bf16, avx512, avx2 or portable) holds the choice down, for tests.
 """

@@ -1,7 +1,8 @@
-"""The expert bank on the CPU: `ssmoe.ops.reference.expert_mlp`, sorted once, then a task for some rows of an expert.
+"""The expert bank on the CPU: `ssmoe.ops.reference.expert_mlp`, sorted by expert, then in tasks of some rows.
 
-A task (`csrc/experts.h`) gathers its rows, reads each weight once and keeps what lies between in cache. Weights
-may be float32 under bfloat16 activations: they are narrowed as they are read, and their gradients are float32.
+A task (`csrc/experts.h`) gathers its rows, reads each weight once and keeps what lies between in cache.
+Weights may be float32 under bfloat16 activations: they are narrowed as they are read, and their gradients are
+float32.
 """
 
 from typing import Any
