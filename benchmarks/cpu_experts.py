@@ -9,8 +9,9 @@ also with float32 weights, which are cast anew at every call. To compare with:
 - products alone: the nine products of a dense layer, each by the faster of oneDNN and torch, no activation
 - dense layer: ssmoe's own products with the activation fused (one expert, nothing to route)
 
-Everything runs once without huge pages and once with them (--pages), for everyone. Peers: the experts of
-transformers' Mixtral, eager and grouped_mm. Refuses to run where the parity tests are red.
+The last column is how many cores the process got: below its threads, others were at work. Everything runs
+once without huge pages and once with them (--pages), for everyone. Peers: the experts of transformers'
+Mixtral, eager and grouped_mm. Refuses to run where the parity tests are red.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -106,8 +109,8 @@ def transformers_steps(
         layer = MixtralExperts(config)
         layer.gate_up_proj = torch.nn.Parameter(torch.cat((gate, up), dim=1))
         layer.down_proj = torch.nn.Parameter(down.clone())
-        narrow, long = weight.detach().to(x.dtype).requires_grad_(), expert.long()
-        call = lambda layer=layer, narrow=narrow, long=long: layer(x, long, narrow)  # noqa: E731
+        narrow = weight.detach().to(x.dtype).requires_grad_()
+        call = partial(layer, x, expert.long(), narrow)
         agree(call(), ours_output(x, expert, weight, weights))
         found[f"transformers {name}"] = backward_of(call, dy, [x, narrow, *layer.parameters()])
     return found
@@ -120,9 +123,16 @@ def ours_output(x: Tensor, expert: Tensor, weight: Tensor, weights: list[Tensor]
 
 def agree(theirs: Tensor, own: Tensor) -> None:
     """A peer that computes something else is not a peer."""
-    error = (theirs.detach().float() - own.detach().float()).norm() / own.detach().float().norm()
+    error = float((theirs.detach().float() - own.detach().float()).norm() / own.detach().float().norm())
     if error > 2e-2:
         sys.exit(f"a peer's output differs by {error:.1e}: nothing to compare")
+
+
+def busy_ms(step: Step, repeats: int) -> tuple[float, float]:
+    """Median milliseconds, and how many cores this process got meanwhile."""
+    processor, wall = time.process_time(), time.perf_counter()
+    median = median_ms(step, repeats)
+    return median, (time.process_time() - processor) / (time.perf_counter() - wall)
 
 
 def measure(dtype: torch.dtype, threads: int, peers: bool, repeats: int) -> None:
@@ -132,9 +142,9 @@ def measure(dtype: torch.dtype, threads: int, peers: bool, repeats: int) -> None
     x, dy = torch.randn(TOKENS, D_MODEL).to(dtype).requires_grad_(), torch.randn(TOKENS, D_MODEL).to(dtype)
     one, first = torch.ones(TOKENS, 1), torch.zeros(TOKENS, 1, dtype=torch.int32)
     alone = products_ms(dtype)
-    layer = median_ms(ours(x, dy, first, one.requires_grad_(), bank(1, D_EXPERT, dtype)), repeats)
-    print(f"  {'dense: products alone':40} {alone:8.1f} ms")
-    print(f"  {'dense: layer':40} {layer:8.1f} ms", flush=True)
+    layer, busy = busy_ms(ours(x, dy, first, one.requires_grad_(), bank(1, D_EXPERT, dtype)), repeats)
+    print(f"  {'dense: products alone':44} {alone:8.1f} ms")
+    print(f"  {'dense: layer':44} {layer:8.1f} ms, {busy:.2f} cores", flush=True)
     for name, (e, k, f) in LAYERS.items():
         expert, weight = torch.rand(TOKENS, e).topk(k).indices.int(), torch.rand(TOKENS, k).requires_grad_()
         weights = bank(e, f, dtype)
@@ -144,16 +154,16 @@ def measure(dtype: torch.dtype, threads: int, peers: bool, repeats: int) -> None
         if peers:
             steps |= transformers_steps(x, dy, expert, weight, weights)
         for who, step in steps.items():
-            time = median_ms(step, repeats)
+            median, busy = busy_ms(step, repeats)
             print(
-                f"  {name + ': ' + who:40} {time:8.1f} ms, {time / alone:5.2f} x products alone, "
-                f"{time / layer:5.2f} x dense layer, {time / floor:5.2f} x ceiling",
+                f"  {name + ': ' + who:44} {median:8.1f} ms, {median / alone:5.2f} x products alone, "
+                f"{median / layer:5.2f} x dense layer, {median / floor:5.2f} x ceiling, {busy:.2f} cores",
                 flush=True,
             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--pages", nargs="*", choices=["small", "huge"], default=["small", "huge"])

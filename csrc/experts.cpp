@@ -188,6 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   const int64_t count = s.t * s.k, weights = s.e * s.f * s.d;
   const ScalarType type = x.scalar_type(), own = up.scalar_type();
   expect(dy, type, "dy");
+  STD_TORCH_CHECK(hidden.size(0) == count, "ssmoe cpu: expert_mlp kept nothing for its backward pass");
   Tensor inner = empty({count, s.f}, type), dhidden = empty({count, s.f}, type);
   Tensor dgates = empty({gate ? count : 0, s.f}, type), dweight = empty({s.t, s.k}, accumulator(s.kind));
   Tensor dup = empty({s.e, s.f, s.d}, own), ddown = empty({s.e, s.d, s.f}, own);

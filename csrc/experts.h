@@ -41,6 +41,16 @@ SSMOE_INLINE void activation(int64_t kind, Vec<T> v, Vec<T>& value, Vec<T>& slop
   }
 }
 
+// to the activations' precision and back, as separate ops would
+template <class S>
+SSMOE_INLINE Vec<typename Accumulator<S>::type> through(Vec<typename Accumulator<S>::type> v) {
+  if constexpr (sizeof(S) == 2) {
+    Lane<float>::U u = rounded(v) << 16;
+    return (Vec<float>)u;
+  }
+  return v;
+}
+
 // Pieces of a task's scratch memory, each on its own lines.
 struct Room {
   char* at;

@@ -118,16 +118,21 @@ def test_nothing_is_kept_without_a_gradient() -> None:
     torch.testing.assert_close(y, experts(**args))
 
 
-def test_many_rows_in_many_tasks() -> None:
-    """Several tasks an expert, several pieces along every dimension, gradients that bypass the caches."""
-    judge(
-        lambda: drawn(700, 530, 1090, 4, 1, torch.bfloat16, "silu", True),
-        reference.expert_mlp, experts, torch.bfloat16, repeats=1,
-    )  # fmt: skip
-    judge(
-        lambda: drawn(700, 544, 1120, 4, 2, torch.float32, "silu", True),
-        reference.expert_mlp, experts, torch.float32, repeats=1,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("t", "d", "f", "e", "k", "dtype"),
+    [
+        # several pieces along every dimension; gradients that bypass the caches
+        (500, 544, 1120, 6, 1, torch.bfloat16),
+        (300, 544, 1120, 4, 1, torch.float32),
+        # the same, but lines of the gradients' rows do not begin where the machine's do
+        (300, 530, 1090, 4, 2, torch.float32),
+        # one expert has half of the tokens: many tasks of it, and gradients summed in pieces
+        (2400, 130, 300, 2, 1, torch.bfloat16),
+        (2400, 130, 300, 2, 1, torch.float32),
+    ],
+)
+def test_parity_of_large_banks(t: int, d: int, f: int, e: int, k: int, dtype: torch.dtype) -> None:
+    judge(lambda: drawn(t, d, f, e, k, dtype, "silu", True), reference.expert_mlp, experts, dtype, repeats=1)
 
 
 def test_wrong_arguments_are_refused() -> None:
