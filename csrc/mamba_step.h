@@ -8,6 +8,7 @@
 #include "scan.h"
 #include "skinny.h"
 #include "vec.h"
+#include "window.h"
 
 namespace {
 
@@ -53,8 +54,7 @@ void step_in(const MambaStep& args, int64_t begin, int64_t end) {
   constexpr int W = kLanes<T>;
   const S* in_proj = static_cast<const S*>(args.in_proj);
   const int64_t k = args.k;
-  Scratch<T> scratch((2 * k + 1) * W + 128);
-  T *taps = scratch.take(k * W), *window = scratch.take((k + 1) * W);
+  Window<S> conv(args);
   alignas(64) T x[kBlock * kTile], z[kBlock * kTile];
   for (int64_t c0 = begin; c0 < end; c0 += kTile) {
     const int64_t channels = end - c0 < kTile ? end - c0 : kTile;
@@ -66,15 +66,11 @@ void step_in(const MambaStep& args, int64_t begin, int64_t end) {
                   batch, z, kTile);
       for (int64_t c = c0; c < c0 + channels; c += W) {
         const int64_t lanes = c0 + channels - c;
-        pack_taps<T>(static_cast<const T*>(args.conv_weight), c, lanes, k, taps);
+        conv.take_weight(c, lanes);
         const Vec<T> bias = load_some(static_cast<const T*>(args.conv_bias) + c, lanes);
         for (int64_t b = 0; b < batch; ++b) {
           const int64_t state = (b0 + b) * args.inner * (k - 1), at = (b0 + b) * args.inner_stride + c;
-          pack_taps<S>(static_cast<const S*>(args.conv_in) + state, c, lanes, k - 1, window);
-          put<T>(window + (k - 1) * W, through<S>(load(x + b * kTile + (c - c0))));
-          Vec<T> y = bias;
-          for (int64_t j = 0; j < k; ++j) y = y + get(window + j * W) * get(taps + j * W);
-          unpack_taps<S>(window + W, c, lanes, k - 1, static_cast<S*>(args.conv_out) + state);
+          const Vec<T> y = bias + conv.step(state, c, lanes, through<S>(load(x + b * kTile + (c - c0))));
           store(static_cast<T*>(args.u) + at, through<S>(y * sigmoid<T>(y)));
           const Vec<T> gate = load(z + b * kTile + (c - c0));
           store(static_cast<T*>(args.gate) + at, gate * sigmoid<T>(gate));
@@ -103,27 +99,46 @@ void step_parts(const MambaStep& args, int64_t begin, int64_t end) {
               const_cast<void*>(packed_row<S>(args.delta, b * args.rank_stride, args.pairs)));
 }
 
-// one channel of every row of a block: h = exp(delta A) h + delta B u; <C, h> to y
-template <class S>
-SSMOE_INLINE void step_channel(const MambaStep& args, int64_t c, int64_t b0, int64_t batch,
-                               const typename Accumulator<S>::type* delta, typename Accumulator<S>::type* y) {
-  using T = typename Accumulator<S>::type;
+// A vector of channels of one row: h = exp(delta A) h + delta B u; y = <C, h>. A: (channels, width), width = n in
+// whole vectors, zeros behind. kWhole: n is such a width. delta, u, y: of these channels.
+template <class T, bool kWhole>
+SSMOE_INLINE void step_states(const MambaStep& args, int64_t b, int64_t c, int64_t channels, int64_t width, const T* A,
+                              const T* delta, const T* u, T* y) {
   constexpr int W = kLanes<T>;
-  Vec<T> sums[kBlock] = {};
-  for (int64_t i = 0; i < args.n; i += W) {
-    const int64_t lanes = args.n - i;
-    const Vec<T> A = -exp_wide<T>(load_some(static_cast<const T*>(args.A_log) + c * args.n + i, lanes));
-    for (int64_t b = 0; b < batch; ++b) {
-      const T* parts = static_cast<const T*>(args.parts) + (b0 + b) * args.parts_stride + args.rank;
-      const int64_t state = ((b0 + b) * args.inner + c) * args.n + i;
-      const T step = delta[b * kTile], drive = step * static_cast<const T*>(args.u)[(b0 + b) * args.inner_stride + c];
-      Vec<T> h = load_some(static_cast<const T*>(args.ssm_in) + state, lanes);
-      h = exp<T>(A * step) * h + load_some(parts + i, lanes) * drive;
-      store_some(static_cast<T*>(args.ssm_out) + state, h, lanes);
-      sums[b] = sums[b] + h * load_some(parts + args.n + i, lanes);
+  const T* B = static_cast<const T*>(args.parts) + b * args.parts_stride + args.rank;
+  const T* C = B + args.n;
+  const int64_t at = (b * args.inner + c) * args.n;
+  const T* from = static_cast<const T*>(args.ssm_in) + at;
+  T* to = static_cast<T*>(args.ssm_out) + at;
+  Vec<T> sums[W];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; ++i) {
+    Vec<T> total = splat<T>(0);
+    if (i < channels) {
+      for (int64_t j = 0; j < args.n; j += W) {
+        const int64_t state = i * args.n + j, lanes = kWhole ? W : args.n - j;
+        Vec<T> h = load_some(from + state, lanes);
+        h = exp<T>(load(A + i * width + j) * delta[i]) * h + load_some(B + j, lanes) * (delta[i] * u[i]);
+        store_some(to + state, h, lanes);
+        total = total + h * load_some(C + j, lanes);
+      }
     }
+    sums[i] = total;
   }
-  for (int64_t b = 0; b < batch; ++b) y[b * kTile] = sum<T>(sums[b]);
+  sum_vectors<T>(sums, y);
+}
+
+// asks for what tile `c0` of the scan will read, which is too little at a time for the processor to foresee
+template <class S>
+SSMOE_INLINE void prefetch_tile(const MambaStep& args, int64_t c0) {
+  using T = typename Accumulator<S>::type;
+  const int64_t bytes = (args.inner - c0 < kTile ? args.inner - c0 : kTile) * args.n * sizeof(T);
+  const char* A_log = reinterpret_cast<const char*>(static_cast<const T*>(args.A_log) + c0 * args.n);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(A_log + i);
+  for (int64_t b = 0; b < args.b && b < kBlock; ++b) {
+    const char* h = reinterpret_cast<const char*>(static_cast<const T*>(args.ssm_in) + (b * args.inner + c0) * args.n);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(h + i);
+  }
 }
 
 // channels begin to end
@@ -132,8 +147,16 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
   using T = typename Accumulator<S>::type;
   constexpr int W = kLanes<T>;
   alignas(64) T delta[kBlock * kTile], y[kBlock * kTile];
+  const int64_t width = (args.n + W - 1) / W * W;
+  Scratch<T> scratch(kTile * width + 64);
+  T* A = scratch.take(kTile * width);
   for (int64_t c0 = begin; c0 < end; c0 += kTile) {
     const int64_t channels = end - c0 < kTile ? end - c0 : kTile;
+    if (c0 + 2 * kTile < args.inner) prefetch_tile<S>(args, c0 + 2 * kTile);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < args.n; i += W)
+        store(A + c * width + i,
+              -exp_wide<T>(load_some(static_cast<const T*>(args.A_log) + (c0 + c) * args.n + i, args.n - i)));
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
       multiply<S>(static_cast<const S*>(args.delta_proj) + c0 * args.rank, args.rank, channels, args.rank, args.pairs,
@@ -146,7 +169,15 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
           put<T>(delta + b * kTile + c, v);
         }
       }
-      for (int64_t c = 0; c < channels; ++c) step_channel<S>(args, c0 + c, b0, batch, delta + c, y + c);
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t c = 0; c < channels; c += W) {
+          const T* u = static_cast<const T*>(args.u) + (b0 + b) * args.inner_stride + c0 + c;
+          const int64_t at = b * kTile + c;
+          if (width == args.n)
+            step_states<T, true>(args, b0 + b, c0 + c, channels - c, width, A + c * width, delta + at, u, y + at);
+          else
+            step_states<T, false>(args, b0 + b, c0 + c, channels - c, width, A + c * width, delta + at, u, y + at);
+        }
       for (int64_t b = 0; b < batch; ++b) {
         const int64_t at = (b0 + b) * args.inner_stride + c0;
         for (int64_t c = 0; c < channels; c += W) {

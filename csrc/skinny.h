@@ -11,6 +11,39 @@ using ssmoe::Skinny;
 constexpr int kBlock = 8;  // vectors at a time
 constexpr int64_t kReadAhead = 4096;  // bytes prefetched ahead of the reading
 
+#if SSMOE_BYTES == 64
+// lane i: the sum of v[i]
+SSMOE_INLINE __m512 sum_each(const __m512* v) {
+  __m512 two[8], four[4], eight[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
+                       _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+#endif
+
+// out[i] = the sum of v[i], for a whole vector of them
+template <class T>
+SSMOE_INLINE void sum_vectors(const Vec<T>* v, T* out) {
+#if SSMOE_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    store(out, (Vec<T>)sum_each(reinterpret_cast<const __m512*>(v)));
+    return;
+  }
+#endif
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = sum<T>(v[i]);
+}
+
 // How a vector is kept for its products, padded with zeros to whole steps: `pairs` as bfloat16 for the processor's own
 // product of pairs, else in the accumulator type; for bfloat16 weights then the even places of a step before its odd
 // ones, which is how its weights are widened.
@@ -138,10 +171,20 @@ SSMOE_PAIRS void multiply_pairs(const bfloat16* weight, int64_t stride, int64_t 
           sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)values[r], (__m512bh)other);
       }
     }
+    if constexpr (R * B == 16) {
+      const __m512 totals = sum_each(&sums[0][0]);
+      alignas(64) float found[16];
+      _mm512_store_ps(found, totals);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) out[b * out_stride + row + r] = found[r * B + b];
+    } else {
 #pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) out[b * out_stride + row + r] = _mm512_reduce_add_ps(sums[r][b]);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) out[b * out_stride + row + r] = _mm512_reduce_add_ps(sums[r][b]);
+    }
   }
 }
 #endif
