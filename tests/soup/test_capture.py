@@ -5,7 +5,7 @@ import torch
 
 from ssmoe.model.build import build
 from ssmoe.model.mixers.mamba import MambaState
-from ssmoe.soup.capture import capture, scans, transitions
+from ssmoe.soup.capture import capture, capture_each, scans, transitions
 from ssmoe.soup.mix import mix
 from tests.model.zoo import small
 
@@ -42,6 +42,21 @@ def test_the_identity_of_one_layer(name, cuts) -> None:
     assert mixed.tokens == whole.tokens
     plain = mix(model, memories, "sum").state[0].ssm
     assert float((plain - whole.state[0].ssm).abs().max()) > 1e-6
+
+
+def test_texts_read_together_leave_what_each_leaves_alone() -> None:
+    model = build(small("moe-mamba")).double().eval()
+    texts = [IDS[0, :n].tolist() for n in (7, 1, 30, 13)]
+    for text, found in zip(texts, capture_each(model, texts), strict=True):
+        alone = capture(model, torch.tensor([text]))
+        assert found.tokens == alone.tokens
+        for layer in scans(model):
+            for one, other in zip(found.state[layer], alone.state[layer], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+            torch.testing.assert_close(found.steps[layer], alone.steps[layer], rtol=0, atol=1e-12)
+    for nothing in ([], [[1], []]):
+        with pytest.raises(ValueError, match="has no tokens"):
+            capture_each(model, nothing)
 
 
 def test_states_that_are_no_sums_are_refused() -> None:
