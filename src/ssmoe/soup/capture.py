@@ -20,7 +20,7 @@ from ssmoe.ops import Segments
 
 
 class Memory(NamedTuple):
-    """What a text leaves behind, one row a text.
+    """What a text leaves behind, one row a text; to be mixed, each is read from the model's initial state.
 
     steps: for each layer with a scan the sum of delta' (b, d_inner), else None. tokens: how many were read.
     """
@@ -36,12 +36,14 @@ def capture(model: LM, ids: Tensor, state: State | None = None) -> Memory:
 
     Raises ValueError for a model with layers whose state is no sum, such as attention.
     """
-    return Memory(*_read(model, ids, state, None), ids.shape[1])
+    # one document a row that goes on, so that a single token takes the same way as many
+    whole = Segments.ragged([ids.shape[1]] * ids.shape[0], device=ids.device)
+    return Memory(*_read(model, ids, state, whole), ids.shape[1])
 
 
 @torch.no_grad()
 def capture_each(model: LM, texts: Sequence[Sequence[int]]) -> list[Memory]:
-    """A memory of one row for each text, of any lengths, read together from the zero state.
+    """A memory of one row for each text, of any lengths, read together from the initial state.
 
     Raises ValueError as `capture`, and for no texts or one without tokens.
     """
@@ -79,6 +81,13 @@ def transitions(model: LM) -> tuple[Tensor | None, ...]:
     return tuple(mixers[i].ssm()[0].detach() if i in mixers else None for i in range(len(model.layers)))
 
 
+def beginnings(model: LM) -> tuple[Tensor | None, ...]:
+    """What each layer's texts begin from (d_inner, d_state), None where that is zero or there is no scan."""
+    mixers = scans(model)
+    learned = [mixers[i].ssm.initial_state if i in mixers else None for i in range(len(model.layers))]
+    return tuple(None if state is None else state.detach() for state in learned)
+
+
 def scan_state(memory: Memory, layer: int) -> MambaState:
     """The state of a layer with a scan. Raises ValueError where that layer has none."""
     found = memory.state[layer]
@@ -88,7 +97,7 @@ def scan_state(memory: Memory, layer: int) -> MambaState:
 
 
 def _read(
-    model: LM, ids: Tensor, state: State | None, segments: Segments | None
+    model: LM, ids: Tensor, state: State | None, segments: Segments
 ) -> tuple[State, tuple[Tensor | None, ...]]:
     mixers = scans(model)
     found: dict[int, Tensor] = {}
@@ -102,14 +111,12 @@ def _read(
 
 
 def _watch(
-    mixer: Mamba, i: int, segments: Segments | None, found: dict[int, Tensor]
+    mixer: Mamba, i: int, segments: Segments, found: dict[int, Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
     def keep(module: nn.Module, arguments: tuple[Tensor, ...], delta: Tensor) -> None:
         del module, arguments
         _, _, bias = mixer.ssm()
         step = F.softplus(delta.to(bias.dtype) + bias)
-        if segments is not None:
-            step = step.masked_fill(~segments.real.unsqueeze(-1), 0)
-        found[i] = step.sum(dim=1)
+        found[i] = step.masked_fill(~segments.real.unsqueeze(-1), 0).sum(dim=1)
 
     return mixer.delta_proj.register_forward_hook(keep)
