@@ -7,7 +7,7 @@ import torch
 
 from ssmoe.check.verify import verify
 from ssmoe.model.build import build
-from tests.model.zoo import PATTERNS, small
+from tests.model.zoo import MIXING, PATTERNS, mixing, small
 
 IDS = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -23,6 +23,21 @@ def test_every_layer_kind_holds(name):
     assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
     assert len({(f.backend, f.layer) for f in findings}) == 2 * len(small(name).layers) + 1
     assert {f.check for f in findings} >= {"one at a time", "packed", "padded left", "saved == kept"}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_layers_that_mix_rows_or_positions_are_held_to_what_they_promise(name):
+    model = build(mixing(name), seed=1).eval()
+    ids = IDS.repeat(2, 1)[:4]
+    findings = verify(copy.deepcopy(model).double(), {"reference float32": model}, ids)
+    assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
+    promised = {f.check for f in findings if f.layer.startswith("layer 1 ")} - {"saved == kept"}
+    assert promised == {"one pass"} | (set() if name == "mot-masked" else {"chunks", "one at a time"})
+    assert any(f.check == "packed" for f in findings)
+    if name != "expert-choice":
+        odd = IDS[:3] if name == "mot" else IDS[:, :19]
+        with pytest.raises(ValueError, match="do not fill groups"):
+            verify(copy.deepcopy(model).double(), {}, odd)
 
 
 def failures(reference, others):

@@ -19,6 +19,7 @@ PATTERNS = {
     "mamba": (MambaConfig(d_state=5),),
     "mamba-wide-conv": (MambaConfig(d_state=3, d_conv=9, expand=1.5, dt_rank=3),),
     "mamba-no-conv": (MambaConfig(d_state=3, d_conv=1),),
+    "mamba-learned-state": (MambaConfig(d_state=3, learned_state=True),),
     "s4d": (S4DConfig(d_state=3), DenseConfig(d_ff=24)),
     "s4d-real": (S4DConfig(d_state=5, parametrisation="real", expand=1.5),),
     "attention": (AttentionConfig(num_heads=2), DenseConfig(d_ff=24)),

@@ -28,6 +28,16 @@ def test_cosines_of_the_chosen_layers() -> None:
     assert nearest(query, LIBRARY, [2]) == [1, 0, 2]
 
 
+def test_what_all_memories_share_is_left_out() -> None:
+    shared = [memory([9.0, 1], [1.0, 0]), memory([9.0, -1], [1.0, 0]), memory([9.0, 0.5], [1.0, 0])]
+    query = memory([9.0, -3], [0, 1.0])
+    # the mean is (9, 1/6): what is left points up, down, up and, for the query, down
+    expected = torch.tensor([[-1.0, 1, -1]])
+    torch.testing.assert_close(similarities([query], shared, [0], centre=True), expected)
+    assert nearest(query, shared, [0], centre=True)[0] == 1
+    assert float(similarities([query], shared, [0]).min()) > 0.8
+
+
 def test_a_text_is_nearest_to_itself() -> None:
     model = build(small("moe-mamba")).eval()
     texts = torch.randint(61, (5, 1, 20), generator=torch.Generator().manual_seed(0))

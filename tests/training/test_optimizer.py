@@ -25,7 +25,7 @@ def test_every_parameter_is_in_one_group(config):
 @pytest.mark.parametrize("config", MODELS, ids=list(PATTERNS))
 def test_only_matrices_decay(config):
     decayed, not_decayed = parameter_groups(build(config, device="meta"))
-    words = ("A_log", "A_imaginary", ".D", "delta_bias", "norm", "bias")
+    words = ("A_log", "A_imaginary", ".D", "delta_bias", "initial_state", "norm", "bias")
     assert [name for name in decayed if any(word in name for word in words)] == []
     assert all(any(word in name for word in words) for name in not_decayed)
     assert "embedding.weight" in decayed

@@ -10,8 +10,8 @@ HELP = "check that a trained model computes the same whole, cut, packed, padded 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN [--rows N] [--length N] [--device DEVICE]"""
     parser.add_argument("run", help="a run folder or a checkpoint folder")
-    parser.add_argument("--rows", type=int, default=3, help="default: 3")
-    parser.add_argument("--length", type=int, default=48, help="tokens a row (default: 48)")
+    parser.add_argument("--rows", type=int, help="default: 3, or enough to fill a mixture's groups")
+    parser.add_argument("--length", type=int, help="tokens a row (default: 48, or the next multiple)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
     add_json(parser)
@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the largest and mean error of every layer; 1 when one is beyond its tolerance."""
-    if arguments.rows < 2 or arguments.length < 4:
+    rows, length = arguments.rows, arguments.length
+    if (rows is not None and rows < 2) or (length is not None and length < 4):
         raise ValueError("--rows must be at least 2 and --length at least 4")
 
     import torch
@@ -40,7 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             others[f"{backend} float32"], _ = load(arguments.run, backend=backend, device=device)
     generator = torch.Generator().manual_seed(arguments.seed)
-    shape = (arguments.rows, arguments.length)
+    config = reference.config
+    shape = (
+        rows or -(-3 // config.row_multiple) * config.row_multiple,
+        length or -(-48 // config.length_multiple) * config.length_multiple,
+    )
     ids = torch.randint(tokenizer.vocab_size, shape, generator=generator).to(device)
     findings = verify(reference.double(), others, ids)
     failed = [finding for finding in findings if not finding.passed]

@@ -66,8 +66,9 @@ def count_layer(layer: LayerConfig, d_model: int) -> LayerCount:
         case MambaConfig():
             d_inner, rank = layer.d_inner(d_model), layer.rank(d_model)
             matrices = d_inner * (3 * d_model + 2 * rank + 2 * layer.d_state)
-            # convolution and its bias, A_log, D, delta bias
-            total = matrices + d_inner * (layer.d_conv + 1 + layer.d_state + 2)
+            # convolution and its bias, A_log, D, delta bias, and perhaps the initial state
+            states = layer.d_state * (2 if layer.learned_state else 1)
+            total = matrices + d_inner * (layer.d_conv + 1 + states + 2)
             return LayerCount(total, total, matrices)
         case S4DConfig():
             d_inner, parts = layer.d_inner(d_model), 1 + layer.complex

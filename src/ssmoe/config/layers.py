@@ -41,6 +41,9 @@ class MambaConfig(Frozen):
     dt_min: PositiveFloat = 1e-3
     dt_max: PositiveFloat = 1e-1
     """The initial step sizes are log-uniform in [dt_min, dt_max]."""
+    learned_state: bool = False
+    """Every document begins from a learned scan state, zero at first, instead of zeros. Documents that begin
+    inside a packed row then cost as much again as a scan of the reference."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

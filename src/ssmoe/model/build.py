@@ -120,6 +120,7 @@ def _mamba(layer: MambaConfig, d_model: int, ops: Ops) -> Mamba:
         dt_rank=layer.dt_rank,
         dt_min=layer.dt_min,
         dt_max=layer.dt_max,
+        learned_state=layer.learned_state,
         ops=ops,
     )
 
@@ -184,6 +185,7 @@ def _mamba_experts(layer: MambaExpertsConfig, d_model: int, ops: Ops) -> MambaEx
         delta_range=(mamba.dt_min, mamba.dt_max),
         projections=projections,
         routers=routers,
+        learned_state=mamba.learned_state,
         ops=ops,
     )
 

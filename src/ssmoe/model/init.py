@@ -143,6 +143,7 @@ _MAMBA_MIXER: tuple[tuple[str, _Rule], ...] = (
     ("*.A_imaginary", _a_imaginary),
     ("*.C", _unit_normal),
     ("*.D", _ones),
+    ("*.initial_state", _zeros),
     ("*.delta_bias", _delta_bias),
     ("*.delta_proj.weight", _uniform),
     ("*.conv.weight", _uniform),

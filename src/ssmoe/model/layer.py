@@ -57,9 +57,12 @@ class Layer(Protocol):
     def __call__(
         self, x: Tensor, state: LayerState | None = None, segments: Segments | None = None
     ) -> LayerOut:
-        """x: (b, l, d_model). state: None is the zero state."""
+        """x: (b, l, d_model). state: None is that of `init_state`."""
         ...
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
-        """The zero state; `capacity` tokens of room where a layer stores tokens."""
+        """What a document begins from, zeros unless it is learned.
+
+        capacity: tokens of room where a layer stores tokens.
+        """
         ...

@@ -88,7 +88,7 @@ class LM(nn.Module):
         targets: Tensor | None = None,
         logits: Literal["all", "last"] = "all",
     ) -> ModelOut:
-        """Read `ids` (b, l) int64, l >= 1, after `state` (None is the zero state).
+        """Read `ids` (b, l) int64, l >= 1, after `state` (None is `init_state`).
 
         With `targets` (b, l) int64 (-100 is ignored, and so is padding) the loss is returned and logits are
         not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
@@ -134,7 +134,10 @@ class LM(nn.Module):
         return self.ops.name
 
     def init_state(self, batch: int, capacity: int | None = None) -> State:
-        """The zero state of `batch` rows; `capacity` tokens of room where a layer stores tokens."""
+        """The state of `batch` rows before their first token: zeros, or what `learned_state` learned.
+
+        capacity: tokens of room where a layer stores tokens.
+        """
         dtype = self.compute_dtype or self.embedding.weight.dtype
         device = self.embedding.weight.device
         layers = (cast(Layer, layer.get_submodule("layer")) for layer in self.layers)

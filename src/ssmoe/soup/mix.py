@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.mamba import MambaState
-from ssmoe.soup.capture import Memory, scan_state, transitions
+from ssmoe.soup.capture import Memory, beginnings, scan_state, transitions
 
 Method = Literal["mean", "sum", "norm-kept", "decay", "any-order"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -25,7 +25,8 @@ def mix(
 
     mean, sum: of the scan states; `weights` are for mean only and need not add up to 1. norm-kept: the mean,
     scaled in each layer and row to the mean of the norms. decay: the texts in the given order, each decayed
-    by all that follow it. any-order: the mean of decay over all orders. Raises ValueError for no memories,
+    by all that follow it. any-order: the mean of decay over all orders. A learned initial state counts once
+    in each of these. Raises ValueError for no memories,
     an unknown method, or weights that do not fit.
     """
     if not memories:
@@ -41,7 +42,7 @@ def mix(
     shares = [share / sum(shares) for share in shares]
     rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "mean": lambda h, _: _weighted(h, shares),
-        "sum": lambda h, _: h.sum(0),
+        "sum": _sum,
         "norm-kept": lambda h, _: _norm_kept(h),
         "decay": _in_sequence,
         "any-order": _in_any_order,
@@ -54,7 +55,7 @@ def _mix(
 ) -> Memory:
     layers: list[tuple[Tensor, ...]] = []
     steps: list[Tensor | None] = []
-    for i, A in enumerate(transitions(model)):
+    for i, (A, beginning) in enumerate(zip(transitions(model), beginnings(model), strict=True)):
         if A is None:
             layers.append(())
             steps.append(None)
@@ -62,7 +63,13 @@ def _mix(
         states = torch.stack([scan_state(memory, i).ssm for memory in memories])  # (k, b, d, n)
         taken = torch.stack([_steps(memory, i) for memory in memories])  # (k, b, d)
         decay = torch.exp(taken.unsqueeze(-1) * A)
-        layers.append(MambaState(scan_state(memories[-1], i).conv, rule(states, decay)))
+        if beginning is None or not total:
+            mixed = rule(states, decay)
+        else:
+            # what the texts add to their beginning is mixed, and the beginning itself is there once
+            rest = torch.ones_like(decay[0]) if rule is _sum else decay.prod(0)
+            mixed = rule(states - decay * beginning, decay) + rest * beginning
+        layers.append(MambaState(scan_state(memories[-1], i).conv, mixed))
         steps.append(taken.sum(0) if total else taken.mean(0))
     return Memory(tuple(layers), tuple(steps), sum(memory.tokens for memory in memories))
 
@@ -76,6 +83,11 @@ def _steps(memory: Memory, layer: int) -> Tensor:
 
 def _weighted(h: Tensor, shares: Sequence[float]) -> Tensor:
     return torch.stack([share * state for share, state in zip(shares, h, strict=True)]).sum(0)
+
+
+def _sum(h: Tensor, decay: Tensor) -> Tensor:
+    del decay
+    return h.sum(0)
 
 
 def _norm_kept(h: Tensor) -> Tensor:

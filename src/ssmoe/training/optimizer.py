@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
 
-NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias")
+NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias", "initial_state")
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -23,7 +23,7 @@ class ParameterGroups(NamedTuple):
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Split the trainable parameters: tensors of two or more dimensions decay, but never A."""
+    """Split the trainable parameters: tensors of two or more dimensions decay, but never A or a state."""
     groups = ParameterGroups({}, {})
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

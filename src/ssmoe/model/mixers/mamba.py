@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut
-from ssmoe.model.norm import Float32Module, LayerNorm, Linear, RMSNorm, use_products
+from ssmoe.model.mixers.scan import SSMParameters, scan
+from ssmoe.model.norm import LayerNorm, Linear, RMSNorm, use_products
 from ssmoe.ops import Ops, Segments, load
 
 
@@ -17,24 +18,6 @@ class MambaState(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
-
-
-class SSMParameters(Float32Module):
-    """A_log, D and the delta bias, which stay float32 or wider; forward returns (A, D, delta_bias).
-
-    A = -exp(A_log): (d_inner, d_state). D, delta_bias: (d_inner,).
-    """
-
-    def __init__(self, d_inner: int, d_state: int, delta_range: tuple[float, float]) -> None:
-        super().__init__()
-        self.delta_range = delta_range
-        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
-        self.D = nn.Parameter(torch.empty(d_inner))
-        self.delta_bias = nn.Parameter(torch.empty(d_inner))
-
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, D and the delta bias."""
-        return -torch.exp(self.A_log), self.D, self.delta_bias
 
 
 class Conv(nn.Module):
@@ -50,7 +33,8 @@ class Mamba(nn.Module):
     """A Mamba mixer, without norm and residual; usable on its own: `Mamba(512)(x).x`.
 
     x: (b, l, d_model) -> (b, l, d_model). d_inner = round(expand * d_model). `dt_rank` "auto" is
-    ceil(d_model / 16). `ops` are the kernels, by default those for the CPU.
+    ceil(d_model / 16). learned_state: documents begin from a parameter instead of zeros. `ops` are the
+    kernels, by default those for the CPU.
     """
 
     batch_dependent = False
@@ -65,6 +49,7 @@ class Mamba(nn.Module):
         dt_rank: int | Literal["auto"] = "auto",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        learned_state: bool = False,
         ops: Ops | None = None,
     ) -> None:
         super().__init__()
@@ -76,7 +61,7 @@ class Mamba(nn.Module):
         self.conv = Conv(d_inner, d_conv)
         self.x_proj = Linear(d_inner, self.dt_rank + 2 * d_state)
         self.delta_proj = Linear(self.dt_rank, d_inner)
-        self.ssm = SSMParameters(d_inner, d_state, (dt_min, dt_max))
+        self.ssm = SSMParameters(d_inner, d_state, (dt_min, dt_max), learned_state=learned_state)
         self.out_proj = Linear(d_inner, d_model)
         use_products(self, self.ops)
         init_weights(self)
@@ -84,17 +69,14 @@ class Mamba(nn.Module):
     def forward(
         self, x: Tensor, state: MambaState | None = None, segments: Segments | None = None
     ) -> LayerOut:
-        """Mix along l; `state` None is the zero state."""
+        """Mix along l; `state` None is `init_state`."""
         conv, ssm = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d_inner) each
         x, conv = self.ops.causal_conv1d(
             x, self.conv.weight, self.conv.bias, initial_state=conv, segments=segments
         )
         delta, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        A, D, delta_bias = self.ssm()
-        y, ssm = self.ops.selective_scan(
-            x, self.delta_proj(delta), A, B, C, D, z, delta_bias, initial_state=ssm, segments=segments
-        )
+        y, ssm = scan(self.ops, self.ssm, x, self.delta_proj(delta), B, C, z, state=ssm, segments=segments)
         return LayerOut(self.out_proj(y), MambaState(conv, ssm), None)
 
     def step(
@@ -115,10 +97,10 @@ class Mamba(nn.Module):
         return LayerOut(y.unsqueeze(1), MambaState(conv, ssm), None)
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MambaState:
-        """The zero state; its size does not depend on `capacity`."""
+        """Zeros and the scan's initial state; the size does not depend on `capacity`."""
         del capacity
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
             torch.zeros(batch, self.d_inner, self.d_conv - 1, dtype=dtype, device=device),
-            torch.zeros(batch, self.d_inner, self.d_state, dtype=wide, device=device),
+            self.ssm.start(batch, wide, device),
         )

@@ -14,7 +14,8 @@ from ssmoe.config.model import Projection
 from ssmoe.model.feedforwards.router import Router, Routing
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut, RouterStats
-from ssmoe.model.mixers.mamba import Conv, MambaState, SSMParameters
+from ssmoe.model.mixers.mamba import Conv, MambaState
+from ssmoe.model.mixers.scan import SSMParameters, scan
 from ssmoe.model.norm import Linear
 from ssmoe.ops import Ops, Segments
 
@@ -76,6 +77,7 @@ class MambaExperts(nn.Module):
         delta_range: tuple[float, float],
         projections: Mapping[Projection, Linear | LinearExperts | NetworkExperts],
         routers: Mapping[str, Router],
+        learned_state: bool = False,
         ops: Ops,
     ) -> None:
         super().__init__()
@@ -87,13 +89,13 @@ class MambaExperts(nn.Module):
         self.conv = Conv(d_inner, d_conv)
         self.x_proj = Linear(d_inner, dt_rank + 2 * d_state)
         self.delta_proj = Linear(dt_rank, d_inner)
-        self.ssm = SSMParameters(d_inner, d_state, delta_range)
+        self.ssm = SSMParameters(d_inner, d_state, delta_range, learned_state=learned_state)
         init_weights(self)
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, segments: Segments | None = None
     ) -> LayerOut:
-        """Mix along l; `state` None is the zero state."""
+        """Mix along l; `state` None is `init_state`."""
         conv, ssm = (None, None) if state is None else state
         taken: dict[str, Routing] = {}
         if "shared" in self.routers:
@@ -104,9 +106,8 @@ class MambaExperts(nn.Module):
             inner, self.conv.weight, self.conv.bias, initial_state=conv, segments=segments
         )
         delta, B, C = self.x_proj(inner).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        A, D, delta_bias = self.ssm()
-        y, ssm = self.ops.selective_scan(
-            inner, self.delta_proj(delta), A, B, C, D, z, delta_bias, initial_state=ssm, segments=segments
+        y, ssm = scan(
+            self.ops, self.ssm, inner, self.delta_proj(delta), B, C, z, state=ssm, segments=segments
         )
         y = self._project("out", self.out_proj, y, taken, segments)
         stats = [taken[name].stats for name in self.routers]
@@ -133,12 +134,12 @@ class MambaExperts(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MambaState:
-        """The zero state; its size does not depend on `capacity`."""
+        """Zeros and the scan's initial state; the size does not depend on `capacity`."""
         del capacity
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
             torch.zeros(batch, self.d_inner, self.d_conv - 1, dtype=dtype, device=device),
-            torch.zeros(batch, self.d_inner, self.d_state, dtype=wide, device=device),
+            self.ssm.start(batch, wide, device),
         )
 
 
