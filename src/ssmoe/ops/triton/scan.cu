@@ -39,6 +39,10 @@ constexpr float LN2 = 0.6931471805599453f;
 constexpr float RESET = 1.0e36f;
 constexpr float TINY = 1.0e-30f;
 
+#ifndef CKPT
+#define CKPT 0
+#endif
+static_assert(SUB % (CKPT > 0 ? CKPT : SUB) == 0, "saved positions fall on whole steps of a loop");
 static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 
 #define UNROLL _Pragma("unroll")
@@ -238,12 +242,12 @@ struct Staged {
 };
 
 template <bool WITH_B, bool WITH_C>
-__device__ __forceinline__ void fetch(const BT* B, const CT* C, const signed char* flags, i64 b, i64 t0, i64 length,
+__device__ __forceinline__ void fetch(const BT* B, const CT* C, const signed char* row_flags, i64 b, i64 t0, i64 end,
                                       i64 sbb, i64 sbl, i64 scb, i64 scl, Staged& out) {
     UNROLL for (int i = 0; i < STAGED; i++) {
         int e = threadIdx.x + i * THREADS;
         i64 t = t0 + e / N;
-        bool live = e < TILE * N && t < length && is_real(flags, b * length + t);
+        bool live = e < TILE * N && t < end && is_real(row_flags, t);
         if (WITH_B) out.b[i] = live ? up(B[b * sbb + t * sbl + e % N]) : 0.0f;
         if (WITH_C) out.c[i] = live ? up(C[b * scb + t * scl + e % N]) : 0.0f;
     }
@@ -317,7 +321,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
     XT* y_at = g.y + (b * g.length + t + p.k) * g.d + p.channel;
     const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t + p.k : 0);
-    float* saved_at = CKPT > 0 ? g.saved + ((b * ((g.length + CKPT - 1) / (CKPT > 0 ? CKPT : 1)) + t / (CKPT > 0 ? CKPT : 1)) * g.d + p.channel) * N + p.k * S : g.saved;
+    constexpr int EVERY = CKPT > 0 ? CKPT : SUB;
+    const i64 blocks = (g.length + EVERY - 1) / EVERY;
+    float* saved_at = g.saved + ((b * blocks + t / EVERY) * g.d + p.channel) * N + p.k * S;
 
     Row<XT, CH> next_x[ROWS];
     Row<DT, CH> next_d[ROWS];
@@ -337,15 +343,16 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         if (SEGMENTS) flag_at += SUB;
     };
 
+    const signed char* row_flags = g.flags + (SEGMENTS ? b * g.length : 0);
     Staged staged;
-    fetch<true, !LOCAL>(g.B, g.C, g.flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
+    fetch<true, !LOCAL>(g.B, g.C, row_flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
     ahead(t);
     put<true, !LOCAL>(staged, shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
     float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
     for (i64 tile = first; tile < last; tile++) {
-        fetch<true, !LOCAL>(g.B, g.C, g.flags, b, t + TILE, end, g.sbb, g.sbl, g.scb, g.scl, staged);
+        fetch<true, !LOCAL>(g.B, g.C, row_flags, b, t + TILE, end, g.sbb, g.sbl, g.scb, g.scl, staged);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
         _Pragma("unroll 1") for (int sub = 0; sub < TILE / SUB; sub++) {
@@ -378,7 +385,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     read<S>(B + (sub * SUB + row) * N, bs);
                     if (!LOCAL) read<S>(C + (sub * SUB + row) * N, cs);
                     if constexpr (CKPT > 0 && !LOCAL) {
-                        if (row % CKPT == 0) {
+                        if (row % EVERY == 0) {
                             if (t + row < end) {
                                 UNROLL for (int j = 0; j < CH; j++)
                                     if (j < p.left) write<S>(saved_at + j * N, h[j]);
@@ -563,8 +570,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         }
     };
 
+    const signed char* row_flags = g.flags + (SEGMENTS ? b * g.length : 0);
     Staged staged;
-    fetch<!LOCAL, true>(g.B, g.C, g.flags, b, (last - 1) * TILE, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
+    fetch<!LOCAL, true>(g.B, g.C, row_flags, b, (last - 1) * TILE, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
     ahead(t);
     put<!LOCAL, true>(staged, shared.B[0], shared.C[0]);
     BARRIER();
@@ -573,7 +581,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     float(*grads)[GROUPS][CH] = shared.grad[p.warp];
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first)
-            fetch<!LOCAL, true>(g.B, g.C, g.flags, b, (tile - 1) * TILE, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
+            fetch<!LOCAL, true>(g.B, g.C, row_flags, b, (tile - 1) * TILE, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
         float* partial = shared.partial[buffer][p.warp];

@@ -1,0 +1,119 @@
+// Runs scan.cu on a CPU: every CUDA thread is a fiber, every barrier and shuffle a switch to the next one.
+// Lanes that meet at different barriers, which would hang or corrupt a GPU, abort.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define EMULATED
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
+struct Index {
+    unsigned x;
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    Wait wait;
+    unsigned parity;
+};
+static std::vector<Fiber> fibers;
+static std::vector<float> exchange[2];
+static ucontext_t scheduler;
+static Index threadIdx, blockIdx;
+static void (*body)(const void*);
+static const void* parameters;
+
+static void yield(Wait why) {
+    Fiber& fiber = fibers[threadIdx.x];
+    fiber.wait = why;
+    swapcontext(&fiber.context, &scheduler);
+}
+static void BARRIER() { yield(AT_BLOCK); }
+static void WARP_BARRIER() { yield(AT_WARP); }
+static float SWAP(float value, int mask) {
+    unsigned me = threadIdx.x, side = fibers[me].parity++ & 1;
+    exchange[side][me] = value;
+    yield(AT_WARP);
+    return exchange[side][me ^ mask];
+}
+static float ex2(float v) { return exp2f(v); }
+static float rcp(float v) { return 1.0f / v; }
+static float __uint_as_float(unsigned v) {
+    float f;
+    memcpy(&f, &v, 4);
+    return f;
+}
+static unsigned __float_as_uint(float v) {
+    unsigned u;
+    memcpy(&u, &v, 4);
+    return u;
+}
+
+#include SOURCE
+
+static void enter_fiber() {
+    body(parameters);
+    yield(DONE);
+}
+
+static void run_block(unsigned threads) {
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber& fiber = fibers[i];
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        fiber.wait = RUNS;
+        fiber.parity = 0;
+        makecontext(&fiber.context, enter_fiber, 0);
+    }
+    for (unsigned finished = 0; finished < threads;) {
+        finished = 0;
+        for (unsigned warp = 0; warp < threads; warp += 32) {
+            while (fibers[warp].wait == RUNS || fibers[warp].wait == AT_WARP) {
+                for (unsigned i = warp; i < warp + 32; i++) {
+                    threadIdx.x = i;
+                    swapcontext(&scheduler, &fibers[i].context);
+                    if (fibers[i].wait != fibers[warp].wait) {
+                        fprintf(stderr, "lanes %u and %u wait at different barriers\n", warp, i);
+                        abort();
+                    }
+                }
+            }
+            finished += fibers[warp].wait == DONE ? 32 : 0;
+        }
+        for (unsigned i = 0; i < threads; i++)
+            if (fibers[i].wait == AT_BLOCK) fibers[i].wait = RUNS;
+    }
+}
+
+static void call(const char* kernel) {
+#ifdef FORWARD
+    if (!strcmp(kernel, "scan_forward")) body = [](const void* p) { scan_forward(*(const Arguments*)p); };
+#else
+    if (!strcmp(kernel, "scan_backward")) body = [](const void* p) { scan_backward(*(const Arguments*)p); };
+    if (!strcmp(kernel, "scan_fold")) body = [](const void* p) { scan_fold(*(const FoldArguments*)p); };
+#endif
+}
+
+extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const void* words) {
+    parameters = words;
+    call(kernel);
+    fibers.resize(threads);
+    for (Fiber& fiber : fibers) fiber.stack.resize(1 << 17);
+    exchange[0].assign(threads, NAN);
+    exchange[1].assign(threads, NAN);
+    for (long block = 0; block < blocks; block++) {
+        blockIdx.x = (unsigned)block;
+        run_block(threads);
+    }
+}
