@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ssmoe.ops.triton import nvrtc, scan_cuda, selective_scan
+from ssmoe.ops.triton import nvrtc, scan_cuda
 from ssmoe.ops.triton.scan_cuda import Cut
+from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
 
 SHAPES = {"B8": (8, 2048, 1536), "B64": (64, 1024, 1024), "B1": (1, 131072, 1536)}
 FORWARD = [
@@ -89,7 +90,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
     given = inputs(*SHAPES[shape])
-    y, final, _ = selective_scan.scan_forward(*given, None, None, False, False)
+    y, final, _ = scan_forward(*given, None, None, False, False)
     for cut, c in product(cuts, chunks):
         try:
             out = scan_cuda.run_forward(cut, c, *given, None, None, 0)
@@ -105,8 +106,8 @@ def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
     given = inputs(b, length, d)
     dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
     x, delta, A, B, C, D, _, bias = given
-    saved = selective_scan.scan_forward(*given, None, None, True, False)[2]
-    truth = selective_scan.scan_backward(dy, dfinal, x, delta, A, B, C, D, bias, None, saved, False)
+    saved = scan_forward(*given, None, None, True, False)[2]
+    truth = scan_backward(dy, dfinal, x, delta, A, B, C, D, bias, None, saved, False)
     del saved
     for every in sorted({cut.sub for cut in cuts}):
         saved = scan_cuda.run_forward(scan_cuda.FORWARD, 5 if b == 1 else 1, *given, None, None, every)[2]

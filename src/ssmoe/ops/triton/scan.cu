@@ -286,7 +286,7 @@ struct Arguments {
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl;
 };
 
-struct Shared {
+struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float pair[WARPS][SUB][GROUPS][2 * CH];
@@ -478,7 +478,7 @@ constexpr int VALUES = 2 * S;
 constexpr int KEPT = VALUES > GROUPS ? VALUES / GROUPS : 1;
 constexpr int COPIES = GROUPS > VALUES ? GROUPS / VALUES : 1;
 
-struct Shared {
+struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float partial[2][WARPS][TILE * 2 * N];
