@@ -57,6 +57,16 @@ static unsigned __float_as_uint(float v) {
     memcpy(&u, &v, 4);
     return u;
 }
+static unsigned load_half(const void* at, bool live) {
+    unsigned short half = 0;
+    if (live) memcpy(&half, at, 2);
+    return half;
+}
+template <int W>
+static void load_words(const void* at, bool live, unsigned* w) {
+    memset(w, 0, 4 * W);
+    if (live) memcpy(w, at, 4 * W);
+}
 
 #include SOURCE
 

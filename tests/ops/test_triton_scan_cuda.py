@@ -3,7 +3,7 @@
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,15 +46,14 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "launch", emulated)
     monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
-    yield
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int) -> None:
-    monkeypatch.setattr(scan_cuda, "FORWARD", forward)
-    monkeypatch.setattr(scan_cuda, "BACKWARD", backward)
+    monkeypatch.setattr(scan_cuda, "forward_cut", lambda *_: forward)
+    monkeypatch.setattr(scan_cuda, "backward_cut", lambda *_: backward)
     monkeypatch.setattr(scan_cuda, "SAVED_EVERY", backward.sub)
     monkeypatch.setattr(scan_cuda, "_chunks", lambda *_: chunks)
 
@@ -110,11 +109,30 @@ def scan(**inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lanes", "channels", "sub"), [(1, 1, 4), (2, 2, 4), (4, 4, 4), (4, 1, 8), (8, 2, 8)])
+@pytest.mark.parametrize(
+    ("lanes", "channels", "sub"), [(1, 1, 4), (2, 2, 4), (4, 4, 4), (4, 1, 8), (8, 2, 8)]
+)
 def test_other_cuts(lanes: int, channels: int, sub: int, monkeypatch: pytest.MonkeyPatch) -> None:
     same = Cut(lanes, channels, 2, 16, sub, 1)
     cut(monkeypatch, same, same, 2)
     close(errors("selective_scan", scan_inputs(1, 35, 50, 16, torch.float32)))
+
+
+def test_the_choice_of_kernels_is_compiled_in_one_graph() -> None:
+    monkeypatched = torch.zeros(2)
+    whole = torch.compile(lambda x: x + nvrtc.available(), fullgraph=True, backend="eager")
+    assert torch.equal(whole(monkeypatched), monkeypatched + nvrtc.available())
+
+
+@pytest.mark.parametrize(
+    ("b", "length", "d"), [(1, 1, 1), (8, 2048, 1536), (64, 1024, 1024), (1, 2**17, 1536)]
+)
+def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) -> None:
+    for chosen in (scan_cuda.forward_cut(b, d), scan_cuda.backward_cut(16)):
+        chunks = scan_cuda._chunks(chosen, b, length, d)
+        warps = scan_cuda._warps(chosen, b, d) * max(1, chunks - 1)
+        assert chunks == 1 or warps <= scan_cuda.FILL
+        assert chunks == 1 or length >= 8 * chosen.tile * chunks
 
 
 def test_opcheck() -> None:

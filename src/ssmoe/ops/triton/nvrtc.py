@@ -29,9 +29,14 @@ def _nvrtc() -> ctypes.CDLL | None:
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether sources can be compiled here: NVRTC is present and the GPU has bfloat16 (capability 8.0)."""
+    return _available()
+
+
+@cache
+def _available() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and _nvrtc() is not None
 
 
@@ -59,7 +64,9 @@ def compile_source(source: Path, macros: Macros, architecture: str) -> bytes:
     library.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
     try:
         if library.nvrtcCompileProgram(program, len(options), encoded):
-            raise RuntimeError(f"{source.name} with {dict(macros)} does not compile:\n{_log(library, program)}")
+            raise RuntimeError(
+                f"{source.name} with {dict(macros)} does not compile:\n{_log(library, program)}"
+            )
         size = ctypes.c_size_t()
         library.nvrtcGetCUBINSize(program, ctypes.byref(size))
         binary = ctypes.create_string_buffer(size.value)
@@ -92,7 +99,9 @@ def _function(source: Path, kernel: str, macros: Macros, device: int) -> ctypes.
     binary = compile_source(source, macros, f"sm_{major}{minor}")
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source.name}")
-    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()), f"finding {kernel}")
+    _check(
+        _driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()), f"finding {kernel}"
+    )
     return function
 
 

@@ -19,6 +19,31 @@ __device__ __forceinline__ float rcp(float v) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
+// Loads for later: volatile, so that the compiler does not move them down to their use, and predicated, so that
+// no branch makes it wait for them. What is not `live` is zero.
+__device__ __forceinline__ unsigned load_half(const void* at, bool live) {
+    unsigned w;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u16 %0, [%1]; }"
+                 : "=r"(w) : "l"(at), "r"((unsigned)live));
+    return w;
+}
+template <int W>
+__device__ __forceinline__ void load_words(const void* at, bool live, unsigned* w) {
+    if constexpr (W == 1) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1]; }"
+                     : "=r"(w[0]) : "l"(at), "r"((unsigned)live));
+    } else if constexpr (W == 2) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;"
+                     " @p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
+                     : "=r"(w[0]), "=r"(w[1]) : "l"(at), "r"((unsigned)live));
+    } else {
+        for (int i = 0; i < W; i += 4)
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0;"
+                         " mov.b32 %3, 0; @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                         : "=r"(w[i]), "=r"(w[i + 1]), "=r"(w[i + 2]), "=r"(w[i + 3])
+                         : "l"((const char*)at + 4 * i), "r"((unsigned)live));
+    }
+}
 #endif
 
 struct bf16 {
@@ -52,8 +77,6 @@ struct alignas(sizeof(T) * W) Row {
     T v[W];
 };
 
-__device__ __forceinline__ float up(float v) { return v; }
-__device__ __forceinline__ float up(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
 __device__ __forceinline__ void down(float v, float& out) { out = v; }
 __device__ __forceinline__ void down(float v, bf16& out) {
     // round to nearest even; NaN stays NaN
@@ -69,18 +92,36 @@ __device__ __forceinline__ unsigned down2(float low, float high) {
 }
 #endif
 
+// CH consecutive values as they lie in memory: packed, or one a word where rows are not aligned
 template <class T>
-__device__ __forceinline__ Row<T, CH> load_row(const T* __restrict__ at, bool live, int left) {
-    Row<T, CH> row;
-#if ALIGNED
-    if (live && left > 0) {
-        row = *reinterpret_cast<const Row<T, CH>*>(at);
-    } else {
-        UNROLL for (int j = 0; j < CH; j++) row.v[j] = T{};
+struct Raw {
+    unsigned w[ALIGNED ? (sizeof(T) * CH + 3) / 4 : CH];
+    __device__ __forceinline__ float get(int j) const {
+        if (sizeof(T) == 4) return __uint_as_float(w[j]);
+        if (ALIGNED && CH > 1) return __uint_as_float(j % 2 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16);
+        return __uint_as_float(w[j] << 16);
     }
-#else
-    UNROLL for (int j = 0; j < CH; j++) row.v[j] = live && j < left ? at[j] : T{};
-#endif
+};
+
+template <class T>
+__device__ __forceinline__ unsigned load_one(const T* at, bool live) {
+    unsigned w;
+    if constexpr (sizeof(T) == 2) {
+        w = load_half(at, live);
+    } else {
+        load_words<1>(at, live, &w);
+    }
+    return w;
+}
+
+template <class T>
+__device__ __forceinline__ Raw<T> load_row(const T* at, bool live, int left) {
+    Raw<T> row;
+    if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
+        load_words<sizeof(T) * CH / 4>(at, live && left > 0, row.w);
+    } else {
+        UNROLL for (int j = 0; j < CH; j++) row.w[j] = load_one(at + j, live && j < left);
+    }
     return row;
 }
 
@@ -238,8 +279,13 @@ __device__ __forceinline__ bool is_real(const signed char* flags, i64 at) {
 
 // B and C of one tile on their way from memory to shared memory
 struct Staged {
-    float b[STAGED], c[STAGED];
+    unsigned b[STAGED], c[STAGED];
 };
+
+template <class T>
+__device__ __forceinline__ float one(unsigned w) {
+    return __uint_as_float(sizeof(T) == 2 ? w << 16 : w);
+}
 
 template <bool WITH_B, bool WITH_C>
 __device__ __forceinline__ void fetch(const BT* B, const CT* C, const signed char* row_flags, i64 b, i64 t0, i64 end,
@@ -248,8 +294,8 @@ __device__ __forceinline__ void fetch(const BT* B, const CT* C, const signed cha
         int e = threadIdx.x + i * THREADS;
         i64 t = t0 + e / N;
         bool live = e < TILE * N && t < end && is_real(row_flags, t);
-        if (WITH_B) out.b[i] = live ? up(B[b * sbb + t * sbl + e % N]) : 0.0f;
-        if (WITH_C) out.c[i] = live ? up(C[b * scb + t * scl + e % N]) : 0.0f;
+        if (WITH_B) out.b[i] = load_one(B + b * sbb + t * sbl + e % N, live);
+        if (WITH_C) out.c[i] = load_one(C + b * scb + t * scl + e % N, live);
     }
 }
 
@@ -258,8 +304,8 @@ __device__ __forceinline__ void put(const Staged& from, float* b, float* c) {
     UNROLL for (int i = 0; i < STAGED; i++) {
         int e = threadIdx.x + i * THREADS;
         if (e < TILE * N) {
-            if (WITH_B) b[e] = from.b[i];
-            if (WITH_C) c[e] = from.c[i];
+            if (WITH_B) b[e] = one<BT>(from.b[i]);
+            if (WITH_C) c[e] = one<CT>(from.c[i]);
         }
     }
 }
@@ -325,9 +371,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const i64 blocks = (g.length + EVERY - 1) / EVERY;
     float* saved_at = g.saved + ((b * blocks + t / EVERY) * g.d + p.channel) * N + p.k * S;
 
-    Row<XT, CH> next_x[ROWS];
-    Row<DT, CH> next_d[ROWS];
-    Row<ZT, CH> next_z[ROWS];
+    Raw<XT> next_x[ROWS];
+    Raw<DT> next_d[ROWS];
+    Raw<ZT> next_z[ROWS];
     signed char next_flag[ROWS];
     auto ahead = [&](int t0) {
         UNROLL for (int r = 0; r < ROWS; r++) {
@@ -357,16 +403,16 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         const float* C = shared.C[buffer] + p.k * S;
         _Pragma("unroll 1") for (int sub = 0; sub < TILE / SUB; sub++) {
             float xs[ROWS][CH];
-            Row<ZT, CH> zs[ROWS];
+            Raw<ZT> zs[ROWS];
             bool real[ROWS];
             UNROLL for (int r = 0; r < ROWS; r++) {
                 bool live = t + r * K + p.k < end;
                 real[r] = SEGMENTS ? live && (next_flag[r] & 1) : live;
                 float both[2 * CH];
                 UNROLL for (int j = 0; j < CH; j++) {
-                    float slope;
-                    float step = real[r] ? softplus(up(next_d[r].v[j]) + bias[j], slope) : 0.0f;
-                    xs[r][j] = real[r] ? up(next_x[r].v[j]) : 0.0f;
+                    float slope, step = softplus(next_d[r].get(j) + bias[j], slope);
+                    step = real[r] ? step : 0.0f;
+                    xs[r][j] = real[r] ? next_x[r].get(j) : 0.0f;
                     both[j] = SEGMENTS && real[r] && (next_flag[r] & 2) ? RESET : step * LOG2E;
                     both[CH + j] = step * xs[r][j];
                     if (LOCAL) total[j] += both[j];
@@ -408,7 +454,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int j = 0; j < CH; j++) {
                         out[j] = fmaf(skip[j], xs[r][j], out[j]);
                         if (HAS_Z) {
-                            float gate = real[r] ? up(zs[r].v[j]) : 0.0f;
+                            float gate = real[r] ? zs[r].get(j) : 0.0f;
                             out[j] = out[j] * gate * rcp(1.0f + ex2(-gate * LOG2E));
                         }
                     }
@@ -538,11 +584,11 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / SUB) * g.d + p.channel) * N + p.k * S;
     const i64 group = block_channel / BLOCK_CHANNELS;
 
-    Row<XT, CH> next_x[ROWS], next_y[ROWS];
-    Row<DT, CH> next_d[ROWS];
-    Row<ZT, CH> next_z[ROWS];
+    Raw<XT> next_x[ROWS], next_y[ROWS];
+    Raw<DT> next_d[ROWS];
+    Raw<ZT> next_z[ROWS];
     signed char next_flag[ROWS];
-    float next_h[CH][S];
+    unsigned next_h[CH][S];
     auto ahead = [&](int t0) {
         bool inside = t0 >= first * TILE;
         UNROLL for (int r = 0; r < ROWS; r++) {
@@ -559,13 +605,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         if (HAS_Z) z_at -= SUB * g.szl;
         if (SEGMENTS) flag_at -= SUB;
         if (!LOCAL) {
-            UNROLL for (int j = 0; j < CH; j++) {
-                if (inside && t0 < length && j < p.left) {
-                    read<S>(saved_at + j * N, next_h[j]);
-                } else {
-                    UNROLL for (int s = 0; s < S; s++) next_h[j][s] = 0.0f;
-                }
-            }
+            UNROLL for (int j = 0; j < CH; j++)
+                load_words<S>(saved_at + j * N, inside && t0 < length && j < p.left, next_h[j]);
             saved_at -= g.d * N;
         }
     };
@@ -591,13 +632,13 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 bool real = t + r * K + p.k < length && (!SEGMENTS || (next_flag[r] & 1));
                 float both[2 * CH];
                 UNROLL for (int j = 0; j < CH; j++) {
-                    step[r][j] = softplus(up(next_d[r].v[j]) + bias[j], slope[r][j]);
+                    step[r][j] = softplus(next_d[r].get(j) + bias[j], slope[r][j]);
                     step[r][j] = real ? step[r][j] : 0.0f;
                     slope[r][j] = real ? slope[r][j] : 0.0f;
-                    xs[r][j] = real ? up(next_x[r].v[j]) : 0.0f;
-                    grad[r][j] = real ? up(next_y[r].v[j]) : 0.0f;
+                    xs[r][j] = real ? next_x[r].get(j) : 0.0f;
+                    grad[r][j] = real ? next_y[r].get(j) : 0.0f;
                     if (HAS_Z) {
-                        float gate = real ? up(next_z[r].v[j]) : 0.0f;
+                        float gate = real ? next_z[r].get(j) : 0.0f;
                         float sigmoid = rcp(1.0f + ex2(-gate * LOG2E));
                         gate_slope[r][j] = grad[r][j] * sigmoid * fmaf(gate, 1.0f - sigmoid, 1.0f);
                         grad[r][j] *= gate * sigmoid;
@@ -611,7 +652,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             }
             float h[SUB + 1][CH][S], decay[SUB][CH][S];
             UNROLL for (int j = 0; j < CH; j++)
-                UNROLL for (int s = 0; s < S; s++) h[0][j][s] = next_h[j][s];
+                UNROLL for (int s = 0; s < S; s++) h[0][j][s] = __uint_as_float(next_h[j][s]);
             ahead(t - SUB);
             WARP_BARRIER();
             if (!LOCAL) {

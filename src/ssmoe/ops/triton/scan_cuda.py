@@ -1,10 +1,13 @@
 """The selective scan in CUDA C++ (`scan.cu`, compiled at run time): the custom op and how it is launched."""
+# a custom op's fake, its context and its gradient are called by torch with what the op was given
+# pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from ssmoe.ops.triton import nvrtc
 from ssmoe.ops.triton.launch import on_device, row_major
@@ -32,11 +35,12 @@ class Cut(NamedTuple):
         return 32 // self.lanes * self.channels * self.warps
 
 
-FORWARD = Cut(4, 2, 4, 32, 8, 3)
+# one channel a lane pair where there are many, and four lanes a channel where that alone fills the GPU
+FORWARD = Cut(2, 1, 4, 32, 8, 3)
+FORWARD_SPREAD = Cut(4, 1, 4, 32, 8, 4)
 BACKWARD = Cut(4, 2, 4, 16, SAVED_EVERY, 3)
-# warps of one launch that fill a GPU of 132 multiprocessors
-FORWARD_FILL = 1536
-BACKWARD_FILL = 1056
+# warps that run at once with three blocks of four on each of 132 multiprocessors, a few less
+FILL = 1536
 
 
 def covers(x: Tensor, A: Tensor) -> bool:
@@ -44,10 +48,31 @@ def covers(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
 
 
-def _chunks(cut: Cut, b: int, length: int, d: int, fill: int) -> int:
-    """1, or how many parts the length is cut into so that the two launches that it takes fill the GPU."""
-    warps = b * -(-d // cut.block_channels) * cut.warps
-    return 1 if 2 * warps > fill else max(1, min(1 + fill // warps, -(-length // cut.tile) // 8))
+def forward_cut(b: int, d: int) -> Cut:
+    """Four lanes a channel where they make between two thirds and all of FILL warps, which is one wave."""
+    return FORWARD_SPREAD if 2 * FILL <= 3 * _warps(FORWARD_SPREAD, b, d) <= 3 * FILL else FORWARD
+
+
+def backward_cut(n: int) -> Cut:
+    """Half the staged positions for wide states, so that shared memory stays under 48 KiB."""
+    return BACKWARD if n <= 16 else BACKWARD._replace(tile=8)
+
+
+def _warps(cut: Cut, b: int, d: int) -> int:
+    return b * cdiv(d, cut.block_channels) * cut.warps
+
+
+def _chunks(cut: Cut, b: int, length: int, d: int) -> int:
+    """1, or how many parts the length is cut into, so that each of the two launches that it takes is one wave."""
+    warps = _warps(cut, b, d)
+    return 1 if 3 * warps > 2 * FILL else max(1, min(1 + FILL // warps, cdiv(length, cut.tile) // 8))
+
+
+def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
+    """How many chunks of whole tiles there are, none of them empty, and the tiles of each."""
+    tiles = cdiv(length, cut.tile)
+    chunk_tiles = cdiv(tiles, chunks)
+    return cdiv(tiles, chunk_tiles), chunk_tiles
 
 
 def _type(t: Tensor | None) -> str:
@@ -112,9 +137,8 @@ def run_forward(
     z = None if z is None else row_major(z)
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     final = torch.empty(b, d, n, **like)
-    saved = torch.empty((b, -(-length // saved_every), d, n) if saved_every else (0,), **like)
-    chunk_tiles = -(-(-(-length // cut.tile)) // chunks)
-    chunks = -(-(-(-length // cut.tile)) // chunk_tiles)
+    saved = torch.empty((b, cdiv(length, saved_every), d, n) if saved_every else (0,), **like)
+    chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
     states = torch.empty((b, chunks, d, n) if chunks > 1 else (0,), **like)
     steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
     macros = _macros(
@@ -128,7 +152,7 @@ def run_forward(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], kept[3], flags, y, final, saved, states, steps,
                 length, d, chunks, chunk_tiles, phase,
             )  # fmt: skip
-            blocks = b * max(1, chunks - 1) * -(-d // cut.block_channels)
+            blocks = b * max(1, chunks - 1) * cdiv(d, cut.block_channels)
             words += _strides(x, delta, z, B, C)
             nvrtc.launch(SOURCE, "scan_forward", macros, blocks, 32 * cut.warps, words)
     return y, final, saved
@@ -157,9 +181,8 @@ def run_backward(
     like = {"dtype": torch.float32, "device": x.device}
     x, delta, B, C, dy = (row_major(t) for t in (x, delta, B, C, dy.to(x.dtype)))
     z = None if z is None else row_major(z)
-    groups = -(-d // cut.block_channels)
-    chunk_tiles = -(-(-(-length // cut.tile)) // chunks)
-    chunks = -(-(-(-length // cut.tile)) // chunk_tiles)
+    groups = cdiv(d, cut.block_channels)
+    chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(b, length, d, dtype=z.dtype, device=x.device)
@@ -187,7 +210,7 @@ def run_backward(
             nvrtc.launch(
                 SOURCE, "scan_backward", macros, b * max(1, chunks - 1) * groups, 32 * cut.warps, words
             )
-        blocks = -(-b * length * 2 * n // 256)
+        blocks = cdiv(b * length * 2 * n, 256)
         nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, _words(partial, dB, dC, groups, b * length))
     dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
     dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
@@ -212,9 +235,11 @@ def scan_cuda(
 
     x, delta, z: (b, l, d); A: (d, n), n in WIDTHS; B, C: (b, l, n); flags: (b, l) int8, bit 0 real, bit 1 reset.
     """
-    chunks = _chunks(FORWARD, *x.shape, FORWARD_FILL)
+    b, length, d = x.shape
+    cut = forward_cut(b, d)
+    chunks = _chunks(cut, b, length, d)
     every = SAVED_EVERY if save else 0
-    return run_forward(FORWARD, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)
+    return run_forward(cut, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)
 
 
 @scan_cuda.register_fake
@@ -244,10 +269,9 @@ def scan_cuda_backward(
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of `run_backward`."""
-    chunks = _chunks(BACKWARD, *x.shape, BACKWARD_FILL)
-    return run_backward(
-        BACKWARD, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial
-    )
+    cut = backward_cut(A.shape[1])
+    chunks = _chunks(cut, *x.shape)
+    return run_backward(cut, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial)
 
 
 @scan_cuda_backward.register_fake
