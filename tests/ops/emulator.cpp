@@ -67,6 +67,23 @@ static void load_words(const void* at, bool live, unsigned* w) {
     memset(w, 0, 4 * W);
     if (live) memcpy(w, at, 4 * W);
 }
+// copies arrive when they are waited for, and not before
+struct Copy {
+    float* to;
+    const float* from;
+    int width;
+};
+static std::vector<Copy> pending[1024];
+template <int W>
+static void copy_later(float* to, const float* from, bool live) {
+    for (int i = 0; i < W; i++) to[i] = NAN;
+    pending[threadIdx.x].push_back({to, live ? from : nullptr, W});
+}
+static void wait_copies() {
+    for (Copy& copy : pending[threadIdx.x])
+        for (int i = 0; i < copy.width; i++) copy.to[i] = copy.from ? copy.from[i] : 0.0f;
+    pending[threadIdx.x].clear();
+}
 
 #include SOURCE
 
@@ -75,7 +92,7 @@ static void enter_fiber() {
     yield(DONE);
 }
 
-static void run_block(unsigned threads) {
+static void run_block(unsigned threads, bool backwards) {
     for (unsigned i = 0; i < threads; i++) {
         Fiber& fiber = fibers[i];
         getcontext(&fiber.context);
@@ -88,13 +105,16 @@ static void run_block(unsigned threads) {
     }
     for (unsigned finished = 0; finished < threads;) {
         finished = 0;
-        for (unsigned warp = 0; warp < threads; warp += 32) {
+        for (unsigned w = 0; w < threads / 32; w++) {
+            unsigned warp = (backwards ? threads / 32 - 1 - w : w) * 32;
             while (fibers[warp].wait == RUNS || fibers[warp].wait == AT_WARP) {
-                for (unsigned i = warp; i < warp + 32; i++) {
-                    threadIdx.x = i;
-                    swapcontext(&scheduler, &fibers[i].context);
-                    if (fibers[i].wait != fibers[warp].wait) {
-                        fprintf(stderr, "lanes %u and %u wait at different barriers\n", warp, i);
+                for (unsigned i = 0; i < 32; i++) {
+                    threadIdx.x = warp + (backwards ? 31 - i : i);
+                    swapcontext(&scheduler, &fibers[threadIdx.x].context);
+                }
+                for (unsigned i = 1; i < 32; i++) {
+                    if (fibers[warp + i].wait != fibers[warp].wait) {
+                        fprintf(stderr, "lanes 0 and %u of a warp wait at different barriers\n", i);
                         abort();
                     }
                 }
@@ -115,7 +135,8 @@ static void call(const char* kernel) {
 #endif
 }
 
-extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const void* words) {
+// `backwards`: the last warp, lane and block first, which no correct kernel can tell
+extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const void* words, int backwards) {
     parameters = words;
     call(kernel);
     fibers.resize(threads);
@@ -123,7 +144,7 @@ extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const
     exchange[0].assign(threads, NAN);
     exchange[1].assign(threads, NAN);
     for (long block = 0; block < blocks; block++) {
-        blockIdx.x = (unsigned)block;
-        run_block(threads);
+        blockIdx.x = (unsigned)(backwards ? blocks - 1 - block : block);
+        run_block(threads, backwards);
     }
 }

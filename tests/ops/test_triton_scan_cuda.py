@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ from tests.ops.triton_cases import documents, errors, everything, scan_inputs, w
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled with g++")
 Emulate = Callable[..., None]
+
+
+class ORDER:
+    """Whether the emulation runs the last thread first."""
+
+    backwards = 0
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
         if macros not in libraries:
             libraries[macros] = build(source, macros)
         values = (ctypes.c_int64 * len(words))(*words)
-        libraries[macros].emulate(kernel.encode(), ctypes.c_long(blocks), threads, values)
+        libraries[macros].emulate(kernel.encode(), ctypes.c_long(blocks), threads, values, ORDER.backwards)
 
     return launch
 
@@ -48,7 +55,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
 @pytest.fixture(autouse=True)
 def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "launch", emulated)
-    monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
+    monkeypatch.setattr(scan_cuda, "covers", lambda x, A, save: A.shape[-1] in scan_cuda.WIDTHS)
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int) -> None:
@@ -66,13 +73,15 @@ def close(found: dict[str, tuple[float, float]], floor: float = 5e-7) -> None:
 SMALL = Cut(4, 2, 2, 8, 8, 1), Cut(4, 2, 2, 8, 4, 1)
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_parity(dtype: torch.dtype, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, *SMALL, chunks)
     close(errors("selective_scan", scan_inputs(2, 35, 38, 16, dtype)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_segments(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, *SMALL, chunks)
@@ -80,6 +89,7 @@ def test_segments(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     close(errors("selective_scan", inputs, segments=documents(2, 35)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", scan_cuda.WIDTHS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 3), (1, 20, 66)])
 def test_shapes(shape: tuple[int, int, int], n: int) -> None:
@@ -108,6 +118,16 @@ def scan(**inputs: Tensor) -> tuple[Tensor, Tensor]:
     return y, final
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_order_of_threads_changes_nothing(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, chunks)
+    inputs = scan_inputs(1, 35, 66, 16, torch.float32)
+    first = everything(scan, inputs, {})
+    monkeypatch.setattr(ORDER, "backwards", 1)
+    for name, value in everything(scan, inputs, {}).items():
+        assert torch.equal(value, first[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lanes", "channels", "sub"), [(1, 1, 4), (2, 2, 4), (4, 4, 4), (4, 1, 8), (8, 2, 8)]
@@ -119,9 +139,29 @@ def test_other_cuts(lanes: int, channels: int, sub: int, monkeypatch: pytest.Mon
 
 
 def test_the_choice_of_kernels_is_compiled_in_one_graph() -> None:
-    monkeypatched = torch.zeros(2)
+    x = torch.zeros(2)
     whole = torch.compile(lambda x: x + nvrtc.available(), fullgraph=True, backend="eager")
-    assert torch.equal(whole(monkeypatched), monkeypatched + nvrtc.available())
+    assert torch.equal(whole(x), x + nvrtc.available())
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "save", "taken"),
+    [
+        ((8, 2048, 1536), 16, False, True),
+        ((64, 1024, 1024), 16, False, False),
+        ((64, 1024, 1024), 16, True, True),
+        ((8, 2048, 1536), 17, True, False),
+        ((1, 2**31, 1), 16, True, False),
+    ],
+)
+def test_which_kernels_take_a_scan(
+    shape: tuple[int, int, int], n: int, save: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    x = mock.Mock(is_cuda=True, shape=shape)
+    assert scan_cuda.covers(x, torch.zeros(1, n), save) is taken
+    assert not scan_cuda.covers(mock.Mock(is_cuda=False, shape=shape), torch.zeros(1, n), save)
 
 
 @pytest.mark.parametrize(

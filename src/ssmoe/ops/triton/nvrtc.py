@@ -61,7 +61,8 @@ def compile_source(source: Path, macros: Macros, architecture: str) -> bytes:
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     program = ctypes.c_void_p()
     text = source.read_bytes()
-    library.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
+    if library.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None):
+        raise RuntimeError(f"NVRTC does not take {source}")
     try:
         if library.nvrtcCompileProgram(program, len(options), encoded):
             raise RuntimeError(

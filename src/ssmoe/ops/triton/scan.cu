@@ -44,6 +44,22 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
                          : "l"((const char*)at + 4 * i), "r"((unsigned)live));
     }
 }
+// Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
+template <int W>
+__device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    constexpr int V = W < 4 ? W : 4;
+    for (int i = 0; i < W; i += V) {
+        if constexpr (V == 4) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + 4 * i), "l"(from + i),
+                         "r"(live ? 16 : 0) : "memory");
+        } else {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(at), "l"(from), "r"(live ? 4 * V : 0),
+                         "n"(4 * V) : "memory");
+        }
+    }
+}
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 struct bf16 {
@@ -68,6 +84,7 @@ constexpr float TINY = 1.0e-30f;
 #define CKPT 0
 #endif
 static_assert(SUB % (CKPT > 0 ? CKPT : SUB) == 0, "saved positions fall on whole steps of a loop");
+static_assert(THREADS % N == 0, "a thread stages one state");
 static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 
 #define UNROLL _Pragma("unroll")
@@ -277,38 +294,52 @@ __device__ __forceinline__ bool is_real(const signed char* flags, i64 at) {
 #endif
 }
 
-// B and C of one tile on their way from memory to shared memory
-struct Staged {
-    unsigned b[STAGED], c[STAGED];
-};
-
 template <class T>
 __device__ __forceinline__ float one(unsigned w) {
     return __uint_as_float(sizeof(T) == 2 ? w << 16 : w);
 }
 
+// B and C of a tile on their way from memory to shared memory; each thread carries every THREADS-th value.
 template <bool WITH_B, bool WITH_C>
-__device__ __forceinline__ void fetch(const BT* B, const CT* C, const signed char* row_flags, i64 b, i64 t0, i64 end,
-                                      i64 sbb, i64 sbl, i64 scb, i64 scl, Staged& out) {
-    UNROLL for (int i = 0; i < STAGED; i++) {
-        int e = threadIdx.x + i * THREADS;
-        i64 t = t0 + e / N;
-        bool live = e < TILE * N && t < end && is_real(row_flags, t);
-        if (WITH_B) out.b[i] = load_one(B + b * sbb + t * sbl + e % N, live);
-        if (WITH_C) out.c[i] = load_one(C + b * scb + t * scl + e % N, live);
-    }
-}
+struct Stage {
+    static constexpr int STRIDE = THREADS / N;
+    unsigned b[STAGED], c[STAGED];
+    const BT* b_at;
+    const CT* c_at;
+    const signed char* flag_at;
+    i64 b_row, c_row;
+    int row;
 
-template <bool WITH_B, bool WITH_C>
-__device__ __forceinline__ void put(const Staged& from, float* b, float* c) {
-    UNROLL for (int i = 0; i < STAGED; i++) {
-        int e = threadIdx.x + i * THREADS;
-        if (e < TILE * N) {
-            if (WITH_B) b[e] = one<BT>(from.b[i]);
-            if (WITH_C) c[e] = one<CT>(from.c[i]);
+    __device__ __forceinline__ Stage(const BT* B, const CT* C, const signed char* flags, i64 batch, i64 t, i64 length,
+                                     i64 sbb, i64 sbl, i64 scb, i64 scl)
+        : b_row(sbl), c_row(scl), row(threadIdx.x / N) {
+        b_at = B + batch * sbb + (t + row) * sbl + threadIdx.x % N;
+        c_at = C + batch * scb + (t + row) * scl + threadIdx.x % N;
+        flag_at = flags + (SEGMENTS ? batch * length + t + row : 0);
+    }
+
+    // the tile that begins at t, where `rows` positions are left; then moves on by `tiles`
+    __device__ __forceinline__ void fetch(int rows, int tiles) {
+        UNROLL for (int i = 0; i < STAGED; i++) {
+            bool live = row + i * STRIDE < (rows < TILE ? rows : TILE) && is_real(flag_at, i * STRIDE);
+            if (WITH_B) b[i] = load_one(b_at + i * STRIDE * b_row, live);
+            if (WITH_C) c[i] = load_one(c_at + i * STRIDE * c_row, live);
+        }
+        if (WITH_B) b_at += tiles * TILE * b_row;
+        if (WITH_C) c_at += tiles * TILE * c_row;
+        if (SEGMENTS) flag_at += tiles * TILE;
+    }
+
+    __device__ __forceinline__ void put(float* to_b, float* to_c) const {
+        UNROLL for (int i = 0; i < STAGED; i++) {
+            int e = threadIdx.x + i * THREADS;
+            if (e < TILE * N) {
+                if (WITH_B) to_b[e] = one<BT>(b[i]);
+                if (WITH_C) to_c[e] = one<CT>(c[i]);
+            }
         }
     }
-}
+};
 
 #ifdef FORWARD
 
@@ -389,16 +420,15 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         if (SEGMENTS) flag_at += SUB;
     };
 
-    const signed char* row_flags = g.flags + (SEGMENTS ? b * g.length : 0);
-    Staged staged;
-    fetch<true, !LOCAL>(g.B, g.C, row_flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
+    Stage<true, !LOCAL> stage(g.B, g.C, g.flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl);
+    stage.fetch(end - t, 1);
     ahead(t);
-    put<true, !LOCAL>(staged, shared.B[0], shared.C[0]);
+    stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
     float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
     for (i64 tile = first; tile < last; tile++) {
-        fetch<true, !LOCAL>(g.B, g.C, row_flags, b, t + TILE, end, g.sbb, g.sbl, g.scb, g.scl, staged);
+        stage.fetch(end - t - TILE, 1);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
         _Pragma("unroll 1") for (int sub = 0; sub < TILE / SUB; sub++) {
@@ -466,7 +496,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             WARP_BARRIER();
         }
         buffer ^= 1;
-        put<true, !LOCAL>(staged, shared.B[buffer], shared.C[buffer]);
+        stage.put(shared.B[buffer], shared.C[buffer]);
         BARRIER();
     }
     if (!LOCAL && chunk == g.chunks - 1) store_states(g.last_state, b, g.d, p, h);
@@ -530,6 +560,7 @@ struct alignas(16) Shared {
     float partial[2][WARPS][TILE * 2 * N];
     float pair[WARPS][SUB][GROUPS][2 * CH];
     float grad[WARPS][SUB][GROUPS][CH];
+    float saved[2][CH][THREADS][S];
 };
 
 // Sums over the lanes of equal k; the lane of `group` keeps values [group / COPIES * KEPT, + KEPT).
@@ -583,12 +614,13 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const i64 blocks = (g.length + SUB - 1) / SUB;
     const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / SUB) * g.d + p.channel) * N + p.k * S;
     const i64 group = block_channel / BLOCK_CHANNELS;
+    float* partial_at = g.partial + ((group * g.batch + b) * g.length + (last - 1) * TILE) * 2 * N;
 
     Raw<XT> next_x[ROWS], next_y[ROWS];
     Raw<DT> next_d[ROWS];
     Raw<ZT> next_z[ROWS];
     signed char next_flag[ROWS];
-    unsigned next_h[CH][S];
+    int side = 0;  // of the saved states on their way
     auto ahead = [&](int t0) {
         bool inside = t0 >= first * TILE;
         UNROLL for (int r = 0; r < ROWS; r++) {
@@ -606,23 +638,22 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         if (SEGMENTS) flag_at -= SUB;
         if (!LOCAL) {
             UNROLL for (int j = 0; j < CH; j++)
-                load_words<S>(saved_at + j * N, inside && t0 < length && j < p.left, next_h[j]);
+                copy_later<S>(shared.saved[side][j][threadIdx.x], saved_at + j * N, inside && t0 < length && j < p.left);
             saved_at -= g.d * N;
         }
     };
 
-    const signed char* row_flags = g.flags + (SEGMENTS ? b * g.length : 0);
-    Staged staged;
-    fetch<!LOCAL, true>(g.B, g.C, row_flags, b, (last - 1) * TILE, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
+    int t0 = (int)((last - 1) * TILE);  // of the tile in hand
+    Stage<!LOCAL, true> stage(g.B, g.C, g.flags, b, t0, g.length, g.sbb, g.sbl, g.scb, g.scl);
+    stage.fetch(length - t0, -1);
     ahead(t);
-    put<!LOCAL, true>(staged, shared.B[0], shared.C[0]);
+    stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
     float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
     float(*grads)[GROUPS][CH] = shared.grad[p.warp];
     for (i64 tile = last - 1; tile >= first; tile--) {
-        if (tile > first)
-            fetch<!LOCAL, true>(g.B, g.C, row_flags, b, (tile - 1) * TILE, g.length, g.sbb, g.sbl, g.scb, g.scl, staged);
+        if (tile > first) stage.fetch(TILE, -1);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
         float* partial = shared.partial[buffer][p.warp];
@@ -651,8 +682,11 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 write<CH>(grads[r * K + p.k][p.group], grad[r]);
             }
             float h[SUB + 1][CH][S], decay[SUB][CH][S];
-            UNROLL for (int j = 0; j < CH; j++)
-                UNROLL for (int s = 0; s < S; s++) h[0][j][s] = __uint_as_float(next_h[j][s]);
+            if (!LOCAL) {
+                wait_copies();
+                UNROLL for (int j = 0; j < CH; j++) read<S>(shared.saved[side][j][threadIdx.x], h[0][j]);
+                side ^= 1;
+            }
             ahead(t - SUB);
             WARP_BARRIER();
             if (!LOCAL) {
@@ -740,16 +774,22 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             t -= SUB;
             WARP_BARRIER();
         }
-        put<!LOCAL, true>(staged, shared.B[buffer ^ 1], shared.C[buffer ^ 1]);
+        stage.put(shared.B[buffer ^ 1], shared.C[buffer ^ 1]);
         BARRIER();
         if (!LOCAL) {
-            for (int e = threadIdx.x; e < TILE * 2 * N; e += THREADS) {
-                i64 at = tile * TILE + e / (2 * N);
-                float sum = 0.0f;
-                UNROLL for (int w = 0; w < WARPS; w++) sum += shared.partial[buffer][w][e];
-                if (at < g.length) g.partial[((group * g.batch + b) * g.length + at) * 2 * N + e % (2 * N)] = sum;
+            const int inside = (length - t0 < TILE ? length - t0 : TILE) * 2 * N;
+            UNROLL for (int e = 4 * threadIdx.x; e < TILE * 2 * N; e += 4 * THREADS) {
+                float sum[4], own[4];
+                read<4>(shared.partial[buffer][0] + e, sum);
+                UNROLL for (int w = 1; w < WARPS; w++) {
+                    read<4>(shared.partial[buffer][w] + e, own);
+                    UNROLL for (int i = 0; i < 4; i++) sum[i] += own[i];
+                }
+                if (e < inside) write<4>(partial_at + e, sum);
             }
+            partial_at -= TILE * 2 * N;
         }
+        t0 -= TILE;
         buffer ^= 1;
     }
     if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);

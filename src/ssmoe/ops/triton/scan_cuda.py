@@ -16,6 +16,7 @@ SOURCE = Path(__file__).with_name("scan.cu")
 WIDTHS = (8, 16, 32)
 """State widths that the kernels are written for; others take the Triton kernels."""
 LONGEST = 2**31 - 2**16
+MANY = 2**15
 SAVED_EVERY = 4
 """Positions between two saved states; the backward replays this many from registers."""
 
@@ -43,9 +44,13 @@ BACKWARD = Cut(4, 2, 4, 16, SAVED_EVERY, 3)
 FILL = 1536
 
 
-def covers(x: Tensor, A: Tensor) -> bool:
-    """Whether these kernels take the scan; decided by device, state width and length alone."""
-    return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
+def covers(x: Tensor, A: Tensor, save: bool) -> bool:
+    """Whether these kernels take the scan, with gradients if `save`; decided before anything is launched.
+
+    Without gradients the Triton kernel measured faster from MANY channels on.
+    """
+    fits = A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and (save or x.shape[0] * x.shape[2] < MANY)
+    return x.is_cuda and fits and nvrtc.available()
 
 
 def forward_cut(b: int, d: int) -> Cut:
@@ -54,8 +59,8 @@ def forward_cut(b: int, d: int) -> Cut:
 
 
 def backward_cut(n: int) -> Cut:
-    """Half the staged positions for wide states, so that shared memory stays under 48 KiB."""
-    return BACKWARD if n <= 16 else BACKWARD._replace(tile=8)
+    """One channel a lane and fewer positions staged for wide states: registers, and 48 KiB of shared memory."""
+    return BACKWARD if n <= 16 else BACKWARD._replace(channels=1, tile=8)
 
 
 def _warps(cut: Cut, b: int, d: int) -> int:
