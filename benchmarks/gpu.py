@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops import load
+from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
 
 
@@ -91,8 +92,17 @@ def scan(b: int, length: int, d: int, *, backward: bool) -> float:
     D, bias = normal(d, dtype=torch.float32), normal(d, dtype=torch.float32)
     inputs = (x, delta, A, normal(b, length, 16), normal(b, length, 16), D)
     if not backward:
+        if scan_cuda.covers(x, A, save=False):
+            return graphed(lambda: scan_cuda.scan_cuda(*inputs, None, bias, None, None, False))
         return graphed(lambda: scan_forward(*inputs, None, bias, None, None, False, False))
     dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
+    if scan_cuda.covers(x, A, save=True):
+
+        def run_cuda() -> None:
+            _, _, saved = scan_cuda.scan_cuda(*inputs, None, bias, None, None, True)
+            scan_cuda.scan_cuda_backward(dy, dfinal, *inputs, None, bias, None, saved, False)
+
+        return graphed(run_cuda)
 
     def run() -> None:
         _, _, checkpoints = scan_forward(*inputs, None, bias, None, None, True, False)

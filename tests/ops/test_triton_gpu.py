@@ -38,7 +38,18 @@ def within_twice_eager(found: Errors, dtype: torch.dtype) -> None:
 @BOTH
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1), (2, 2, 3, 16), (2, 63, 33, 16), (3, 100, 96, 5), (1, 1025, 100, 16), (2, 257, 40, 64)],
+    [
+        (1, 1, 1, 1),
+        (3, 100, 96, 5),
+        (1, 1025, 100, 5),
+        (2, 257, 40, 64),
+        (2, 2, 3, 16),
+        (2, 63, 33, 16),
+        (1, 1025, 100, 16),
+        (8, 70, 1536, 16),
+        (3, 300, 40, 8),
+        (2, 600, 36, 32),
+    ],
 )
 @pytest.mark.parametrize("segmented", [False, True])
 def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
@@ -151,8 +162,9 @@ def test_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.slow
-def test_scan_past_two_to_the_31() -> None:
-    b, length, d, n = 3, 720_000, 1024, 4
+@pytest.mark.parametrize("n", [4, 8])
+def test_scan_past_two_to_the_31(n: int) -> None:
+    b, length, d = 3, 720_000, 1024
     assert b * length * d > 2**31
     ops = load("triton")
     normal = torch.randn

@@ -1,4 +1,4 @@
-"""The GPU backend: kernels compiled when first used, from Triton, with no CUDA build."""
+"""The GPU backend: kernels compiled when first used, from Triton or by NVRTC, with no CUDA build."""
 
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
+from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton import scan_kernels as kernels
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
 
@@ -43,7 +44,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """The selective scan of `ssmoe.ops.reference.selective_scan`, for float32 and bfloat16 activations.
 
-    Two runs are bitwise equal: no kernel uses atomics.
+    State widths of 8, 16 and 32 take the kernels of `scan.cu` on a GPU that has NVRTC (`scan_cuda.covers`), all
+    others the Triton kernels. Two runs are bitwise equal: no kernel uses atomics.
     """
     check_activations(x=x, delta=delta, z=z, B=B, C=C)
     b, length, d = x.shape
@@ -63,6 +65,9 @@ def selective_scan(
         flags = segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if scan_cuda.covers(x, A, save):
+        y, final, _ = scan_cuda.scan_cuda(*tensors, flags, save)
+        return y, write_state(final, slots, out_state)
     # with gradients the gate is its own pass: inside the backward scan it would cost far more than it reads
     apart = save and z is not None
     fused = None if apart else z

@@ -1,0 +1,145 @@
+"""One GPU: the CUDA C++ scan under other cuts (lanes, channels, warps, chunks), each checked, then timed.
+
+    python benchmarks/scan_cuts.py [--forward] [--backward] [--shapes B8 B64 B1] [--few]
+
+bfloat16 activations, N = 16, no gate (as in `gpu.py`); milliseconds a launch, median over CUDA-graph replays.
+A cut is K lanes a channel, CH channels a lane, W warps a block, TILE positions staged, SUB in hand, blocks a
+multiprocessor asked of the compiler, and chunks of the length.
+"""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import torch
+import triton
+from torch import Tensor
+
+from ssmoe.ops.triton import nvrtc, scan_cuda
+from ssmoe.ops.triton.scan_cuda import Cut
+from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
+
+SHAPES = {"B8": (8, 2048, 1536), "B64": (64, 1024, 1024), "B1": (1, 131072, 1536)}
+FORWARD = [
+    Cut(4, 1, 4, 32, 8, 4), Cut(4, 1, 2, 32, 8, 8), Cut(4, 1, 4, 32, 16, 4), Cut(4, 2, 4, 32, 8, 3),
+    Cut(4, 2, 4, 32, 8, 4), Cut(4, 2, 2, 32, 8, 6), Cut(4, 4, 4, 32, 8, 2), Cut(2, 1, 4, 32, 8, 3),
+    Cut(2, 2, 4, 32, 8, 2), Cut(1, 1, 4, 32, 8, 3), Cut(1, 1, 2, 32, 8, 6), Cut(8, 1, 4, 32, 8, 6),
+    Cut(8, 2, 4, 32, 8, 4),
+]  # fmt: skip
+BACKWARD = [
+    Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 2, 4, 16, 8, 2),
+    Cut(4, 2, 4, 16, 8, 3),
+    Cut(4, 4, 4, 16, 4, 2), Cut(4, 4, 2, 16, 4, 4), Cut(4, 1, 4, 16, 8, 4), Cut(4, 1, 4, 16, 4, 5),
+    Cut(8, 2, 4, 16, 8, 4),
+]  # fmt: skip
+CHUNKS = {
+    ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (5, 9, 17, 33),
+    ("B8", False): (1, 3, 4, 6), ("B64", False): (1,), ("B1", False): (12, 17, 23, 45),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--forward", action="store_true")
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS in place of the list")
+    parser.add_argument("--chunks", nargs="*", type=int, default=[])
+    args = parser.parse_args()
+    given = [Cut(*map(int, cut.split(","))) for cut in args.cuts]
+    if args.forward:
+        compile_all([m for cut in given or FORWARD for m in macros(cut, True)])
+        for shape in args.shapes:
+            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True])
+    if args.backward:
+        compile_all([m for cut in given or BACKWARD for m in macros(cut, False)])
+        for shape in args.shapes:
+            backward(shape, given or BACKWARD, args.chunks or CHUNKS[shape, False])
+
+
+def macros(cut: Cut, forward: bool) -> list[nvrtc.Macros]:
+    """What `run_forward` and `run_backward` compile for these inputs."""
+    types = dict.fromkeys(("XT", "DT"), "bf16") | {"ZT": "float"} | dict.fromkeys(("BT", "CT"), "bf16")
+    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": False, **types}
+    if not forward:
+        return [scan_cuda._macros(cut, 16, BACKWARD=1, **common)]
+    return [scan_cuda._macros(cut, 16, FORWARD=1, CKPT=0, **common)]
+
+
+def compile_all(wanted: list[nvrtc.Macros]) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda m: nvrtc.compile_source(scan_cuda.SOURCE, m, "sm_90"), wanted))
+
+
+def time(run: object) -> float:
+    return triton.testing.do_bench_cudagraph(run, rep=30, return_mode="median")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_()
+
+
+def inputs(b: int, length: int, d: int) -> tuple[Tensor | None, ...]:
+    A = -torch.arange(1, 17, device="cuda").float().repeat(d, 1)
+    D, bias = (torch.randn(d, device="cuda") for _ in range(2))
+    return (
+        normal(b, length, d),
+        normal(b, length, d) * 0.5 - 4,
+        A,
+        normal(b, length, 16),
+        normal(b, length, 16),
+        D,
+        None,
+        bias,
+    )
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The relative distance, a row of the batch at a time so that float64 fits."""
+    pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True)]
+    return (
+        (sum((f - e).square().sum() for f, e in pairs) / sum(e.square().sum() for _, e in pairs))
+        .sqrt()
+        .item()
+    )
+
+
+def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
+    given = inputs(*SHAPES[shape])
+    y, final, _ = scan_forward(*given, None, None, False, False)
+    for cut, c in product(cuts, chunks):
+        try:
+            out = scan_cuda.run_forward(cut, c, *given, None, None, 0)
+            wrong = f"y {apart(out[0], y):.0e} final {apart(out[1], final):.0e}"
+            ms = time(lambda k=cut, c=c: scan_cuda.run_forward(k, c, *given, None, None, 0))
+            print(f"forward {shape:4} {tuple(cut)} chunks {c:3}: {ms:7.4f}   {wrong}", flush=True)
+        except RuntimeError as error:
+            print(f"forward {shape:4} {tuple(cut)} chunks {c:3}: {str(error)[:200]}", flush=True)
+
+
+def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
+    b, length, d = SHAPES[shape]
+    given = inputs(b, length, d)
+    dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
+    x, delta, A, B, C, D, _, bias = given
+    saved = scan_forward(*given, None, None, True, False)[2]
+    truth = scan_backward(dy, dfinal, x, delta, A, B, C, D, bias, None, saved, False)
+    del saved
+    for every in sorted({cut.sub for cut in cuts}):
+        saved = scan_cuda.run_forward(scan_cuda.FORWARD, 17 if b == 1 else 1, *given, None, None, every)[2]
+        for cut, c in product([k for k in cuts if k.sub == every], chunks):
+            try:
+                arguments = (dy, dfinal, *given, None, saved, False)
+                out = scan_cuda.run_backward(cut, c, *arguments)
+                found = [out[i] for i in (0, 1, 2, 3, 4, 5, 7)]
+                wrong = " ".join(f"{apart(f, t):.0e}" for f, t in zip(found, truth, strict=False))
+                del out, found
+                ms = time(lambda k=cut, c=c, a=arguments: scan_cuda.run_backward(k, c, *a))
+                print(f"backward {shape:4} {tuple(cut)} chunks {c:3}: {ms:7.4f}   {wrong}", flush=True)
+            except RuntimeError as error:
+                print(f"backward {shape:4} {tuple(cut)} chunks {c:3}: {str(error)[:200]}", flush=True)
+        del saved, arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,852 @@
+// The selective scan: K lanes a channel, S = N / K states a lane, CH channels a lane, time in the loop.
+//
+// Each lane "owns" every K-th position of its CH channels: it loads them, applies softplus and gate once, and
+// hands the results to the other lanes through shared memory; sums over states end at the owner. B and C of TILE
+// positions are staged once a block. Compiled at run time; the macros below are set by scan_cuda.py.
+// No headers: bfloat16 is converted by hand.
+
+#ifndef EMULATED
+#define BARRIER() __syncthreads()
+#define WARP_BARRIER() __syncwarp()
+#define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
+__device__ __forceinline__ float ex2(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+__device__ __forceinline__ float rcp(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+// Loads for later: volatile, so that the compiler does not move them down to their use, and predicated, so that
+// no branch makes it wait for them. What is not `live` is zero.
+__device__ __forceinline__ unsigned load_half(const void* at, bool live) {
+    unsigned w;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u16 %0, [%1]; }"
+                 : "=r"(w) : "l"(at), "r"((unsigned)live));
+    return w;
+}
+template <int W>
+__device__ __forceinline__ void load_words(const void* at, bool live, unsigned* w) {
+    if constexpr (W == 1) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1]; }"
+                     : "=r"(w[0]) : "l"(at), "r"((unsigned)live));
+    } else if constexpr (W == 2) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;"
+                     " @p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
+                     : "=r"(w[0]), "=r"(w[1]) : "l"(at), "r"((unsigned)live));
+    } else {
+        for (int i = 0; i < W; i += 4)
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0;"
+                         " mov.b32 %3, 0; @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                         : "=r"(w[i]), "=r"(w[i + 1]), "=r"(w[i + 2]), "=r"(w[i + 3])
+                         : "l"((const char*)at + 4 * i), "r"((unsigned)live));
+    }
+}
+// Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
+template <int W>
+__device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    constexpr int V = W < 4 ? W : 4;
+    for (int i = 0; i < W; i += V) {
+        if constexpr (V == 4) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + 4 * i), "l"(from + i),
+                         "r"(live ? 16 : 0) : "memory");
+        } else {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(at), "l"(from), "r"(live ? 4 * V : 0),
+                         "n"(4 * V) : "memory");
+        }
+    }
+}
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+
+struct bf16 {
+    unsigned short bits;
+};
+typedef long long i64;
+
+constexpr int S = N / K;
+constexpr int GROUPS = 32 / K;
+constexpr int WARP_CHANNELS = GROUPS * CH;
+constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
+constexpr int THREADS = 32 * WARPS;
+constexpr int STAGED = (TILE * N + THREADS - 1) / THREADS;
+constexpr int ROWS = SUB / K;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+// stands for an infinite step: exp(RESET A) is 0 for every A at or below -TINY, and TINY itself decays nothing
+constexpr float RESET = 1.0e36f;
+constexpr float TINY = 1.0e-30f;
+
+#ifndef CKPT
+#define CKPT 0
+#endif
+static_assert(SUB % (CKPT > 0 ? CKPT : SUB) == 0, "saved positions fall on whole steps of a loop");
+static_assert(THREADS % N == 0, "a thread stages one state");
+static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
+
+#define UNROLL _Pragma("unroll")
+
+template <class T, int W>
+struct alignas(sizeof(T) * W) Row {
+    T v[W];
+};
+
+__device__ __forceinline__ void down(float v, float& out) { out = v; }
+__device__ __forceinline__ void down(float v, bf16& out) {
+    // round to nearest even; NaN stays NaN
+    unsigned u = __float_as_uint(v);
+    unsigned rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    out.bits = (unsigned short)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+#ifndef EMULATED
+__device__ __forceinline__ unsigned down2(float low, float high) {
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+#endif
+
+// CH consecutive values as they lie in memory: packed, or one a word where rows are not aligned
+template <class T>
+struct Raw {
+    unsigned w[ALIGNED ? (sizeof(T) * CH + 3) / 4 : CH];
+    __device__ __forceinline__ float get(int j) const {
+        if (sizeof(T) == 4) return __uint_as_float(w[j]);
+        if (ALIGNED && CH > 1) return __uint_as_float(j % 2 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16);
+        return __uint_as_float(w[j] << 16);
+    }
+};
+
+template <class T>
+__device__ __forceinline__ unsigned load_one(const T* at, bool live) {
+    unsigned w;
+    if constexpr (sizeof(T) == 2) {
+        w = load_half(at, live);
+    } else {
+        load_words<1>(at, live, &w);
+    }
+    return w;
+}
+
+template <class T>
+__device__ __forceinline__ Raw<T> load_row(const T* at, bool live, int left) {
+    Raw<T> row;
+    if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
+        load_words<sizeof(T) * CH / 4>(at, live && left > 0, row.w);
+    } else {
+        UNROLL for (int j = 0; j < CH; j++) row.w[j] = load_one(at + j, live && j < left);
+    }
+    return row;
+}
+
+template <class T>
+__device__ __forceinline__ void store_row(T* at, const float (&value)[CH], bool live, int left) {
+    Row<T, CH> row;
+#ifndef EMULATED
+    if constexpr (sizeof(T) == 2 && CH % 2 == 0) {
+        UNROLL for (int j = 0; j < CH; j += 2) {
+            unsigned both = down2(value[j], value[j + 1]);
+            row.v[j].bits = (unsigned short)both;
+            row.v[j + 1].bits = (unsigned short)(both >> 16);
+        }
+    } else
+#endif
+    {
+        UNROLL for (int j = 0; j < CH; j++) down(value[j], row.v[j]);
+    }
+#if ALIGNED
+    if (live && left > 0) *reinterpret_cast<Row<T, CH>*>(at) = row;
+#else
+    UNROLL for (int j = 0; j < CH; j++)
+        if (live && j < left) at[j] = row.v[j];
+#endif
+}
+
+// W floats from an address aligned to as many
+template <int W>
+__device__ __forceinline__ void read(const float* at, float (&out)[W]) {
+    constexpr int V = W < 4 ? W : 4;
+    UNROLL for (int i = 0; i < W; i += V) {
+        Row<float, V> part = *reinterpret_cast<const Row<float, V>*>(at + i);
+        UNROLL for (int j = 0; j < V; j++) out[i + j] = part.v[j];
+    }
+}
+
+template <int W>
+__device__ __forceinline__ void write(float* at, const float (&value)[W]) {
+    constexpr int V = W < 4 ? W : 4;
+    UNROLL for (int i = 0; i < W; i += V) {
+        Row<float, V> part;
+        UNROLL for (int j = 0; j < V; j++) part.v[j] = value[i + j];
+        *reinterpret_cast<Row<float, V>*>(at + i) = part;
+    }
+}
+
+// softplus(v) to a relative 2e-7 everywhere, and sigmoid(v)
+__device__ __forceinline__ float softplus(float v, float& slope) {
+    float e = ex2(-fabsf(v) * LOG2E);
+    float p = fmaf(-0.008539203554391861f, e, 0.04408961534500122f);
+    p = fmaf(p, e, -0.10768169164657593f);
+    p = fmaf(p, e, 0.17745240032672882f);
+    p = fmaf(p, e, -0.24495461583137512f);
+    p = fmaf(p, e, 0.33275479078292847f);
+    p = fmaf(p, e, -0.4999740421772003f);
+    p = fmaf(p, e, 0.9999998211860657f);
+    slope = (v >= 0.0f ? 1.0f : e) * rcp(1.0f + e);
+    return fmaf(p, e, fmaxf(v, 0.0f));
+}
+
+// Sums over the K lanes of a channel; lane k keeps the sum of part[k].
+__device__ __forceinline__ void to_owner(float (&part)[K][CH], float (&out)[CH], int k) {
+    UNROLL for (int m = K / 2; m >= 1; m /= 2) {
+        bool upper = k & m;
+        UNROLL for (int i = 0; i < m; i++) {
+            UNROLL for (int j = 0; j < CH; j++) {
+                float send = upper ? part[i][j] : part[i + m][j];
+                float keep = upper ? part[i + m][j] : part[i][j];
+                part[i][j] = keep + SWAP(send, m);
+            }
+        }
+    }
+    UNROLL for (int j = 0; j < CH; j++) out[j] = part[0][j];
+}
+
+// Where a lane stands and the rows of x, delta, ... that it owns.
+struct Place {
+    int k, group, warp, left;
+    i64 channel, b;
+};
+
+__device__ __forceinline__ Place place(i64 block_channel, i64 b, i64 d) {
+    Place p;
+    int lane = threadIdx.x % 32;
+    p.warp = threadIdx.x / 32;
+    p.k = lane % K;
+    p.group = lane / K;
+    p.channel = block_channel + p.warp * WARP_CHANNELS + p.group * CH;
+    i64 left = d - p.channel;
+    p.left = left < 0 ? 0 : left < CH ? (int)left : CH;
+    p.b = b;
+    return p;
+}
+
+// S states of each of the lane's channels from a (..., d, N) tensor at row `at` of d * N floats
+__device__ __forceinline__ void load_states(const float* from, i64 at, i64 d, const Place& p, float (&h)[CH][S]) {
+    UNROLL for (int j = 0; j < CH; j++) {
+        if (j < p.left) {
+            read<S>(from + (at * d + p.channel + j) * N + p.k * S, h[j]);
+        } else {
+            UNROLL for (int s = 0; s < S; s++) h[j][s] = 0.0f;
+        }
+    }
+}
+
+__device__ __forceinline__ void store_states(float* to, i64 at, i64 d, const Place& p, const float (&h)[CH][S]) {
+    UNROLL for (int j = 0; j < CH; j++)
+        if (j < p.left) write<S>(to + (at * d + p.channel + j) * N + p.k * S, h[j]);
+}
+
+__device__ __forceinline__ void load_A(const float* A, i64 d, const Place& p, float (&a)[CH][S]) {
+    load_states(A, 0, d, p, a);
+#if SEGMENTS
+    UNROLL for (int j = 0; j < CH; j++)
+        UNROLL for (int s = 0; s < S; s++) a[j][s] = fminf(a[j][s], -TINY);
+#endif
+}
+
+// One value a channel, absent as zeros
+__device__ __forceinline__ void load_channels(const float* from, const Place& p, float (&out)[CH]) {
+    UNROLL for (int j = 0; j < CH; j++) out[j] = from && j < p.left ? from[p.channel + j] : 0.0f;
+}
+
+// The state that enters `chunk` from what left the chunks between it and `edge`, walking by `step`.
+__device__ __forceinline__ void enter(const float* states, const float* steps, i64 chunks, i64 d, i64 edge, i64 chunk,
+                                      int step, const Place& p, const float (&a)[CH][S], float (&h)[CH][S]) {
+    load_states(states, p.b * chunks + edge, d, p, h);
+    for (i64 i = edge + step; i != chunk; i += step) {
+        float own[CH][S];
+        load_states(states, p.b * chunks + i, d, p, own);
+        UNROLL for (int j = 0; j < CH; j++) {
+            float sum = j < p.left ? steps[(p.b * chunks + i) * d + p.channel + j] : 0.0f;
+            UNROLL for (int s = 0; s < S; s++) h[j][s] = fmaf(ex2(sum * a[j][s]), h[j][s], own[j][s]);
+        }
+    }
+}
+
+// What leaves a chunk: its state and the sum of its steps, of which every lane holds its own positions'.
+__device__ __forceinline__ void leave(float* states, float* steps, i64 chunks, i64 d, i64 chunk, const Place& p,
+                                      const float (&h)[CH][S], float (&total)[CH]) {
+    store_states(states, p.b * chunks + chunk, d, p, h);
+    UNROLL for (int j = 0; j < CH; j++) {
+        UNROLL for (int m = 1; m < K; m *= 2) total[j] += SWAP(total[j], m);
+        if (p.k == 0 && j < p.left) steps[(p.b * chunks + chunk) * d + p.channel + j] = total[j];
+    }
+}
+
+__device__ __forceinline__ bool is_real(const signed char* flags, i64 at) {
+#if SEGMENTS
+    return flags[at] & 1;
+#else
+    return true;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ float one(unsigned w) {
+    return __uint_as_float(sizeof(T) == 2 ? w << 16 : w);
+}
+
+// B and C of a tile on their way from memory to shared memory; each thread carries every THREADS-th value.
+template <bool WITH_B, bool WITH_C>
+struct Stage {
+    static constexpr int STRIDE = THREADS / N;
+    unsigned b[STAGED], c[STAGED];
+    const BT* b_at;
+    const CT* c_at;
+    const signed char* flag_at;
+    i64 b_row, c_row;
+    int row;
+
+    __device__ __forceinline__ Stage(const BT* B, const CT* C, const signed char* flags, i64 batch, i64 t, i64 length,
+                                     i64 sbb, i64 sbl, i64 scb, i64 scl)
+        : b_row(sbl), c_row(scl), row(threadIdx.x / N) {
+        b_at = B + batch * sbb + (t + row) * sbl + threadIdx.x % N;
+        c_at = C + batch * scb + (t + row) * scl + threadIdx.x % N;
+        flag_at = flags + (SEGMENTS ? batch * length + t + row : 0);
+    }
+
+    // the tile that begins at t, where `rows` positions are left; then moves on by `tiles`
+    __device__ __forceinline__ void fetch(int rows, int tiles) {
+        UNROLL for (int i = 0; i < STAGED; i++) {
+            bool live = row + i * STRIDE < (rows < TILE ? rows : TILE) && is_real(flag_at, i * STRIDE);
+            if (WITH_B) b[i] = load_one(b_at + i * STRIDE * b_row, live);
+            if (WITH_C) c[i] = load_one(c_at + i * STRIDE * c_row, live);
+        }
+        if (WITH_B) b_at += tiles * TILE * b_row;
+        if (WITH_C) c_at += tiles * TILE * c_row;
+        if (SEGMENTS) flag_at += tiles * TILE;
+    }
+
+    __device__ __forceinline__ void put(float* to_b, float* to_c) const {
+        UNROLL for (int i = 0; i < STAGED; i++) {
+            int e = threadIdx.x + i * THREADS;
+            if (e < TILE * N) {
+                if (WITH_B) to_b[e] = one<BT>(b[i]);
+                if (WITH_C) to_c[e] = one<CT>(c[i]);
+            }
+        }
+    }
+};
+
+#ifdef FORWARD
+
+struct Arguments {
+    const XT* x;
+    const DT* delta;
+    const float* A;
+    const BT* B;
+    const CT* C;
+    const float* skip;
+    const ZT* z;
+    const float* bias;
+    const float* initial;
+    const signed char* flags;
+    XT* y;
+    float* last_state;
+    float* saved;
+    float* states;
+    float* steps;
+    i64 length, d, chunks, chunk_tiles, phase;
+    i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl;
+};
+
+struct alignas(16) Shared {
+    float B[2][TILE * N];
+    float C[2][TILE * N];
+    float pair[WARPS][SUB][GROUPS][2 * CH];
+};
+
+// LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
+template <bool LOCAL>
+__device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
+    const Place p = place(block_channel, b, g.d);
+    float a[CH][S], h[CH][S], bias[CH], skip[CH], total[CH];
+    load_A(g.A, g.d, p, a);
+    load_channels(g.bias, p, bias);
+    load_channels(g.skip, p, skip);
+    UNROLL for (int j = 0; j < CH; j++) {
+        total[j] = 0.0f;
+        UNROLL for (int s = 0; s < S; s++) h[j][s] = 0.0f;
+    }
+    if (!LOCAL) {
+        if (chunk > 0) {
+            enter(g.states, g.steps, g.chunks, g.d, 0, chunk, 1, p, a, h);
+        } else if (g.initial) {
+            load_states(g.initial, b, g.d, p, h);
+        }
+    }
+    const i64 first = chunk * g.chunk_tiles;
+    const i64 tiles = (g.length + TILE - 1) / TILE;
+    const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
+    const int end = (int)(g.length < last * TILE ? g.length : last * TILE);
+    int t = (int)(first * TILE);  // of the first position of the rows in hand
+    const XT* x_at = g.x + b * g.sxb + (t + p.k) * g.sxl + p.channel;
+    const DT* d_at = g.delta + b * g.sdb + (t + p.k) * g.sdl + p.channel;
+    const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
+    XT* y_at = g.y + (b * g.length + t + p.k) * g.d + p.channel;
+    const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t + p.k : 0);
+    constexpr int EVERY = CKPT > 0 ? CKPT : SUB;
+    const i64 blocks = (g.length + EVERY - 1) / EVERY;
+    float* saved_at = g.saved + ((b * blocks + t / EVERY) * g.d + p.channel) * N + p.k * S;
+
+    Raw<XT> next_x[ROWS];
+    Raw<DT> next_d[ROWS];
+    Raw<ZT> next_z[ROWS];
+    signed char next_flag[ROWS];
+    auto ahead = [&](int t0) {
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            bool live = t0 + r * K + p.k < end;
+            next_x[r] = load_row(x_at + r * K * g.sxl, live, p.left);
+            next_d[r] = load_row(d_at + r * K * g.sdl, live, p.left);
+            if (HAS_Z && !LOCAL) next_z[r] = load_row(z_at + r * K * g.szl, live, p.left);
+            if (SEGMENTS) next_flag[r] = live ? flag_at[r * K] : 0;
+        }
+        x_at += SUB * g.sxl;
+        d_at += SUB * g.sdl;
+        if (HAS_Z) z_at += SUB * g.szl;
+        if (SEGMENTS) flag_at += SUB;
+    };
+
+    Stage<true, !LOCAL> stage(g.B, g.C, g.flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl);
+    stage.fetch(end - t, 1);
+    ahead(t);
+    stage.put(shared.B[0], shared.C[0]);
+    BARRIER();
+    int buffer = 0;
+    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
+    for (i64 tile = first; tile < last; tile++) {
+        stage.fetch(end - t - TILE, 1);
+        const float* B = shared.B[buffer] + p.k * S;
+        const float* C = shared.C[buffer] + p.k * S;
+        _Pragma("unroll 1") for (int sub = 0; sub < TILE / SUB; sub++) {
+            float xs[ROWS][CH];
+            Raw<ZT> zs[ROWS];
+            bool real[ROWS];
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                bool live = t + r * K + p.k < end;
+                real[r] = SEGMENTS ? live && (next_flag[r] & 1) : live;
+                float both[2 * CH];
+                UNROLL for (int j = 0; j < CH; j++) {
+                    float slope, step = softplus(next_d[r].get(j) + bias[j], slope);
+                    step = real[r] ? step : 0.0f;
+                    xs[r][j] = real[r] ? next_x[r].get(j) : 0.0f;
+                    both[j] = SEGMENTS && real[r] && (next_flag[r] & 2) ? RESET : step * LOG2E;
+                    both[CH + j] = step * xs[r][j];
+                    if (LOCAL) total[j] += both[j];
+                }
+                if (HAS_Z && !LOCAL) zs[r] = next_z[r];
+                write<2 * CH>(pair[r * K + p.k][p.group], both);
+            }
+            ahead(t + SUB);
+            WARP_BARRIER();
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                float part[K][CH];
+                UNROLL for (int i = 0; i < K; i++) {
+                    const int row = r * K + i;
+                    float both[2 * CH], bs[S], cs[S];
+                    read<2 * CH>(pair[row][p.group], both);
+                    read<S>(B + (sub * SUB + row) * N, bs);
+                    if (!LOCAL) read<S>(C + (sub * SUB + row) * N, cs);
+                    if constexpr (CKPT > 0 && !LOCAL) {
+                        if (row % EVERY == 0) {
+                            if (t + row < end) {
+                                UNROLL for (int j = 0; j < CH; j++)
+                                    if (j < p.left) write<S>(saved_at + j * N, h[j]);
+                            }
+                            saved_at += g.d * N;
+                        }
+                    }
+                    UNROLL for (int j = 0; j < CH; j++) {
+                        float sum = 0.0f;
+                        UNROLL for (int s = 0; s < S; s++) {
+                            h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], both[CH + j] * bs[s]);
+                            if (!LOCAL) sum = s ? fmaf(cs[s], h[j][s], sum) : cs[s] * h[j][s];
+                        }
+                        part[i][j] = sum;
+                    }
+                }
+                if (!LOCAL) {
+                    float out[CH];
+                    to_owner(part, out, p.k);
+                    UNROLL for (int j = 0; j < CH; j++) {
+                        out[j] = fmaf(skip[j], xs[r][j], out[j]);
+                        if (HAS_Z) {
+                            float gate = real[r] ? zs[r].get(j) : 0.0f;
+                            out[j] = out[j] * gate * rcp(1.0f + ex2(-gate * LOG2E));
+                        }
+                    }
+                    store_row(y_at + r * K * g.d, out, t + r * K + p.k < end, p.left);
+                }
+            }
+            y_at += SUB * g.d;
+            t += SUB;
+            WARP_BARRIER();
+        }
+        buffer ^= 1;
+        stage.put(shared.B[buffer], shared.C[buffer]);
+        BARRIER();
+    }
+    if (!LOCAL && chunk == g.chunks - 1) store_states(g.last_state, b, g.d, p, h);
+    if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
+}
+
+// phase 0: no chunks. 1: the first chunk whole and the others but the last LOCAL. 2: all chunks but the first.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
+    __shared__ Shared shared;
+    const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
+    const i64 slots = g.phase ? g.chunks - 1 : 1;
+    const i64 rest = blockIdx.x / groups;
+    const i64 channel = (blockIdx.x - rest * groups) * BLOCK_CHANNELS;
+    const i64 chunk = rest % slots + (g.phase == 2);
+    if (g.phase == 1 && chunk > 0) {
+        walk<true>(g, shared, channel, chunk, rest / slots);
+    } else {
+        walk<false>(g, shared, channel, chunk, rest / slots);
+    }
+}
+
+#endif
+
+#ifdef BACKWARD
+
+struct Arguments {
+    const XT* x;
+    const DT* delta;
+    const float* A;
+    const BT* B;
+    const CT* C;
+    const float* skip;
+    const ZT* z;
+    const float* bias;
+    const signed char* flags;
+    const float* saved;
+    const XT* dy;
+    const float* dlast;
+    float* states;
+    float* steps;
+    XT* dx;
+    DT* ddelta;
+    ZT* dz;
+    float* partial;  // (groups, b, l, 2 N): dB and dC summed over a block's channels
+    float* dA;       // (b * chunks, d, N), likewise dskip and dbias (b * chunks, d)
+    float* dskip;
+    float* dbias;
+    float* dinitial;
+    i64 length, d, batch, chunks, chunk_tiles, phase;
+    i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl, syb, syl;
+};
+
+constexpr int VALUES = 2 * S;
+// values a lane holds after the sum over the GROUPS lanes that share its states
+constexpr int KEPT = VALUES > GROUPS ? VALUES / GROUPS : 1;
+constexpr int COPIES = GROUPS > VALUES ? GROUPS / VALUES : 1;
+
+struct alignas(16) Shared {
+    float B[2][TILE * N];
+    float C[2][TILE * N];
+    float partial[2][WARPS][TILE * 2 * N];
+    float pair[WARPS][SUB][GROUPS][2 * CH];
+    float grad[WARPS][SUB][GROUPS][CH];
+    float saved[2][CH][THREADS][S];
+};
+
+// Sums over the lanes of equal k; the lane of `group` keeps values [group / COPIES * KEPT, + KEPT).
+__device__ __forceinline__ void over_channels(float (&v)[VALUES], int group) {
+    int held = VALUES;
+    UNROLL for (int m = GROUPS / 2; m >= 1; m /= 2) {
+        if (held > 1) {
+            held /= 2;
+            bool upper = group & m;
+            UNROLL for (int i = 0; i < held; i++) {
+                float send = upper ? v[i] : v[i + held];
+                float keep = upper ? v[i + held] : v[i];
+                v[i] = keep + SWAP(send, m * K);
+            }
+        } else {
+            v[0] += SWAP(v[0], m * K);
+        }
+    }
+}
+
+// LOCAL: only the adjoint that leaves the chunk when zero enters it, and the sum of its steps.
+template <bool LOCAL>
+__device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
+    const Place p = place(block_channel, b, g.d);
+    float a[CH][S], adjoint[CH][S], sum_A[CH][S], bias[CH], skip[CH], total[CH], sum_skip[CH], sum_bias[CH];
+    load_A(g.A, g.d, p, a);
+    load_channels(g.bias, p, bias);
+    load_channels(g.skip, p, skip);
+    UNROLL for (int j = 0; j < CH; j++) {
+        total[j] = sum_skip[j] = sum_bias[j] = 0.0f;
+        UNROLL for (int s = 0; s < S; s++) adjoint[j][s] = sum_A[j][s] = 0.0f;
+    }
+    if (!LOCAL) {
+        if (chunk < g.chunks - 1) {
+            enter(g.states, g.steps, g.chunks, g.d, g.chunks - 1, chunk, -1, p, a, adjoint);
+        } else {
+            load_states(g.dlast, b, g.d, p, adjoint);
+        }
+    }
+    const i64 first = chunk * g.chunk_tiles;
+    const i64 tiles = (g.length + TILE - 1) / TILE;
+    const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
+    const int length = (int)g.length;
+    int t = (int)(last * TILE) - SUB;  // of the first position of the rows in hand
+    const XT* x_at = g.x + b * g.sxb + (t + p.k) * g.sxl + p.channel;
+    const DT* d_at = g.delta + b * g.sdb + (t + p.k) * g.sdl + p.channel;
+    const XT* y_at = g.dy + b * g.syb + (t + p.k) * g.syl + p.channel;
+    const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
+    const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t + p.k : 0);
+    i64 out_at = (b * g.length + t + p.k) * g.d + p.channel;
+    const i64 blocks = (g.length + SUB - 1) / SUB;
+    const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / SUB) * g.d + p.channel) * N + p.k * S;
+    const i64 group = block_channel / BLOCK_CHANNELS;
+    float* partial_at = g.partial + ((group * g.batch + b) * g.length + (last - 1) * TILE) * 2 * N;
+
+    Raw<XT> next_x[ROWS], next_y[ROWS];
+    Raw<DT> next_d[ROWS];
+    Raw<ZT> next_z[ROWS];
+    signed char next_flag[ROWS];
+    int side = 0;  // of the saved states on their way
+    auto ahead = [&](int t0) {
+        bool inside = t0 >= first * TILE;
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            bool live = inside && t0 + r * K + p.k < length;
+            next_x[r] = load_row(x_at + r * K * g.sxl, live && !LOCAL, p.left);
+            next_d[r] = load_row(d_at + r * K * g.sdl, live, p.left);
+            next_y[r] = load_row(y_at + r * K * g.syl, live, p.left);
+            if (HAS_Z) next_z[r] = load_row(z_at + r * K * g.szl, live, p.left);
+            if (SEGMENTS) next_flag[r] = live ? flag_at[r * K] : 0;
+        }
+        x_at -= SUB * g.sxl;
+        d_at -= SUB * g.sdl;
+        y_at -= SUB * g.syl;
+        if (HAS_Z) z_at -= SUB * g.szl;
+        if (SEGMENTS) flag_at -= SUB;
+        if (!LOCAL) {
+            UNROLL for (int j = 0; j < CH; j++)
+                copy_later<S>(shared.saved[side][j][threadIdx.x], saved_at + j * N, inside && t0 < length && j < p.left);
+            saved_at -= g.d * N;
+        }
+    };
+
+    int t0 = (int)((last - 1) * TILE);  // of the tile in hand
+    Stage<!LOCAL, true> stage(g.B, g.C, g.flags, b, t0, g.length, g.sbb, g.sbl, g.scb, g.scl);
+    stage.fetch(length - t0, -1);
+    ahead(t);
+    stage.put(shared.B[0], shared.C[0]);
+    BARRIER();
+    int buffer = 0;
+    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
+    float(*grads)[GROUPS][CH] = shared.grad[p.warp];
+    for (i64 tile = last - 1; tile >= first; tile--) {
+        if (tile > first) stage.fetch(TILE, -1);
+        const float* B = shared.B[buffer] + p.k * S;
+        const float* C = shared.C[buffer] + p.k * S;
+        float* partial = shared.partial[buffer][p.warp];
+        _Pragma("unroll 1") for (int sub = TILE / SUB - 1; sub >= 0; sub--) {
+            float xs[ROWS][CH], step[ROWS][CH], slope[ROWS][CH], grad[ROWS][CH], gate_slope[ROWS][CH];
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                bool real = t + r * K + p.k < length && (!SEGMENTS || (next_flag[r] & 1));
+                float both[2 * CH];
+                UNROLL for (int j = 0; j < CH; j++) {
+                    step[r][j] = softplus(next_d[r].get(j) + bias[j], slope[r][j]);
+                    step[r][j] = real ? step[r][j] : 0.0f;
+                    slope[r][j] = real ? slope[r][j] : 0.0f;
+                    xs[r][j] = real ? next_x[r].get(j) : 0.0f;
+                    grad[r][j] = real ? next_y[r].get(j) : 0.0f;
+                    if (HAS_Z) {
+                        float gate = real ? next_z[r].get(j) : 0.0f;
+                        float sigmoid = rcp(1.0f + ex2(-gate * LOG2E));
+                        gate_slope[r][j] = grad[r][j] * sigmoid * fmaf(gate, 1.0f - sigmoid, 1.0f);
+                        grad[r][j] *= gate * sigmoid;
+                    }
+                    both[j] = SEGMENTS && real && (next_flag[r] & 2) ? RESET : step[r][j] * LOG2E;
+                    both[CH + j] = step[r][j] * xs[r][j];
+                    if (LOCAL) total[j] += both[j];
+                }
+                write<2 * CH>(pair[r * K + p.k][p.group], both);
+                write<CH>(grads[r * K + p.k][p.group], grad[r]);
+            }
+            float h[SUB + 1][CH][S], decay[SUB][CH][S];
+            if (!LOCAL) {
+                wait_copies();
+                UNROLL for (int j = 0; j < CH; j++) read<S>(shared.saved[side][j][threadIdx.x], h[0][j]);
+                side ^= 1;
+            }
+            ahead(t - SUB);
+            WARP_BARRIER();
+            if (!LOCAL) {
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    float part[K][CH];
+                    UNROLL for (int i = 0; i < K; i++) {
+                        const int row = r * K + i;
+                        float both[2 * CH], bs[S], cs[S];
+                        read<2 * CH>(pair[row][p.group], both);
+                        read<S>(B + (sub * SUB + row) * N, bs);
+                        if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
+                        UNROLL for (int j = 0; j < CH; j++) {
+                            float sum = 0.0f;
+                            UNROLL for (int s = 0; s < S; s++) {
+                                decay[row][j][s] = ex2(both[j] * a[j][s]);
+                                h[row + 1][j][s] = fmaf(decay[row][j][s], h[row][j][s], both[CH + j] * bs[s]);
+                                if (HAS_Z) sum = s ? fmaf(cs[s], h[row + 1][j][s], sum) : cs[s] * h[row + 1][j][s];
+                            }
+                            part[i][j] = sum;
+                        }
+                    }
+                    if (HAS_Z) {
+                        float out[CH];
+                        to_owner(part, out, p.k);
+                        UNROLL for (int j = 0; j < CH; j++) out[j] = fmaf(skip[j], xs[r][j], out[j]) * gate_slope[r][j];
+                        store_row(g.dz + out_at + r * K * g.d, out, t + r * K + p.k < length, p.left);
+                    }
+                }
+            }
+            UNROLL for (int r = ROWS - 1; r >= 0; r--) {
+                float drive[K][CH], through[K][CH];
+                UNROLL for (int i = K - 1; i >= 0; i--) {
+                    const int row = r * K + i;
+                    float both[2 * CH], dys[CH], bs[S], cs[S];
+                    read<2 * CH>(pair[row][p.group], both);
+                    read<CH>(grads[row][p.group], dys);
+                    read<S>(C + (sub * SUB + row) * N, cs);
+                    if (LOCAL) {
+                        UNROLL for (int j = 0; j < CH; j++)
+                            UNROLL for (int s = 0; s < S; s++)
+                                adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
+                        continue;
+                    }
+                    read<S>(B + (sub * SUB + row) * N, bs);
+                    float values[VALUES];
+                    UNROLL for (int j = 0; j < CH; j++) {
+                        float driven = 0.0f, passed = 0.0f;
+                        UNROLL for (int s = 0; s < S; s++) {
+                            float q = fmaf(cs[s], dys[j], adjoint[j][s]);
+                            values[s] = j ? fmaf(q, both[CH + j], values[s]) : q * both[CH];
+                            values[S + s] = j ? fmaf(h[row + 1][j][s], dys[j], values[S + s]) : h[row + 1][0][s] * dys[0];
+                            driven = s ? fmaf(q, bs[s], driven) : q * bs[s];
+                            q *= decay[row][j][s];
+                            float back = q * h[row][j][s];
+                            sum_A[j][s] = fmaf(back, both[j], sum_A[j][s]);
+                            passed = s ? fmaf(back, a[j][s], passed) : back * a[j][s];
+                            adjoint[j][s] = q;
+                        }
+                        drive[i][j] = driven;
+                        through[i][j] = passed;
+                    }
+                    over_channels(values, p.group);
+                    UNROLL for (int v = 0; v < KEPT; v++) {
+                        int index = p.group / COPIES * KEPT + v;
+                        if (p.group % COPIES == 0)
+                            partial[(sub * SUB + row) * 2 * N + index / S * N + p.k * S + index % S] = values[v];
+                    }
+                }
+                if (!LOCAL) {
+                    float driven[CH], passed[CH];
+                    to_owner(drive, driven, p.k);
+                    to_owner(through, passed, p.k);
+                    bool live = t + r * K + p.k < length;
+                    UNROLL for (int j = 0; j < CH; j++) {
+                        passed[j] = fmaf(xs[r][j], driven[j], passed[j]) * slope[r][j];
+                        driven[j] = fmaf(step[r][j], driven[j], skip[j] * grad[r][j]);
+                        sum_skip[j] = fmaf(xs[r][j], grad[r][j], sum_skip[j]);
+                        sum_bias[j] += passed[j];
+                    }
+                    store_row(g.dx + out_at + r * K * g.d, driven, live, p.left);
+                    store_row(g.ddelta + out_at + r * K * g.d, passed, live, p.left);
+                }
+            }
+            out_at -= SUB * g.d;
+            t -= SUB;
+            WARP_BARRIER();
+        }
+        stage.put(shared.B[buffer ^ 1], shared.C[buffer ^ 1]);
+        BARRIER();
+        if (!LOCAL) {
+            const int inside = (length - t0 < TILE ? length - t0 : TILE) * 2 * N;
+            UNROLL for (int e = 4 * threadIdx.x; e < TILE * 2 * N; e += 4 * THREADS) {
+                float sum[4], own[4];
+                read<4>(shared.partial[buffer][0] + e, sum);
+                UNROLL for (int w = 1; w < WARPS; w++) {
+                    read<4>(shared.partial[buffer][w] + e, own);
+                    UNROLL for (int i = 0; i < 4; i++) sum[i] += own[i];
+                }
+                if (e < inside) write<4>(partial_at + e, sum);
+            }
+            partial_at -= TILE * 2 * N;
+        }
+        t0 -= TILE;
+        buffer ^= 1;
+    }
+    if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);
+    if (!LOCAL) {
+        const i64 part = b * g.chunks + chunk;
+        UNROLL for (int j = 0; j < CH; j++) {
+            UNROLL for (int s = 0; s < S; s++) sum_A[j][s] *= LN2;
+            UNROLL for (int m = 1; m < K; m *= 2) {
+                sum_skip[j] += SWAP(sum_skip[j], m);
+                sum_bias[j] += SWAP(sum_bias[j], m);
+            }
+            if (p.k == 0 && j < p.left) {
+                if (g.dskip) g.dskip[part * g.d + p.channel + j] = sum_skip[j];
+                if (g.dbias) g.dbias[part * g.d + p.channel + j] = sum_bias[j];
+            }
+        }
+        store_states(g.dA, part, g.d, p, sum_A);
+        if (chunk == 0 && g.dinitial) store_states(g.dinitial, b, g.d, p, adjoint);
+    }
+}
+
+// phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Arguments g) {
+    __shared__ Shared shared;
+    const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
+    const i64 slots = g.phase ? g.chunks - 1 : 1;
+    const i64 rest = blockIdx.x / groups;
+    const i64 channel = (blockIdx.x - rest * groups) * BLOCK_CHANNELS;
+    const i64 chunk = rest % slots + (g.phase == 1);
+    if (g.phase == 1 && chunk < g.chunks - 1) {
+        walk<true>(g, shared, channel, chunk, rest / slots);
+    } else {
+        walk<false>(g, shared, channel, chunk, rest / slots);
+    }
+}
+
+struct FoldArguments {
+    const float* partial;
+    BT* dB;
+    CT* dC;
+    i64 groups, rows;
+};
+
+// dB and dC (rows, N) from the partial sums of all blocks, in their order.
+extern "C" __global__ void __launch_bounds__(256) scan_fold(const FoldArguments g) {
+    i64 e = (i64)blockIdx.x * 256 + threadIdx.x;
+    i64 size = g.rows * 2 * N;
+    if (e >= size) return;
+    float sum = 0.0f;
+    _Pragma("unroll 4") for (i64 i = 0; i < g.groups; i++) sum += g.partial[i * size + e];
+    i64 row = e / (2 * N);
+    int n = (int)(e % (2 * N));
+    if (n < N) {
+        down(sum, g.dB[row * N + n]);
+    } else {
+        down(sum, g.dC[row * N + n - N]);
+    }
+}
+
+#endif

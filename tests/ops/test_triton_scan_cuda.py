@@ -1,0 +1,182 @@
+"""The CUDA C++ scan on a CPU: `emulator.cpp` runs the same source, thread by thread, beside the reference."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the GPU backend needs triton: pip install triton")
+
+from ssmoe.ops.triton import nvrtc, scan_cuda
+from ssmoe.ops.triton.scan_cuda import Cut
+from tests.ops.triton_cases import documents, errors, everything, scan_inputs, without
+
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled with g++")
+Emulate = Callable[..., None]
+
+
+class ORDER:
+    """Whether the emulation runs the last thread first."""
+
+    backwards = 0
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
+    """A stand-in for `nvrtc.launch` that runs the kernel here."""
+    folder, libraries = tmp_path_factory.mktemp("emulated"), {}
+
+    def build(source: Path, macros: nvrtc.Macros) -> ctypes.CDLL:
+        library = folder / f"{len(libraries)}.so"
+        options = [f"-D{key}={value}" for key, value in macros]
+        here = Path(__file__).with_name("emulator.cpp")
+        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DSOURCE="{source}"']
+        subprocess.run([str(COMPILER), *flags, *options, "-o", str(library), str(here)], check=True)
+        return ctypes.CDLL(str(library))
+
+    def launch(
+        source: Path, kernel: str, macros: nvrtc.Macros, blocks: int, threads: int, words: list[int]
+    ) -> None:
+        if macros not in libraries:
+            libraries[macros] = build(source, macros)
+        values = (ctypes.c_int64 * len(words))(*words)
+        libraries[macros].emulate(kernel.encode(), ctypes.c_long(blocks), threads, values, ORDER.backwards)
+
+    return launch
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "launch", emulated)
+    monkeypatch.setattr(scan_cuda, "covers", lambda x, A, save: A.shape[-1] in scan_cuda.WIDTHS)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int) -> None:
+    monkeypatch.setattr(scan_cuda, "forward_cut", lambda *_: forward)
+    monkeypatch.setattr(scan_cuda, "backward_cut", lambda *_: backward)
+    monkeypatch.setattr(scan_cuda, "SAVED_EVERY", backward.sub)
+    monkeypatch.setattr(scan_cuda, "_chunks", lambda *_: chunks)
+
+
+def close(found: dict[str, tuple[float, float]], floor: float = 5e-7) -> None:
+    for name, (ours, eager) in found.items():
+        assert ours <= 2 * eager + floor, f"{name}: {ours:.1e}, eager {eager:.1e}"
+
+
+SMALL = Cut(4, 2, 2, 8, 8, 1), Cut(4, 2, 2, 8, 4, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_parity(dtype: torch.dtype, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, chunks)
+    close(errors("selective_scan", scan_inputs(2, 35, 38, 16, dtype)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_segments(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, chunks)
+    inputs = scan_inputs(2, 35, 37, 16, torch.float32)
+    close(errors("selective_scan", inputs, segments=documents(2, 35)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", scan_cuda.WIDTHS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 3), (1, 20, 66)])
+def test_shapes(shape: tuple[int, int, int], n: int) -> None:
+    close(errors("selective_scan", scan_inputs(*shape, n, torch.float32)))
+
+
+def test_without_the_optional_inputs() -> None:
+    inputs = without(scan_inputs(1, 9, 6, 16, torch.float32), "D", "z", "delta_bias", "initial_state")
+    close(errors("selective_scan", inputs))
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    inputs = scan_inputs(2, 9, 8, 16, torch.bfloat16)
+    expected = everything(scan, inputs, {})
+    wide = torch.cat((inputs["x"], inputs["z"]), dim=-1)
+    inputs["x"], inputs["z"] = wide.chunk(2, dim=-1)
+    narrow = torch.cat((inputs["delta"][..., :3], inputs["B"], inputs["C"]), dim=-1)
+    _, inputs["B"], inputs["C"] = narrow.split((3, 16, 16), dim=-1)
+    for name, value in everything(scan, inputs, {}).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def scan(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+    names = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    y, final, _ = scan_cuda.scan_cuda(*(inputs[name] for name in names), None, True)
+    return y, final
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_order_of_threads_changes_nothing(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, chunks)
+    inputs = scan_inputs(1, 35, 66, 16, torch.float32)
+    first = everything(scan, inputs, {})
+    monkeypatch.setattr(ORDER, "backwards", 1)
+    for name, value in everything(scan, inputs, {}).items():
+        assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lanes", "channels", "sub"), [(1, 1, 4), (2, 2, 4), (4, 4, 4), (4, 1, 8), (8, 2, 8)]
+)
+def test_other_cuts(lanes: int, channels: int, sub: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = Cut(lanes, channels, 2, 16, sub, 1)
+    cut(monkeypatch, same, same, 2)
+    close(errors("selective_scan", scan_inputs(1, 35, 50, 16, torch.float32)))
+
+
+def test_the_choice_of_kernels_is_compiled_in_one_graph() -> None:
+    x = torch.zeros(2)
+    whole = torch.compile(lambda x: x + nvrtc.available(), fullgraph=True, backend="eager")
+    assert torch.equal(whole(x), x + nvrtc.available())
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "save", "taken"),
+    [
+        ((8, 2048, 1536), 16, False, True),
+        ((64, 1024, 1024), 16, False, False),
+        ((64, 1024, 1024), 16, True, True),
+        ((8, 2048, 1536), 17, True, False),
+        ((1, 2**31, 1), 16, True, False),
+    ],
+)
+def test_which_kernels_take_a_scan(
+    shape: tuple[int, int, int], n: int, save: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    x = mock.Mock(is_cuda=True, shape=shape)
+    assert scan_cuda.covers(x, torch.zeros(1, n), save) is taken
+    assert not scan_cuda.covers(mock.Mock(is_cuda=False, shape=shape), torch.zeros(1, n), save)
+
+
+@pytest.mark.parametrize(
+    ("b", "length", "d"), [(1, 1, 1), (8, 2048, 1536), (64, 1024, 1024), (1, 2**17, 1536)]
+)
+def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) -> None:
+    for chosen in (scan_cuda.forward_cut(b, d), scan_cuda.backward_cut(16)):
+        chunks = scan_cuda._chunks(chosen, b, length, d)
+        warps = scan_cuda._warps(chosen, b, d) * max(1, chunks - 1)
+        assert chunks == 1 or warps <= scan_cuda.FILL
+        assert chunks == 1 or length >= 8 * chosen.tile * chunks
+
+
+def test_opcheck() -> None:
+    inputs = scan_inputs(1, 9, 6, 16, torch.float32)
+    names = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    arguments = [inputs[name].requires_grad_() for name in names]
+    torch.library.opcheck(scan_cuda.scan_cuda, (*arguments, None, True))
