@@ -50,9 +50,8 @@ def decode(
     is called once for each new token of each row, in row order. Without `start` a prompt must hold at least
     one token. max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
     graph: a CUDA graph a token; None is wherever `graph.why_not` has no objection.
-    batch_invariant: the same bits whatever else is in the batch, so rows are read alone; they are then
-    decoded alone too, or by groups of fixed size where a graph serves, and `accept` sees one row or group
-    after another.
+    batch_invariant: the same bits whatever else is in the batch, since each row is read and decoded alone,
+    one after another; `accept` sees them in that order.
     Raises ValueError for a model that cannot generate, or not by graphs where they are asked for.
     """
     if reason := model.config.why_no_generation():
@@ -65,10 +64,7 @@ def decode(
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
     runner = None if graph is False or reason is not None else graphs.runner(model)
-    group = len(prompts)
-    if batch_invariant:
-        fixed = runner is not None and graphs.why_no_invariance(model) is None
-        group = graphs.INVARIANT_ROWS if fixed else 1
+    group = 1 if batch_invariant else len(prompts)
     ends: list[State] = []
     counts: list[int] = []
     pending: list[tuple[int, ...]] = []
@@ -83,8 +79,7 @@ def decode(
         )
         count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
         reader = model if runner is None else runner.model
-        read_rows = _read_alone if batch_invariant else _prefill
-        logits, state = read_rows(reader, prompts[first : rows.stop], state)
+        logits, state = _prefill(reader, prompts[first : rows.stop], state)
         row_seeds = None if seeds is None else seeds[first : rows.stop]
 
         def accept_row(row: int, token: int, first: int = first) -> bool:
@@ -110,7 +105,6 @@ def decode(
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 seeds=row_seeds,
-                rows=group if batch_invariant else None,
             )
         ends += found[0]
         pending += found[1]
@@ -156,15 +150,6 @@ def _go_on(
         for row in active:
             count[row] += 1
     return ends, pending
-
-
-def _read_alone(model: LM, prompts: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State]:
-    """`_prefill`, one row after another, so that no row feels the others."""
-    rows = [
-        _prefill(model, [prompt], None if state is None else select(state, [i]))
-        for i, prompt in enumerate(prompts)
-    ]
-    return torch.cat([logits for logits, _ in rows]), concatenate([state for _, state in rows])
 
 
 @torch.no_grad()

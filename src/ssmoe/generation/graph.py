@@ -24,8 +24,6 @@ from ssmoe.model.state import select
 
 CAPTURED = (Mamba, Attention, Dense, MoE)
 """Layers that read one token without waiting for the host and without changing a shape."""
-INVARIANT_ROWS = 64
-"""A batch-invariant step always has so many rows, so that every kernel sees one shape."""
 
 Accept = Callable[[int, int], bool]
 
@@ -40,14 +38,6 @@ def why_not(model: LM) -> str | None:
     for i, layer in enumerate(_layers(model)):
         if not isinstance(layer, CAPTURED) or (isinstance(layer, Attention) and not layer.causal):
             return f"layer {i} is {type(layer).__name__}, which cannot be captured"
-    return None
-
-
-def why_no_invariance(model: LM) -> str | None:
-    """Why a step of this model cannot give a row the same bits in any batch; None when it can."""
-    for i, layer in enumerate(_layers(model)):
-        if isinstance(layer, Attention):
-            return f"layer {i} is Attention, whose state's room depends on the longest row"
     return None
 
 
@@ -71,12 +61,11 @@ class Runner:
         sampling: Sampling,
         max_new_tokens: int,
         seeds: Sequence[int] | None,
-        rows: int | None = None,
     ) -> tuple[list[State], list[tuple[int, ...]]]:
         """Sample after `logits` until `accept` says stop.
 
-        count: tokens read, a number a row; counted on. rows: pad the batch to so many. Returns each row's
-        state, without its last token, and that token.
+        count: tokens read, a number a row; counted on. Returns each row's state, without its last token, and
+        that token.
         """
         b = len(count)
         ends: list[State] = [()] * b
@@ -95,7 +84,7 @@ class Runner:
             if not active:
                 break
             if step is None:
-                step = self._prepare(rows or b, max(count) + max_new_tokens, sampling)
+                step = self._prepare(b, max(count) + max_new_tokens, sampling)
                 step.load(state, tokens)
                 state = step.state
             for row in active:
@@ -109,7 +98,7 @@ class Runner:
             capacity = 1 << (capacity - 1).bit_length()
         else:
             capacity = 0
-        key = (rows, capacity, sampling._replace(seed=0))
+        key = (rows, capacity, sampling._replace(seed=0), torch.is_inference_mode_enabled())
         if self._step is None or self._step[0] != key:
             # the old one's memory first
             self._step = None
@@ -137,20 +126,10 @@ class _Step:
     def __init__(self, model: LM, rows: int, capacity: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
         device = model.embedding.weight.device
-        self.device = device
         self.state = model.init_state(rows, capacity)
         self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.draws = torch.zeros(rows, dtype=torch.float64, device=device)
-        # kernels with memory of their own keep it by the stream, so each graph runs where it was captured
-        self.stream = torch.cuda.Stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            # compiles what is not compiled yet
-            self._work()
-            self.stream.synchronize()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self._work()
+        self.replay = capture(self._work, device)
 
     def _work(self) -> None:
         out = self.model(self.ids, self.state, logits="last", in_place=True)
@@ -158,26 +137,48 @@ class _Step:
         self.ids.copy_(choose(out.logits, self.draws, self.sampling).unsqueeze(1))
 
     def load(self, state: State, tokens: Sequence[int]) -> None:
-        """Begin with `state` and the tokens to be read next; spare rows are zero."""
+        """Begin with `state` and the tokens to be read next."""
         for mine, layer in zip(self.state, state, strict=True):
             for place, leaf in zip(mine, layer, strict=True):
-                place.zero_()
                 if isinstance(mine, AttentionState) and leaf.ndim == 4:
-                    place[: leaf.shape[0], :, : leaf.shape[2]].copy_(leaf)
+                    # the room may differ either way; what lies past a row's length weighs zero, unless NaN
+                    room = min(place.shape[2], leaf.shape[2])
+                    place.zero_()
+                    place[:, :, :room].copy_(leaf[:, :, :room])
                 else:
-                    place[: leaf.shape[0]].copy_(leaf)
-        self.ids.zero_()
-        self.ids[: len(tokens), 0] = torch.tensor(tokens, device=self.device)
+                    place.copy_(leaf)
+        self.ids.copy_(torch.tensor(tokens).unsqueeze(1))
 
     def run(self, draws: Sequence[float] | None) -> list[int]:
         """Read the tokens, then return the next ones. draws: a number a row, None if greedy."""
         if draws is not None:
-            self.draws[: len(draws)] = torch.tensor(draws, dtype=torch.float64)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            self.graph.replay()
-            # waits for the replay, after which the state may be read on any stream
-            return [int(token) for token in self.ids.flatten().tolist()]
+            self.draws.copy_(torch.tensor(draws, dtype=torch.float64))
+        self.replay()
+        return [int(token) for token in self.ids.flatten().tolist()]
+
+
+def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`work` once to compile what is not compiled yet, then as a graph: a function that runs it again.
+
+    Kernels with memory of their own keep it by the stream, so the graph always runs on the stream that it was
+    captured on; what is read or written around it on the caller's stream comes before and after.
+    """
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+        stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+
+    def replay() -> None:
+        caller = torch.cuda.current_stream(device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            graph.replay()
+        caller.wait_stream(stream)
+
+    return replay
 
 
 def _layers(model: LM) -> list[nn.Module]:

@@ -54,8 +54,8 @@ def generate(
     sampling value out of range. The model is put in eval mode.
 
     graph: decode by CUDA graphs (True), without (False), or by graphs wherever the model allows (None).
-    batch_invariant: a prompt gets the same bits whatever other prompts are in the batch, at the price of
-    reading and, without graphs, decoding them one by one.
+    batch_invariant: a prompt gets the same bits whatever other prompts there are, at the price of reading and
+    continuing one after another.
     """
     sampling = Sampling(temperature, top_k, top_p, seed, tokenizer.vocab_size).check()
     _check(prompts, max_new_tokens, stop, state)

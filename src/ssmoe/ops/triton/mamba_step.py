@@ -22,6 +22,10 @@ On either side a row's bits do not depend on the other rows: tile sizes and the 
 """
 
 
+UPDATE_ROWS = 16
+"""Rows that one program updates; tensor-core products have no fewer."""
+
+
 class Few(NamedTuple):
     """Tiles of the launches for few rows; `group` tiles of `enter` add their sums up before they end."""
 
@@ -53,7 +57,6 @@ class Many(NamedTuple):
     project: Product
     low: Product
     out: Product
-    update_rows: int
     update_channels: int
     update_warps: int
 
@@ -121,14 +124,17 @@ def mamba_step(
             f"mamba_step: b={b}, {sizes}: sizes start at 1; d_model and dt_rank end at 16384, d_state at 256, "
             "d_conv at 8"
         )
+    matrices = (in_proj, x_proj, delta_proj, out_proj)
     call = _Call(
         sizes,
+        # kernels that start early read weights at once, so none may have been made just now
+        all(w.dtype == dtype and w.is_contiguous() for w in matrices),
         x.contiguous(),
         torch.promote_types(x.dtype, dtype),
         norm_weight.contiguous(),
         None if norm_bias is None else norm_bias.contiguous(),
         norm_eps,
-        *(w.to(dtype).contiguous() for w in (in_proj, x_proj, delta_proj, out_proj)),
+        *(w.to(dtype).contiguous() for w in matrices),
         *(w.contiguous() for w in (conv_weight, conv_bias, A_log, D, delta_bias)),
         conv_state.contiguous(),
         ssm_state.contiguous(),
@@ -144,9 +150,10 @@ def mamba_step(
 
 
 class _Call(NamedTuple):
-    """Dense tensors, the products' weights in the layer's dtype."""
+    """Dense tensors, the products' weights in the layer's dtype; settled: those are the caller's own."""
 
     sizes: Sizes
+    settled: bool
     x: Tensor
     out_dtype: torch.dtype
     norm_weight: Tensor
@@ -205,14 +212,13 @@ def many(sizes: Sizes, dtype: torch.dtype) -> Many:
     big = sizes.d * sizes.c > 1 << 22
     if dtype == torch.float32:
         plain = Product(32, 32, 32, 1, 4, 2)
-        return Many(plain, plain, plain, 4, 16, 4)
+        return Many(plain, plain, plain, 16, 4)
     return Many(
         project=Product(64, 64, 64, 1, 4, 6) if big else Product(64, 16, 128, 1, 4, 4),
         low=Product(64, 32, 64, 8, 4, 4) if big else Product(16, 32, 128, 8, 4, 4),
         out=Product(64, 64, 128, 2, 4, 4) if big else Product(64, 16, 256, 1, 4, 3),
-        update_rows=4,
-        update_channels=32,
-        update_warps=4,
+        update_channels=16,
+        update_warps=2,
     )
 
 
@@ -234,7 +240,7 @@ def step_few(call: _Call, tiles: Few) -> Tensor:
         room(b, c),
     )
     out = torch.empty(b, d, dtype=call.out_dtype, device=x.device)
-    pdl = _overlaps(x, early=True)
+    pdl = _overlaps(x, early=True) if call.settled else 0
     kernels.enter_kernel[(parts, b)](
         x, call.norm_weight, x if call.norm_bias is None else call.norm_bias, call.in_proj, call.conv_weight,
         call.conv_bias, call.x_proj, call.conv_state, call.out_conv, inner, gate, partial, grouped,
@@ -267,7 +273,7 @@ def step_many(call: _Call, tiles: Many) -> Tensor:
 
     h, mixed, inner, low, y = room(d), room(2 * c), room(c), room(p), room(c)
     out = torch.empty(b, d, dtype=call.out_dtype, device=x.device)
-    pdl, precision = _overlaps(x, early=False), _precision(x, dtype)
+    pdl, precision = _overlaps(x, early=False) if call.settled else 0, _precision(x, dtype)
     kernels.norm_kernel[(b,)](
         x, call.norm_weight, x if call.norm_bias is None else call.norm_bias, h, call.norm_eps,
         D=d, COLUMNS=_power(d), LAYERNORM=call.norm_bias is not None, PRECISION=precision, PDL=pdl, num_warps=4,
@@ -281,9 +287,9 @@ def step_many(call: _Call, tiles: Many) -> Tensor:
         **_launch(pdl),
     )  # fmt: skip
     _product(inner, call.x_proj, None, low, tiles.low, pdl)
-    kernels.update_kernel[(triton.cdiv(c, tiles.update_channels), triton.cdiv(b, tiles.update_rows))](
+    kernels.update_kernel[(triton.cdiv(c, tiles.update_channels), triton.cdiv(b, UPDATE_ROWS))](
         call.delta_proj, call.A_log, call.D, call.delta_bias, call.ssm_state, call.out_ssm, inner, mixed, low, y,
-        b, C=c, R=r, N=n, BM=tiles.update_rows, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n), PRECISION=precision,
+        b, C=c, R=r, N=n, BM=UPDATE_ROWS, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n), PRECISION=precision,
         PDL=pdl, num_warps=tiles.update_warps, **_launch(pdl),
     )  # fmt: skip
     _product(y, call.out_proj, x, out, tiles.out, pdl)

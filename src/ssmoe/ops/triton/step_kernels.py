@@ -401,7 +401,7 @@ def product_kernel(
 def update_kernel(
     delta_proj, A_log, skip, delta_bias, ssm_state, out_ssm, inner, mixed, low, out, rows,
     C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
-    NP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr = 16,
+    NP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The state and gated output (b, C) of each row; low: (b, R + 2N), x_proj's output, mixed: (b, 2C), in_proj's.
 
@@ -429,19 +429,13 @@ def update_kernel(
     cell = keep[:, :, None] & (n < N)[None, None, :]
     places = (row[:, None, None] * C + c[None, :, None]) * N + n[None, None, :]
     h = tl.load(ssm_state + places, mask=cell, other=0.0)
-    # a tensor-core product needs 16 rows; those past BM are zero, and are folded away below
-    every = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, ROWS)
-    some = (every < rows) & (tl.arange(0, ROWS) < BM)
-    narrow = tl.load(low + every[:, None] * P + r[None, :], mask=some[:, None] & (r < R)[None, :], other=0.0)
+    narrow = tl.load(low + row[:, None] * P + r[None, :], mask=real[:, None] & (r < R)[None, :], other=0.0)
     state_mask = real[:, None] & (n < N)[None, :]
     B = tl.load(low + row[:, None] * P + R + n[None, :], mask=state_mask, other=0.0).to(tl.float32)
     read = tl.load(low + row[:, None] * P + R + N + n[None, :], mask=state_mask, other=0.0).to(tl.float32)
     value = tl.load(inner + row[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
     z = tl.load(mixed + row[:, None] * (2 * C) + C + c[None, :], mask=keep, other=0.0).to(tl.float32)
-    delta = dot(narrow, widen, tl.zeros((ROWS, BC), tl.float32), PRECISION)
-    if BM < ROWS:
-        delta = tl.sum(tl.reshape(delta, (ROWS // BM, BM, BC)), axis=0)
-    delta = softplus(delta + bias[None, :])
+    delta = softplus(dot(narrow, widen, tl.zeros((BM, BC), tl.float32) + bias[None, :], PRECISION))
     h = tl.exp(delta[:, :, None] * A[None, :, :]) * h + (delta * value)[:, :, None] * B[:, None, :]
     y = tl.sum(h * read[:, None, :], axis=2) + through[None, :] * value
     tl.debug_barrier()
