@@ -1,14 +1,19 @@
 """Decoding by CUDA graphs: what refuses and what is equal without, anywhere; the graphs on a GPU."""
 
+import gc
+
 import pytest
 import torch
 
 from ssmoe.generation import graph
-from ssmoe.generation.engine import decode, read
+from ssmoe.generation.engine import Continuation, decode, read
 from ssmoe.generation.sampler import Sampling
 from ssmoe.model.build import build
+from ssmoe.model.mixers.attention import AttentionState
+from ssmoe.model.state import select
 from tests.generation.test_engine import GREEDY, PROMPTS, model_of
-from tests.model.zoo import PATTERNS, small
+from tests.model.zoo import small
+from tests.ops.test_triton_interpreter import interpreted
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CAPTURED = [
@@ -75,6 +80,112 @@ def test_in_place_needs_a_state_and_one_position():
         model(ids[:, :1], model.init_state(1), in_place=True)
 
 
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """The same code, but the step runs as it stands where a graph would be replayed."""
+
+    def capture(work, device):
+        work()
+        return work
+
+    monkeypatch.setattr(graph, "why_not", lambda model: None)
+    monkeypatch.setattr(graph, "capture", capture)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.2, seed=4), Sampling(1.2, top_k=9, top_p=0.9)])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_the_loop_around_the_graph_makes_the_same_tokens(name, sampling, without_a_gpu):
+    model, stop_at = model_of(name), [3, 20, 11, 1, 20]
+    seeds = [9, 8, 7, 9, 5]
+    plain, end = run(model, PROMPTS, 20, sampling=sampling, stop_at=stop_at, seeds=seeds, graph=False)
+    for _ in range(2):  # the second time with the graph of the first
+        made, graph_end = run(model, PROMPTS, 20, sampling=sampling, stop_at=stop_at, seeds=seeds)
+        assert made == plain
+    assert graph_end[1:] == end[1:]
+    assert_states_close(graph_end.state, end.state)
+
+
+def assert_states_close(one, other):
+    for mine, theirs in zip(one, other, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            if isinstance(mine, AttentionState) and a.ndim == 4:
+                room = min(a.shape[2], b.shape[2])
+                assert int(mine.length.max()) <= room
+                a, b = (
+                    (t[:, :, :room] * (torch.arange(room) < mine.length[:, None])[:, None, :, None])
+                    for t in (a, b)
+                )
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["moe-mamba", "hybrid"])
+def test_going_on_from_a_graph_is_not_having_stopped(name, without_a_gpu):
+    model = model_of(name)
+    whole, _ = run(model, PROMPTS, 30)
+    first, middle = run(model, PROMPTS, 13)
+    rest, _ = run(model, [()] * 5, 17, start=middle)
+    assert [a + b for a, b in zip(first, rest, strict=True)] == whole
+    # a short row from a state with room for long ones
+    short = Continuation(select(middle.state, [1]), middle.tokens[1:2], middle.pending[1:2])
+    made, _ = run(model, [()], 2, start=short)
+    assert made == [whole[1][13:15]]
+
+
+def test_changed_weights_make_a_new_graph_and_old_ones_go(without_a_gpu):
+    model = model_of("mamba")
+    first, _ = run(model, PROMPTS, 20)
+    used = graph.runner(model)
+    assert graph.runner(model) is used
+    with torch.no_grad():
+        model.layers[0].layer.in_proj.weight.neg_()
+    second, _ = run(model, PROMPTS, 20)
+    assert graph.runner(model) is not used
+    assert first != second
+    assert second == run(model, PROMPTS, 20, graph=False)[0]
+    before = len(graph._runners)
+    del model
+    gc.collect()
+    assert len(graph._runners) == before - 1
+
+
+SYNCS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from ssmoe.generation import graph
+from ssmoe.generation.sampler import Sampling
+from ssmoe.model.build import build
+from ssmoe.model.mixers.attention import AttentionState
+from ssmoe.model.state import select
+from tests.model.zoo import small
+
+WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "bincount", "lift_fresh")
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        assert name not in WAITS, f"{function} waits for the host"
+        masks = [t for t in (args[1] if name == "index" else ()) if t is not None and t.dtype == torch.bool]
+        assert not masks, "a bool index waits for the host"
+        return function(*args, **(kwargs or {}))
+
+graph.capture = lambda work, device: work
+LM._check = lambda *_: None  # on a GPU it looks at no id
+for name in ("moe-mamba", "moe-fine", "hybrid"):
+    model = build(small(name), backend="triton", seed=1, dtype=torch.bfloat16).eval()
+    for sampling in (Sampling(0.0), Sampling(0.8, top_k=5, top_p=0.9)):
+        step = graph._Step(graph.Runner(model).model, 2, 8, sampling)
+        with torch.no_grad(), Watch():
+            step.replay()
+        print(name, step.ids.flatten().tolist())
+"""
+
+
+@pytest.mark.slow
+def test_no_captured_layer_waits_for_the_host():
+    pytest.importorskip("triton", reason="the Triton interpreter needs triton: pip install triton")
+    assert len(interpreted("-c", SYNCS).splitlines()) == 6
+
+
 @pytest.mark.parametrize("name", ["moe-mamba", "hybrid", "s4d"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.5, seed=4)])
 def test_batch_invariance_on_any_device(name, sampling):
@@ -89,13 +200,17 @@ def test_batch_invariance_on_any_device(name, sampling):
         assert together[i] == alone
         assert end.tokens[i] == alone_end.tokens[0]
         assert end.pending[i] == alone_end.pending[0]
-        for one, other in zip(end.state, alone_end.state, strict=True):
-            for a, b in zip(one, other, strict=True):
-                if a.ndim == 4:  # attention's room is that of the longest row
-                    room = min(a.shape[2], b.shape[2])
-                    assert torch.equal(a[i, :, :room], b[0, :, :room])
-                else:
-                    assert torch.equal(a[i], b[0])
+        assert_same_bits(end.state, alone_end.state, i)
+
+
+def assert_same_bits(state, alone, row):
+    for one, other in zip(state, alone, strict=True):
+        for a, b in zip(one, other, strict=True):
+            # attention's room is that of the longest row
+            room = min(a.shape[2], b.shape[2]) if isinstance(one, AttentionState) and a.ndim == 4 else None
+            assert torch.equal(
+                a[row] if room is None else a[row, :, :room], b[0] if room is None else b[0, :, :room]
+            )
 
 
 def test_reading_alone_is_reading_to_rounding():
@@ -135,7 +250,7 @@ def on_gpu(name, dtype=None, **changes):
 @pytest.mark.gpu
 @ON_GPU
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.2, seed=4), Sampling(1.2, top_k=9, top_p=0.9)])
-@pytest.mark.parametrize("name", [name for name in CAPTURED if name in PATTERNS])
+@pytest.mark.parametrize("name", CAPTURED)
 def test_graphs_make_the_tokens_of_the_ordinary_path(name, sampling):
     model, stop_at = on_gpu(name), [3, 40, 17, 1, 40]
     assert graph.why_not(model) is None
@@ -144,17 +259,7 @@ def test_graphs_make_the_tokens_of_the_ordinary_path(name, sampling):
         for _ in range(2):
             made, graph_end = run(model, prompts, 40, sampling=sampling, stop_at=stop_at, graph=True)
             assert made == plain
-        assert graph_end.tokens == end.tokens
-        assert graph_end.pending == end.pending
-        for one, other in zip(graph_end.state, end.state, strict=True):
-            for a, b in zip(one, other, strict=True):
-                if a.ndim == 4 and type(one).__name__ == "AttentionState":
-                    room = min(a.shape[2], b.shape[2])
-                    a, b = a[:, :, :room], b[:, :, :room]
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    made, _ = run(model, PROMPTS, 40, sampling=sampling, stop_at=stop_at)
-    _, half = run(model, PROMPTS, 1, sampling=sampling)
-    assert [row[:1] for row in made] == [[p[0]] for p in half.pending]
+        assert graph_end[1:] == end[1:]
 
 
 @pytest.mark.gpu
@@ -162,21 +267,14 @@ def test_graphs_make_the_tokens_of_the_ordinary_path(name, sampling):
 @pytest.mark.parametrize("name", ["mamba", "moe-mamba", "hybrid"])
 def test_batch_invariance_on_a_gpu(name):
     model = on_gpu(name, dtype=torch.bfloat16)
-    prompts = [[1 + (7 * i + j) % 60 for j in range(1 + i % 9)] for i in range(70)]
+    prompts = [[1 + (7 * i + j) % 60 for j in range(1 + i % 9)] for i in range(7)]
     together, end = run(model, prompts, 24, batch_invariant=True)
     again, _ = run(model, prompts, 24, batch_invariant=True)
     assert together == again
-    for some in ([3], [65, 2, 40]):
-        alone, alone_end = run(model, [prompts[i] for i in some], 24, batch_invariant=True)
-        assert alone == [together[i] for i in some]
-        for one, other in zip(end.state, alone_end.state, strict=True):
-            for a, b in zip(one, other, strict=True):
-                for place, i in enumerate(some):
-                    if a.ndim == 4 and type(one).__name__ == "AttentionState":
-                        room = min(a.shape[2], b.shape[2])
-                        assert torch.equal(a[i, :, :room], b[place, :, :room])
-                    else:
-                        assert torch.equal(a[i], b[place])
+    for i in (0, 3, 6):
+        alone, alone_end = run(model, [prompts[i]], 24, batch_invariant=True)
+        assert alone == [together[i]]
+        assert_same_bits(end.state, alone_end.state, i)
 
 
 @pytest.mark.gpu

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
-from ssmoe.model.loss import IGNORE, Loss, model_loss
+from ssmoe.model.loss import Loss, model_loss
 from ssmoe.model.mixers.attention import Attention, AttentionState
 from ssmoe.model.mixers.mamba import Mamba, MambaState
 from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
 from ssmoe.ops import Ops, Segments
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 
 class ModelOut(NamedTuple):
@@ -29,10 +30,11 @@ class ModelOut(NamedTuple):
 class Residual(nn.Module):
     """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, norm: LayerNorm | RMSNorm, layer: nn.Module, ops: Ops) -> None:
         super().__init__()
         self.norm = norm
         self.layer = layer
+        self.ops = ops
 
     def forward(
         self,
@@ -52,16 +54,17 @@ class Residual(nn.Module):
             and segments is None
             and not torch.is_grad_enabled()
             and isinstance(self.layer, Mamba)
-            and isinstance(self.norm, RMSNorm | LayerNorm)
         ):
             return self.layer.step(
                 x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
             )
-        normed = self.norm(x).to(dtype)
+        norm = self.norm
+        x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+        out: LayerOut
         if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
             out = self.layer.append(normed, state)
         else:
-            out: LayerOut = self.layer(normed, state, segments)
+            out = self.layer(normed, state, segments)
         if in_place and state is not None:
             for old, new in zip(state, out.state, strict=True):
                 if old is not new:
@@ -151,7 +154,7 @@ class LM(nn.Module):
             return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
-        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops.linear)
+        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops)
         return ModelOut(None, tuple(states), tuple(stats), loss)
 
     @property

@@ -117,7 +117,7 @@ class Mamba(nn.Module):
             x.squeeze(1), norm.weight, self.in_proj.weight, self.conv.weight, self.conv.bias,
             self.x_proj.weight, self.delta_proj.weight, self.ssm.A_log, self.ssm.D, self.ssm.delta_bias,
             self.out_proj.weight, norm_eps=norm.eps,
-            norm_bias=norm.bias if isinstance(norm, LayerNorm) else None, conv_state=conv, ssm_state=ssm,
+            norm_bias=norm.bias, conv_state=conv, ssm_state=ssm,
             out_conv=conv if in_place else None, out_ssm=ssm if in_place else None,
         )  # fmt: skip
         return LayerOut(y.unsqueeze(1), MambaState(conv, ssm), None)
