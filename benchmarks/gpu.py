@@ -10,12 +10,20 @@ the official packages and are printed, not run. Refuses to run where the kernels
 import argparse
 import functools
 from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ssmoe.config.load import preset
+from ssmoe.generation.engine import decode
+from ssmoe.generation.graph import runner
+from ssmoe.generation.sampler import Sampling
+from ssmoe.model.build import build
+from ssmoe.model.lm import LM
 from ssmoe.ops import load
 from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
@@ -72,6 +80,26 @@ def rows() -> Iterator[Row]:
     model = "8 x (Mamba + 32 experts), 64 x 1024 tokens"
     yield Row(f"training step, {model}", 145, 40, 65.5, lambda: training_step()[0])
     yield Row(f"training step, peak GiB, {model}", 47, None, 20, lambda: training_step()[1])
+
+    yield from decode_rows()
+
+
+def decode_rows() -> Iterator[Row]:
+    """Decoding by the engine, host and sampling (greedy) included, ms a step; and reading prompts."""
+    aims = {
+        "mamba-130m": ((1, 1244, 0.06, 4_000), (64, 62_000, None, 150_000)),
+        "mamba-2.8b": ((1, 290, 1.31, 560), (64, 9_890, 1.62, 25_000)),
+    }
+    for name, lines in aims.items():
+        for b, recorded, floor, reach in lines:
+            yield Row(
+                f"decode {name} shape, batch {b}, a step",
+                round(1000 * b / recorded, 3),
+                floor,
+                1000 * b / reach,
+                lambda n=name, b=b: decoding(n, b),
+            )
+    yield Row("prefill mamba-130m shape, 8 x 2048", 17.8, 5.6, 9, lambda: prefill("mamba-130m", 8, 2048))
 
 
 def graphed(run: Callable[[], object]) -> float:
@@ -131,6 +159,41 @@ def mamba() -> float:
         torch.autograd.grad(compiled(x).x, [x, *parameters], dy)
 
     return launched(run)
+
+
+def lm(name: str) -> LM:
+    """A preset's model with random weights, in bfloat16."""
+    model = build(preset(name).model, backend="triton", device="meta", dtype=torch.bfloat16).eval()
+    model.to_empty(device="cuda")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("A_log"):
+                states = torch.arange(1, parameter.shape[1] + 1, device="cuda")
+                parameter.copy_(states.log().expand_as(parameter))
+            else:
+                parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    return model
+
+
+def decoding(name: str, b: int, steps: int = 256) -> float:
+    """Milliseconds a step: the difference between many steps and few, so that reading does not count."""
+    model, prompts = lm(name), [[1 + row] * 4 for row in range(b)]
+
+    def run(tokens: int) -> float:
+        begin = perf_counter()
+        decode(model, prompts, lambda *_: True, sampling=Sampling(0.0), max_new_tokens=tokens, graph=True)
+        return perf_counter() - begin
+
+    run(8)  # captures
+    return 1000 * median((run(steps + 8) - run(8)) / steps for _ in range(5))
+
+
+@torch.no_grad()
+def prefill(name: str, b: int, length: int) -> float:
+    """Milliseconds until the logits after b prompts, with the weights that the engine uses."""
+    model = runner(lm(name)).model
+    ids = torch.randint(1000, (b, length), device="cuda")
+    return launched(lambda: model(ids, logits="last"))
 
 
 def experts(e: int, f: int, k: int) -> float:

@@ -25,6 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state-in", metavar="FILE", help="go on from a state; --prompt may then be left away"
     )
     parser.add_argument("--state-out", metavar="FILE", help="save where this ended, for --state-in")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="the same bits as the prompt gets in any batch (see ssmoe.generate)",
+    )
+    parser.add_argument(
+        "--graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="decode by CUDA graphs; auto is wherever the model allows (default: auto)",
+    )
     add_json(parser)
 
 
@@ -72,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         state=start,
         on_text=None if arguments.json else show,
+        graph={"auto": None, "on": True, "off": False}[arguments.graph],
+        batch_invariant=arguments.batch_invariant,
     )
     if arguments.state_out:
         continuation.save(done.continuation, arguments.state_out, model=model, tokenizer=tokenizer)

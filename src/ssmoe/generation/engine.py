@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmoe.generation import graph as graphs
 from ssmoe.generation.sampler import Sampling, sample
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
@@ -40,27 +41,95 @@ def decode(
     max_new_tokens: int,
     start: Continuation | None = None,
     seeds: Sequence[int] | None = None,
+    graph: bool | None = None,
+    batch_invariant: bool = False,
 ) -> Continuation:
     """Read each prompt after `start` (its pending tokens first), then sample until `accept` says stop.
 
-    Rows of different lengths are read together; each gets what it would get alone. `accept` is called once
-    for each new token of each row, in row order. Without `start` a prompt must hold at least one token.
-    max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
-    Raises ValueError for a model that cannot generate, naming the remedy.
+    Rows of different lengths are read together; each gets what it would get alone, up to rounding. `accept`
+    is called once for each new token of each row, in row order. Without `start` a prompt must hold at least
+    one token. max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
+    graph: a CUDA graph a token; None is wherever `graph.why_not` has no objection.
+    batch_invariant: the same bits whatever else is in the batch, since each row is read and decoded alone,
+    one after another; `accept` sees them in that order.
+    Raises ValueError for a model that cannot generate, or not by graphs where they are asked for.
     """
     if reason := model.config.why_no_generation():
         raise ValueError(f"this model cannot generate: {reason}")
+    reason = graphs.why_not(model)
+    if graph and reason is not None:
+        raise ValueError(f"graph=True: {reason}; leave graph away to decode without")
     if start is not None:
         prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
-    count = [0] * len(prompts) if start is None else list(start.tokens)
-    logits, state = _prefill(model, prompts, None if start is None else start.state)
-    count = [n + len(prompt) for n, prompt in zip(count, prompts, strict=True)]
-    pending: list[tuple[int, ...]] = [()] * len(prompts)
+    runner = None if graph is False or reason is not None else graphs.runner(model)
+    group = 1 if batch_invariant else len(prompts)
+    ends: list[State] = []
+    counts: list[int] = []
+    pending: list[tuple[int, ...]] = []
+    for first in range(0, len(prompts), group):
+        rows = range(first, min(first + group, len(prompts)))
+        state = (
+            None
+            if start is None
+            else select(start.state, list(rows))
+            if group < len(prompts)
+            else start.state
+        )
+        count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
+        reader = model if runner is None else runner.model
+        logits, state = _prefill(reader, prompts[first : rows.stop], state)
+        row_seeds = None if seeds is None else seeds[first : rows.stop]
 
-    active = list(range(len(prompts)))
-    ends: dict[int, State] = {}
+        def accept_row(row: int, token: int, first: int = first) -> bool:
+            return accept(first + row, token)
+
+        if runner is None:
+            found = _go_on(
+                model,
+                logits,
+                state,
+                count,
+                accept_row,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                seeds=row_seeds,
+            )
+        else:
+            found = runner.go_on(
+                logits,
+                state,
+                count,
+                accept_row,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                seeds=row_seeds,
+            )
+        ends += found[0]
+        pending += found[1]
+        counts += count
+    return Continuation(concatenate(ends), tuple(counts), tuple(pending))
+
+
+def _go_on(
+    model: LM,
+    logits: Tensor,
+    state: State,
+    count: list[int],
+    accept: Accept,
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seeds: Sequence[int] | None,
+) -> tuple[list[State], list[tuple[int, ...]]]:
+    """Sample after `logits` until `accept` says stop: each row's state without its last token, and the token.
+
+    count: tokens read, a number a row; counted on.
+    """
+    pending: list[tuple[int, ...]] = [()] * len(count)
+    ends: list[State] = [()] * len(count)
+    active = list(range(len(count)))
     for made in range(1, max_new_tokens + 1):
         row_seeds = None if seeds is None else [seeds[row] for row in active]
         tokens = sample(logits, [count[row] for row in active], sampling, row_seeds)
@@ -80,24 +149,36 @@ def decode(
         logits, state = out.logits, out.state
         for row in active:
             count[row] += 1
-    joined = concatenate([ends[row] for row in range(len(prompts))])
-    return Continuation(joined, tuple(count), tuple(pending))
+    return ends, pending
 
 
 @torch.no_grad()
-def read(model: LM, prompts: Sequence[Sequence[int]], *, start: Continuation | None = None) -> Continuation:
+def read(
+    model: LM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    start: Continuation | None = None,
+    batch_invariant: bool = False,
+) -> Continuation:
     """Read all but the last token of each prompt after `start`; the last one is left pending.
 
     Going on from there makes what `decode` makes of the whole. Without anything to read the state is zero.
+    batch_invariant: each row alone, so that its bits do not depend on the others.
     """
     if start is not None:
         prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
     state = model.init_state(len(prompts)) if start is None else start.state
-    if any(len(prompt) > 1 for prompt in prompts):
+    rest = [prompt[:-1] for prompt in prompts]
+    if batch_invariant:
+        rows = [select(state, [i]) for i in range(len(prompts))]
+        state = concatenate(
+            [_prefill(model, [row], own)[1] if row else own for row, own in zip(rest, rows, strict=True)]
+        )
+    elif any(rest):
         # a row of one token has nothing to read yet: padding alone leaves its state as it is
-        _, state = _prefill(model, [prompt[:-1] for prompt in prompts], state)
+        _, state = _prefill(model, rest, state)
     before = (0,) * len(prompts) if start is None else start.tokens
     counts = tuple(n + len(prompt) - 1 for n, prompt in zip(before, prompts, strict=True))
     return Continuation(state, counts, tuple((prompt[-1],) for prompt in prompts))

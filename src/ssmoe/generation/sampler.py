@@ -42,10 +42,27 @@ def sample(
     seeds: one a row, in place of the one of `sampling`. A row's choice depends on its logits, its seed and
     its position, not on the other rows.
     """
-    logits = logits[:, : sampling.num_tokens]
     if sampling.temperature == 0:
-        return [int(token) for token in logits.argmax(dim=-1)]
-    values, tokens = logits.double().cpu().sort(dim=-1, descending=True, stable=True)
+        return [int(token) for token in choose(logits, None, sampling).tolist()]
+    draws = torch.tensor(uniforms(positions, sampling, seeds), dtype=torch.float64)
+    return [int(token) for token in choose(logits.cpu(), draws, sampling).tolist()]
+
+
+def uniforms(positions: list[int], sampling: Sampling, seeds: list[int] | None = None) -> list[float]:
+    """The random number of each row's token at its position."""
+    seeds = [sampling.seed] * len(positions) if seeds is None else seeds
+    return [uniform(*row) for row in zip(seeds, positions, strict=True)]
+
+
+def choose(logits: Tensor, draws: Tensor | None, sampling: Sampling) -> Tensor:
+    """(b, vocab), (b,) float64 in [0, 1) -> (b,) int64, wherever the logits are. draws: None if greedy.
+
+    Nothing waits for the device, so that a CUDA graph can capture it.
+    """
+    logits = logits[:, : sampling.num_tokens]
+    if sampling.temperature == 0 or draws is None:
+        return logits.argmax(dim=-1)
+    values, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
     # from the largest, so that no temperature however small makes it infinite
     values = (values - values[:, :1]) / sampling.temperature
     if sampling.top_k is not None:
@@ -56,13 +73,11 @@ def sample(
         outside = cumulative - probabilities >= sampling.top_p
         probabilities = probabilities.masked_fill(outside, 0)
         cumulative = probabilities.cumsum(dim=-1)
-    seeds = [sampling.seed] * len(positions) if seeds is None else seeds
-    draws = torch.tensor([uniform(*row) for row in zip(seeds, positions, strict=True)], dtype=torch.float64)
     # never past the last token that has any probability
     target = draws.unsqueeze(1) * cumulative[:, -1:]
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     index = torch.searchsorted(cumulative, target, right=True).minimum(last)
-    return [int(token) for token in tokens.gather(1, index)]
+    return tokens.gather(1, index).squeeze(1)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -42,6 +42,8 @@ def generate(
     state: State | Continuation | None = None,
     n: int = 1,
     on_text: OnText | None = None,
+    graph: bool | None = None,
+    batch_invariant: bool = False,
 ) -> Generated:
     """Continue every prompt, each as if it were alone; `n` times, grouped by prompt, reading it once.
 
@@ -50,6 +52,10 @@ def generate(
     A prompt opens a document unless `state` is given: then it goes on from there (one row a prompt, and the
     prompt may be empty after a Continuation). Raises ValueError for no prompts, an empty prompt or a
     sampling value out of range. The model is put in eval mode.
+
+    graph: decode by CUDA graphs (True), without (False), or by graphs wherever the model allows (None).
+    batch_invariant: a prompt gets the same bits whatever other prompts there are, at the price of reading and
+    continuing one after another.
     """
     sampling = Sampling(temperature, top_k, top_p, seed, tokenizer.vocab_size).check()
     _check(prompts, max_new_tokens, stop, state)
@@ -60,7 +66,7 @@ def generate(
     ids = [opening + tokenizer.encode(prompt) for prompt in prompts]
     seeds = [seed + i for _ in prompts for i in range(n)]
     if n > 1:
-        start = repeat(read(model.eval(), ids, start=start), n)
+        start = repeat(read(model.eval(), ids, start=start, batch_invariant=batch_invariant), n)
         ids: list[list[int]] = [[] for _ in seeds]
     rows = [_Row(tokenizer, stop) for _ in ids]
 
@@ -78,6 +84,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         start=start,
         seeds=seeds,
+        graph=graph,
+        batch_invariant=batch_invariant,
     )
     for i, row in enumerate(rows):
         rest = row.finish()

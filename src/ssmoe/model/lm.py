@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
 from ssmoe.model.loss import Loss, model_loss
+from ssmoe.model.mixers.attention import Attention, AttentionState
 from ssmoe.model.mixers.mamba import Mamba, MambaState
 from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
 from ssmoe.ops import Ops, Segments
@@ -36,19 +37,39 @@ class Residual(nn.Module):
         self.ops = ops
 
     def forward(
-        self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        segments: Segments | None,
+        dtype: torch.dtype,
+        *,
+        in_place: bool = False,
     ) -> LayerOut:
-        """x: (b, l, d_model) -> LayerOut with the new residual stream."""
+        """x: (b, l, d_model) -> LayerOut with the new residual stream.
+
+        in_place: `state` is overwritten with the new state, whose memory it shares; for one position.
+        """
         if (
             x.shape[1] == 1
             and segments is None
             and not torch.is_grad_enabled()
             and isinstance(self.layer, Mamba)
         ):
-            return self.layer.step(x, self.norm, cast(MambaState | None, state), dtype)
+            return self.layer.step(
+                x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
+            )
         norm = self.norm
         x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
-        out: LayerOut = self.layer(normed, state, segments)
+        out: LayerOut
+        if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
+            out = self.layer.append(normed, state)
+        else:
+            out = self.layer(normed, state, segments)
+        if in_place and state is not None:
+            for old, new in zip(state, out.state, strict=True):
+                if old is not new:
+                    old.copy_(new)
+            out = out._replace(state=state)
         return LayerOut(x + out.x, out.state, out.stats)
 
 
@@ -87,11 +108,15 @@ class LM(nn.Module):
         segments: Segments | None = None,
         targets: Tensor | None = None,
         logits: Literal["all", "last"] = "all",
+        *,
+        in_place: bool = False,
     ) -> ModelOut:
         """Read `ids` (b, l) int64, l >= 1, after `state` (None is `init_state`).
 
         With `targets` (b, l) int64 (-100 is ignored, and so is padding) the loss is returned and logits are
         not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
+        in_place (one position, inference): the new state is written over `state`, so that a CUDA graph can
+        run again and again; attention then has the room that `init_state` was asked for, and no more.
         Raises ValueError for ids outside the vocabulary (checked on the CPU; a GPU stops with an assertion).
         """
         if segments is not None:
@@ -101,6 +126,12 @@ class LM(nn.Module):
                 )
             ids = ids.masked_fill(~segments.real, 0)
         self._check(ids, state)
+        if in_place and (
+            state is None or ids.shape[1] != 1 or segments is not None or torch.is_grad_enabled()
+        ):
+            raise ValueError(
+                "in_place needs a state and one position a row, under torch.no_grad(): leave it away"
+            )
         dtype = self.compute_dtype or self.embedding.weight.dtype
         x = self.embedding(ids).to(
             torch.promote_types(dtype, torch.float32) if self.config.residual_float32 else dtype
@@ -108,7 +139,7 @@ class LM(nn.Module):
         states: list[LayerState] = []
         stats: list[RouterStats | None] = []
         for i, layer in enumerate(self.layers):
-            out: LayerOut = layer(x, None if state is None else state[i], segments, dtype)
+            out: LayerOut = layer(x, None if state is None else state[i], segments, dtype, in_place=in_place)
             x = out.x
             states.append(out.state)
             stats.append(out.stats)

@@ -68,6 +68,24 @@ class Attention(nn.Module):
             y, state = _attend(q, k, v, past_state, past, segments)
         return LayerOut(self.o_proj(y.transpose(1, 2).reshape(b, length, d_model)), state, None)
 
+    def append(self, x: Tensor, state: AttentionState) -> LayerOut:
+        """One position (b, 1, d_model) after `state`, which is overwritten; its room must not be used up.
+
+        Nothing depends on how full the state is but values, so that a CUDA graph can capture it.
+        """
+        b, _, d_model = x.shape
+        q, k, v = self.qkv_proj(x).view(b, 1, 3, self.num_heads, self.d_head).permute(2, 0, 3, 1, 4)
+        if self.rope:
+            positions = state.length.unsqueeze(1)
+            q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
+        place = state.length.view(b, 1, 1, 1).expand_as(k)
+        state.keys.scatter_(2, place, k.to(state.keys.dtype))
+        state.values.scatter_(2, place, v.to(state.values.dtype))
+        seen = torch.arange(state.keys.shape[2], device=x.device) <= state.length.unsqueeze(1)  # (b, c)
+        state.length.add_(1)
+        y = F.scaled_dot_product_attention(q, state.keys, state.values, attn_mask=seen[:, None, None])
+        return LayerOut(self.o_proj(y.transpose(1, 2).reshape(b, 1, d_model)), state, None)
+
     def init_state(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> AttentionState | tuple[()]:
