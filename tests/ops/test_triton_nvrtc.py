@@ -1,4 +1,4 @@
-"""What the launcher of CUDA C++ says before it reaches a GPU, and, where there is one, when a source is wrong."""
+"""What the launcher of CUDA C++ refuses: without a GPU, and on one a source that is wrong."""
 
 from pathlib import Path
 

@@ -47,7 +47,8 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
 // Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
 template <int W>
 __device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    unsigned at;
+    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(to));
     constexpr int V = W < 4 ? W : 4;
     for (int i = 0; i < W; i += V) {
         if constexpr (V == 4) {
