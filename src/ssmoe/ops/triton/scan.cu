@@ -47,7 +47,8 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
 // Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
 template <int W>
 __device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    unsigned at;
+    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(to));
     constexpr int V = W < 4 ? W : 4;
     for (int i = 0; i < W; i += V) {
         if constexpr (V == 4) {
@@ -564,20 +565,20 @@ struct alignas(16) Shared {
 };
 
 // Sums over the lanes of equal k; the lane of `group` keeps values [group / COPIES * KEPT, + KEPT).
+template <int MASK = GROUPS / 2, int HELD = VALUES>
 __device__ __forceinline__ void over_channels(float (&v)[VALUES], int group) {
-    int held = VALUES;
-    UNROLL for (int m = GROUPS / 2; m >= 1; m /= 2) {
-        if (held > 1) {
-            held /= 2;
-            bool upper = group & m;
-            UNROLL for (int i = 0; i < held; i++) {
-                float send = upper ? v[i] : v[i + held];
-                float keep = upper ? v[i + held] : v[i];
-                v[i] = keep + SWAP(send, m * K);
+    if constexpr (MASK >= 1) {
+        if constexpr (HELD > 1) {
+            bool upper = group & MASK;
+            UNROLL for (int i = 0; i < HELD / 2; i++) {
+                float send = upper ? v[i] : v[i + HELD / 2];
+                float keep = upper ? v[i + HELD / 2] : v[i];
+                v[i] = keep + SWAP(send, MASK * K);
             }
         } else {
-            v[0] += SWAP(v[0], m * K);
+            v[0] += SWAP(v[0], MASK * K);
         }
+        over_channels<MASK / 2, (HELD > 1 ? HELD / 2 : 1)>(v, group);
     }
 }
 
