@@ -94,7 +94,8 @@ def _describe(run: Path, model: Model) -> dict[str, Any]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run / "config.json").read_text())
     environment = json.loads((run / "environment.json").read_text())
-    last = records[-1]
+    last = next(record for record in reversed(records) if record["mode"] == "train")
+    evaluated = next(record for record in reversed(records) if record["mode"] == "eval")
     return {
         "parameters": sum(p.numel() for p in model.lm.parameters()),
         "model": config["model"],
@@ -105,7 +106,7 @@ def _describe(run: Path, model: Model) -> dict[str, Any]:
         "steps": last["step"],
         "tokens": last["tokens"],
         "seconds": last["seconds"],
-        "held_out_bits_per_byte": last["held_out_bits_per_byte"],
+        "held_out_bits_per_byte": evaluated["held_out_bits_per_byte"],
     }
 
 

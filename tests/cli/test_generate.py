@@ -27,6 +27,39 @@ def test_every_folder_of_a_run_will_do_and_so_will_the_weights_alone(trained, tm
     assert len(shown) == 1
 
 
+def generated(capsys, *argv: object):
+    assert main(["generate", *(str(word) for word in argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_several_continuations_are_those_of_following_seeds(trained, capsys):
+    common = (trained, "--prompt", "state", "--max-new-tokens", 8)
+    together = generated(capsys, *common, "-n", 3, "--seed", 5)
+    assert together == [generated(capsys, *common, "--seed", 5 + i) for i in range(3)]
+    assert main(["generate", *map(str, common), "-n", "2", "--seed", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == "".join(f"-- {i + 1}\nstate{together[i]['text']}\n" for i in range(2))
+
+
+def test_beams_find_a_likelier_text_than_greed(trained, capsys):
+    common = (trained, "--prompt", "state", "--max-new-tokens", 6)
+    [greedy] = generated(capsys, *common, "--beams", 1)
+    assert greedy["tokens"] == generated(capsys, *common, "--temperature", 0)["tokens"]
+    found = generated(capsys, *common, "--beams", 6, "-n", 3)
+    assert len(found) == 3
+    assert found[0]["score"] >= max(greedy["score"], found[1]["score"])
+    assert main(["generate", *map(str, common), "--beams", "6"]) == 0
+    assert capsys.readouterr().out == f"state{found[0]['text']}\n"
+
+
+def test_a_store_changes_nothing_but_the_work(trained, tmp_path, capsys):
+    common = (trained, "--prompt", "import this as a long prompt", "--max-new-tokens", 8)
+    plain = generated(capsys, *common)
+    store = ("--store", tmp_path / "store", "--store-every", 8)
+    assert [generated(capsys, *common, *store) for _ in range(2)] == [plain, plain]
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 3
+
+
 def test_bfloat16(trained, capsys):
     argv = ["generate", str(trained), "--prompt", "a", "--max-new-tokens", "5", "--precision", "bfloat16"]
     assert main([*argv, "--json"]) == 0
@@ -41,6 +74,11 @@ def test_bfloat16(trained, capsys):
         (("--prompt", "a", "--top-k", "0"), "top_k=0"),
         (("--prompt", "a", "--top-p", "1.5"), "top_p=1.5"),
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens=0"),
+        (("--prompt", "a", "-n", "0"), "n=0: ask for at least 1"),
+        (("--prompt", "a", "-n", "2", "--state-out", "b"), "leave --state-out away"),
+        (("--prompt", "a", "--beams", "2", "-n", "3"), "beams=2, n=3"),
+        (("--prompt", "a", "--beams", "2", "--top-k", "3"), "leave --top-k away"),
+        (("--prompt", "a", "--store", "no", "--state-in", "b"), "leave --state-in away"),
         (("--prompt", "a", "--stop", ""), "stop string is empty"),
         (("--prompt", "a", "--backend", "abacus"), "backend='abacus'"),
         (("--prompt", "a", "--device", "abacus"), "device='abacus'"),

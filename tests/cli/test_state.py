@@ -45,6 +45,18 @@ def test_inspect(trained, tmp_path, capsys):
     assert found["shapes"]["layers.0.ssm"] == [1, 32, 4]
 
 
+def test_inspect_draws_the_states_of_one_model(fails, trained, tmp_path, capsys):
+    paths = [tmp_path / f"{text}.safetensors" for text in ("state", "other")]
+    for path in paths:
+        main(["state", "save", str(trained), str(path), "--text", path.stem])
+    picture = tmp_path / "states.png"
+    assert main(["state", "inspect", *map(str, paths), "--plot", str(picture)]) == 0
+    assert f"picture: {picture}" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    fails("state", "inspect", paths[0], "--plot", tmp_path / "a.svg", says=("ends in .png",))
+    fails("state", "inspect", paths[0], "--plot", tmp_path / "no" / "a.png", says=("folder does not exist",))
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -86,6 +98,10 @@ def test_a_library_of_tasks_is_searched_and_mixed(fails, trained, tmp_path, caps
     assert first["name"] == "down"
     assert first["similarity"] == pytest.approx(1)
     assert second["similarity"] < 1
+    assert main([*query, "--centre", "--layers", "0"]) == 0
+    [first, second] = json.loads(capsys.readouterr().out)
+    assert (first["name"], first["similarity"]) == ("down", pytest.approx(1))
+    assert second["similarity"] == pytest.approx(-1)  # two states lie on opposite sides of their mean
     sources = [str(library / f"{name}.safetensors") for name in ("up", "down")]
     for method in ("mean", "decay"):
         out = tmp_path / method

@@ -88,6 +88,20 @@ def test_chunks_of_a_packed_row_are_the_row() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole.x, rtol=0, atol=1e-12)
 
 
+def test_a_single_first_token_begins_there_too() -> None:
+    """Without gradients one position takes a way of its own."""
+    model = build(small("mamba-learned-state")).eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.layer.ssm.initial_state.normal_(generator=GENERATOR.manual_seed(0))
+        ids = torch.tensor([[5, 9], [7, 1]])
+        whole = model(ids)
+        first = model(ids[:, :1])
+        second = model(ids[:, 1:], first.state)
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), whole.logits)
+    torch.testing.assert_close(second.state[1].ssm, whole.state[1].ssm)
+
+
 @pytest.mark.parametrize("lengths", [None, (3, 4, 2)])
 def test_gradients(lengths) -> None:
     GENERATOR.manual_seed(1)

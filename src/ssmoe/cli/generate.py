@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ssmoe.cli.arguments import add_json, add_model, load_model, print_json
 
@@ -36,6 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="decode by CUDA graphs; auto is wherever the model allows (default: auto)",
     )
+    parser.add_argument("-n", type=int, default=1, help="how many continuations (default: 1)")
+    parser.add_argument(
+        "--beams", type=int, help="search for the likeliest with so many beams, without chance"
+    )
+    parser.add_argument("--store", metavar="FOLDER", help="keep states of prompts here and begin from them")
+    parser.add_argument(
+        "--store-every", type=int, default=256, metavar="TOKENS", help="--store: a state each (default: 256)"
+    )
+    parser.add_argument(
+        "--store-mb", type=int, default=1024, metavar="MB", help="--store: room for states (default: 1024)"
+    )
     add_json(parser)
 
 
@@ -52,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"--state-out {arguments.state_out}: its folder does not exist; make it first"
         )
+    _check(arguments)
     model, tokenizer = load_model(arguments)
 
     from ssmoe.generation import continuation
@@ -60,6 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     start = None
     if arguments.state_in:
         start = continuation.load(arguments.state_in, model=model, tokenizer=tokenizer)
+    unread = prompt
+    if arguments.store:
+        start, unread = _read_through(arguments, model, tokenizer, prompt), ""
+    if arguments.beams is not None:
+        return _search(arguments, model, tokenizer, prompt, unread, start)
 
     # nothing is shown before generate has accepted the arguments
     shown = False
@@ -74,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = generate(
         model,
         tokenizer,
-        [prompt],
+        [unread],
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -82,14 +100,72 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         stop=arguments.stop,
         state=start,
-        on_text=None if arguments.json else show,
+        n=arguments.n,
+        on_text=None if arguments.json or arguments.n > 1 else show,
         graph={"auto": None, "on": True, "off": False}[arguments.graph],
         batch_invariant=arguments.batch_invariant,
     )
     if arguments.state_out:
         continuation.save(done.continuation, arguments.state_out, model=model, tokenizer=tokenizer)
+    found = [
+        {"text": text, "tokens": tokens, "reason": reason}
+        for text, tokens, reason in zip(done.texts, done.tokens, done.reasons, strict=True)
+    ]
     if arguments.json:
-        print_json({"text": done.texts[0], "tokens": done.tokens[0], "reason": done.reasons[0]})
+        print_json(found[0] if arguments.n == 1 else found)
+    elif arguments.n > 1:
+        for number, text in enumerate(done.texts, 1):
+            print(f"-- {number}\n{prompt}{text}")
     else:
         show(0, "\n")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if arguments.n > 1 and arguments.state_out:
+        raise ValueError(f"-n {arguments.n} ends in as many places: leave --state-out away, or -n")
+    if arguments.store and arguments.state_in:
+        raise ValueError("--store begins from the prompt: leave --state-in away, or --store")
+    if arguments.beams is not None:
+        given = {"--top-k": arguments.top_k, "--top-p": arguments.top_p, "--stop": arguments.stop or None}
+        given["--state-out"] = arguments.state_out
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--beams searches for the likeliest text: leave {name} away, or --beams")
+
+
+def _read_through(arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str) -> Any:
+    """The prompt's continuation, its state begun from what the store has and left there for the next time."""
+    from ssmoe.generation.engine import Continuation
+    from ssmoe.generation.store import StateStore, read_through
+
+    store = StateStore(arguments.store, model, tokenizer, budget_bytes=arguments.store_mb << 20)
+    ids = [tokenizer.end_id, *tokenizer.encode(prompt)]
+    found = read_through(store, ids, every=arguments.store_every)
+    return Continuation(found.state, (found.tokens,), ((ids[-1],),))
+
+
+def _search(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, unread: str, start: Any
+) -> int:
+    """Print the likeliest continuations, best first."""
+    from ssmoe.generation.beam import beam_search
+
+    [found] = beam_search(
+        model,
+        tokenizer,
+        [unread],
+        beams=arguments.beams,
+        n=arguments.n,
+        max_new_tokens=arguments.max_new_tokens,
+        start=start,
+    )
+    if arguments.json:
+        print_json([hypothesis._asdict() for hypothesis in found])
+        return 0
+    for number, hypothesis in enumerate(found, 1):
+        if arguments.n > 1:
+            print(f"-- {number}, {hypothesis.log_probability:.2f} nats")
+        print(f"{prompt}{hypothesis.text}")
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmoe.cli.arguments import add_device, add_json, load_model, print_json
+from ssmoe.cli.extras import require
 
 HELP = "save, inspect, mix and retrieve recurrent states as files"
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="mean", help="mix: mean, sum, norm-kept, decay or any-order")
     parser.add_argument("--weights", type=float, nargs="+", help="mix: of a weighted mean")
     parser.add_argument("--layers", type=int, nargs="+", help="retrieve: layers to compare (default: all)")
+    parser.add_argument(
+        "--centre", action="store_true", help="retrieve: subtract the library's mean state first"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="inspect: norms, similarity and a map of the states"
+    )
     add_device(parser)
     add_json(parser)
 
@@ -101,7 +108,8 @@ def _retrieve(arguments: argparse.Namespace) -> int:
     library = Library(folder, model, tokenizer)
     names = library.names()
     query = _capture(model, tokenizer, text)
-    found = similarities([query], [library.get(name) for name in names], arguments.layers)[0]
+    memories = [library.get(name) for name in names]
+    found = similarities([query], memories, arguments.layers, centre=arguments.centre)[0]
     order = found.argsort(descending=True, stable=True)
     ranked = [(names[int(i)], float(found[i])) for i in order]
     if arguments.json:
@@ -147,12 +155,18 @@ def _check_folder(path: str) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from ssmoe.model import state_file
 
+    if arguments.plot is not None:
+        _check_plot(arguments.plot)
     found: list[dict[str, Any]] = []
+    states: dict[str, dict[str, Any]] = {}
     for path in arguments.paths:
         header, tensors = state_file.read(path)
+        states[path] = tensors
         norms = {name: tensor.double().square().sum().sqrt().item() for name, tensor in tensors.items()}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         found.append({"path": path, **header._asdict(), "norms": norms, "shapes": shapes})
+    if arguments.plot is not None:
+        _draw(states, Path(arguments.plot))
     if arguments.json:
         print_json(found)
         return 0
@@ -163,4 +177,47 @@ def _inspect(arguments: argparse.Namespace) -> int:
             print(f"  {one['note']}")
         for name, norm in one["norms"].items():
             print(f"  {name:<28}{'x'.join(map(str, one['shapes'][name])):>20}   norm {norm:.4g}")
+    if arguments.plot is not None:
+        print(f"picture: {arguments.plot}")
     return 0
+
+
+def _check_plot(path: str) -> None:
+    require("matplotlib", "plots")
+    if not path.endswith(".png"):
+        raise ValueError(f"--plot {path}: give a name that ends in .png")
+    _check_folder(path)
+
+
+def _draw(states: dict[str, dict[str, Any]], path: Path) -> None:
+    """Norms and steps a layer, similarities, and a map of the states by their two main directions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from ssmoe.soup.picture import overview
+
+    seen = overview(states)
+    names = [Path(name).name.removesuffix(".safetensors") for name in states]
+    figure = Figure(figsize=(15, 2 + 0.25 * len(names)), layout="constrained")
+    norms, steps, alike, plane = figure.subplots(1, 4)
+    panels = (
+        (norms, "norm of the scan state", seen.norms, seen.layers, None),
+        (steps, "sum of delta', mean over channels", seen.steps, seen.layers, None),
+        (alike, "mean cosine", seen.similarity, names, (-1, 1)),
+    )
+    for axes, title, values, columns, limits in panels:
+        low, high = limits or (None, None)
+        picture = axes.imshow(
+            values.numpy(), aspect="auto", vmin=low, vmax=high, cmap="RdBu_r" if limits else "viridis"
+        )
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if limits else 0)
+        axes.set_yticks(range(len(names)), names if axes is norms else [], fontsize=7)
+        figure.colorbar(picture, ax=axes)
+    norms.set_xlabel("layer")
+    steps.set_xlabel("layer")
+    plane.scatter(*seen.places.t().tolist())
+    for name, place in zip(names, seen.places, strict=True):
+        plane.annotate(name, (float(place[0]), float(place[1])), fontsize=7)
+    plane.set_title("two main directions", fontsize=9)
+    FigureCanvasAgg(figure).print_figure(path, dpi=90)

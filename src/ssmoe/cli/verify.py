@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = reference.config
     shape = (
         rows or -(-3 // config.row_multiple) * config.row_multiple,
-        length or -(-48 // config.length_multiple) * config.length_multiple,
+        length or max(2, -(-48 // config.length_multiple)) * config.length_multiple,
     )
     ids = torch.randint(tokenizer.vocab_size, shape, generator=generator).to(device)
     findings = verify(reference.double(), others, ids)

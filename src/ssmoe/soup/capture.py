@@ -36,7 +36,7 @@ def capture(model: LM, ids: Tensor, state: State | None = None) -> Memory:
 
     Raises ValueError for a model with layers whose state is no sum, such as attention.
     """
-    # one document a row that goes on, so that a single token takes the same way as many
+    # one document that goes on: with segments given, a single token is not taken in one fused op
     whole = Segments.ragged([ids.shape[1]] * ids.shape[0], device=ids.device)
     return Memory(*_read(model, ids, state, whole), ids.shape[1])
 
