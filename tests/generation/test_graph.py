@@ -154,8 +154,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssmoe.generation import graph
 from ssmoe.generation.sampler import Sampling
 from ssmoe.model.build import build
-from ssmoe.model.mixers.attention import AttentionState
-from ssmoe.model.state import select
+from ssmoe.model.lm import LM
 from tests.model.zoo import small
 
 WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "bincount", "lift_fresh")

@@ -154,7 +154,7 @@ class _Step:
         if draws is not None:
             self.draws.copy_(torch.tensor(draws, dtype=torch.float64))
         self.replay()
-        return [int(token) for token in self.ids.flatten().tolist()]
+        return [int(token) for token in self.ids.flatten().cpu()]
 
 
 def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
