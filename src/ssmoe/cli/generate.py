@@ -32,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--graph",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="decode by CUDA graphs; auto is wherever the model allows (default: auto)",
+        action="store_true",
+        help="decode by CUDA graphs, on a GPU",
     )
     add_json(parser)
 
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         stop=arguments.stop,
         state=start,
         on_text=None if arguments.json else show,
-        graph={"auto": None, "on": True, "off": False}[arguments.graph],
+        graph=arguments.graph,
         batch_invariant=arguments.batch_invariant,
     )
     if arguments.state_out:
