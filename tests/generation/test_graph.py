@@ -97,9 +97,9 @@ def without_a_gpu(monkeypatch):
 def test_the_loop_around_the_graph_makes_the_same_tokens(name, sampling, without_a_gpu):
     model, stop_at = model_of(name), [3, 20, 11, 1, 20]
     seeds = [9, 8, 7, 9, 5]
-    plain, end = run(model, PROMPTS, 20, sampling=sampling, stop_at=stop_at, seeds=seeds, graph=False)
+    plain, end = run(model, PROMPTS, 20, sampling=sampling, stop_at=stop_at, seeds=seeds)
     for _ in range(2):  # the second time with the graph of the first
-        made, graph_end = run(model, PROMPTS, 20, sampling=sampling, stop_at=stop_at, seeds=seeds)
+        made, graph_end = run(model, PROMPTS, 20, sampling=sampling, stop_at=stop_at, seeds=seeds, graph=True)
         assert made == plain
     assert graph_end[1:] == end[1:]
     assert_states_close(graph_end.state, end.state)
@@ -122,26 +122,26 @@ def assert_states_close(one, other):
 def test_going_on_from_a_graph_is_not_having_stopped(name, without_a_gpu):
     model = model_of(name)
     whole, _ = run(model, PROMPTS, 30)
-    first, middle = run(model, PROMPTS, 13)
-    rest, _ = run(model, [()] * 5, 17, start=middle)
+    first, middle = run(model, PROMPTS, 13, graph=True)
+    rest, _ = run(model, [()] * 5, 17, start=middle, graph=True)
     assert [a + b for a, b in zip(first, rest, strict=True)] == whole
     # a short row from a state with room for long ones
     short = Continuation(select(middle.state, [1]), middle.tokens[1:2], middle.pending[1:2])
-    made, _ = run(model, [()], 2, start=short)
+    made, _ = run(model, [()], 2, start=short, graph=True)
     assert made == [whole[1][13:15]]
 
 
 def test_changed_weights_make_a_new_graph_and_old_ones_go(without_a_gpu):
     model = model_of("mamba")
-    first, _ = run(model, PROMPTS, 20)
+    first, _ = run(model, PROMPTS, 20, graph=True)
     used = graph.runner(model)
     assert graph.runner(model) is used
     with torch.no_grad():
         model.layers[0].layer.in_proj.weight.neg_()
-    second, _ = run(model, PROMPTS, 20)
+    second, _ = run(model, PROMPTS, 20, graph=True)
     assert graph.runner(model) is not used
     assert first != second
-    assert second == run(model, PROMPTS, 20, graph=False)[0]
+    assert second == run(model, PROMPTS, 20)[0]
     before = len(graph._runners)
     del model
     gc.collect()
@@ -154,8 +154,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssmoe.generation import graph
 from ssmoe.generation.sampler import Sampling
 from ssmoe.model.build import build
-from ssmoe.model.mixers.attention import AttentionState
-from ssmoe.model.state import select
+from ssmoe.model.lm import LM
 from tests.model.zoo import small
 
 WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "bincount", "lift_fresh")
@@ -200,6 +199,17 @@ def test_batch_invariance_on_any_device(name, sampling):
         assert together[i] == alone
         assert end.tokens[i] == alone_end.tokens[0]
         assert end.pending[i] == alone_end.pending[0]
+        assert_same_bits(end.state, alone_end.state, i)
+
+
+def test_a_row_of_a_state_goes_on_as_if_alone():
+    model = model_of("hybrid", dtype=torch.float32)
+    start = read(model, PROMPTS, batch_invariant=True)
+    together, end = run(model, [()] * 5, 9, start=start, batch_invariant=True)
+    for i, prompt in enumerate(PROMPTS):
+        own = read(model, [prompt], batch_invariant=True)
+        [alone], alone_end = run(model, [()], 9, start=own, batch_invariant=True)
+        assert together[i] == alone
         assert_same_bits(end.state, alone_end.state, i)
 
 
@@ -255,7 +265,7 @@ def test_graphs_make_the_tokens_of_the_ordinary_path(name, sampling):
     model, stop_at = on_gpu(name), [3, 40, 17, 1, 40]
     assert graph.why_not(model) is None
     for prompts in (PROMPTS, PROMPTS[:1]):
-        plain, end = run(model, prompts, 40, sampling=sampling, stop_at=stop_at, graph=False)
+        plain, end = run(model, prompts, 40, sampling=sampling, stop_at=stop_at)
         for _ in range(2):
             made, graph_end = run(model, prompts, 40, sampling=sampling, stop_at=stop_at, graph=True)
             assert made == plain
@@ -268,11 +278,11 @@ def test_graphs_make_the_tokens_of_the_ordinary_path(name, sampling):
 def test_batch_invariance_on_a_gpu(name):
     model = on_gpu(name, dtype=torch.bfloat16)
     prompts = [[1 + (7 * i + j) % 60 for j in range(1 + i % 9)] for i in range(7)]
-    together, end = run(model, prompts, 24, batch_invariant=True)
-    again, _ = run(model, prompts, 24, batch_invariant=True)
+    together, end = run(model, prompts, 24, batch_invariant=True, graph=True)
+    again, _ = run(model, prompts, 24, batch_invariant=True, graph=True)
     assert together == again
     for i in (0, 3, 6):
-        alone, alone_end = run(model, [prompts[i]], 24, batch_invariant=True)
+        alone, alone_end = run(model, [prompts[i]], 24, batch_invariant=True, graph=True)
         assert alone == [together[i]]
         assert_same_bits(end.state, alone_end.state, i)
 
@@ -281,9 +291,9 @@ def test_batch_invariance_on_a_gpu(name):
 @ON_GPU
 def test_changed_weights_are_noticed():
     model = on_gpu("mamba", dtype=torch.bfloat16)
-    first, _ = run(model, PROMPTS, 20)
+    first, _ = run(model, PROMPTS, 20, graph=True)
     with torch.no_grad():
         model.head.weight.neg_()
-    second, _ = run(model, PROMPTS, 20)
+    second, _ = run(model, PROMPTS, 20, graph=True)
     assert first != second
-    assert second == run(model, PROMPTS, 20, graph=False)[0]
+    assert second == run(model, PROMPTS, 20)[0]

@@ -33,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--graph",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="decode by CUDA graphs; auto is wherever the model allows (default: auto)",
+        action="store_true",
+        help="decode by CUDA graphs, on a GPU",
     )
     parser.add_argument("-n", type=int, default=1, help="how many continuations (default: 1)")
     parser.add_argument(
@@ -102,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         state=start,
         n=arguments.n,
         on_text=None if arguments.json or arguments.n > 1 else show,
-        graph={"auto": None, "on": True, "off": False}[arguments.graph],
+        graph=arguments.graph,
         batch_invariant=arguments.batch_invariant,
     )
     if arguments.state_out:

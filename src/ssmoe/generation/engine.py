@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ssmoe.generation import graph as graphs
 from ssmoe.generation.sampler import Sampling, sample
-from ssmoe.model.layer import State
+from ssmoe.model.layer import LayerState, State
 from ssmoe.model.lm import LM
+from ssmoe.model.mixers.attention import AttentionState
 from ssmoe.model.state import concatenate, expand, select
 from ssmoe.ops import Segments
 
@@ -41,7 +42,7 @@ def decode(
     max_new_tokens: int,
     start: Continuation | None = None,
     seeds: Sequence[int] | None = None,
-    graph: bool | None = None,
+    graph: bool = False,
     batch_invariant: bool = False,
 ) -> Continuation:
     """Read each prompt after `start` (its pending tokens first), then sample until `accept` says stop.
@@ -49,34 +50,29 @@ def decode(
     Rows of different lengths are read together; each gets what it would get alone, up to rounding. `accept`
     is called once for each new token of each row, in row order. Without `start` a prompt must hold at least
     one token. max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
-    graph: a CUDA graph a token; None is wherever `graph.why_not` has no objection.
+    graph: a CUDA graph a token, for models that `graph.why_not` has no objection to.
     batch_invariant: the same bits whatever else is in the batch, since each row is read and decoded alone,
     one after another; `accept` sees them in that order.
     Raises ValueError for a model that cannot generate, or not by graphs where they are asked for.
     """
     if reason := model.config.why_no_generation():
         raise ValueError(f"this model cannot generate: {reason}")
-    reason = graphs.why_not(model)
-    if graph and reason is not None:
+    if graph and (reason := graphs.why_not(model)):
         raise ValueError(f"graph=True: {reason}; leave graph away to decode without")
     if start is not None:
         prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
-    runner = None if graph is False or reason is not None else graphs.runner(model)
+    runner = graphs.runner(model) if graph else None
     group = 1 if batch_invariant else len(prompts)
     ends: list[State] = []
     counts: list[int] = []
     pending: list[tuple[int, ...]] = []
     for first in range(0, len(prompts), group):
         rows = range(first, min(first + group, len(prompts)))
-        state = (
-            None
-            if start is None
-            else select(start.state, list(rows))
-            if group < len(prompts)
-            else start.state
-        )
+        state = None if start is None else start.state
+        if state is not None and batch_invariant:
+            state = _alone(state, first)
         count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
         reader = model if runner is None else runner.model
         logits, state = _prefill(reader, prompts[first : rows.stop], state)
@@ -110,6 +106,17 @@ def decode(
         pending += found[1]
         counts += count
     return Continuation(concatenate(ends), tuple(counts), tuple(pending))
+
+
+def _alone(state: State, row: int) -> State:
+    """One row, its attention layers without the room that longer rows needed."""
+    layers: list[LayerState] = []
+    for layer in select(state, [row]):
+        if isinstance(layer, AttentionState):
+            used = int(layer.length)
+            layer = AttentionState(layer.keys[:, :, :used], layer.values[:, :, :used], layer.length)
+        layers.append(layer)
+    return tuple(layers)
 
 
 def _go_on(
@@ -172,7 +179,7 @@ def read(
     state = model.init_state(len(prompts)) if start is None else start.state
     rest = [prompt[:-1] for prompt in prompts]
     if batch_invariant:
-        rows = [select(state, [i]) for i in range(len(prompts))]
+        rows = [_alone(state, i) for i in range(len(prompts))]
         state = concatenate(
             [_prefill(model, [row], own)[1] if row else own for row, own in zip(rest, rows, strict=True)]
         )

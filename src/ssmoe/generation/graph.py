@@ -1,7 +1,7 @@
 """Decoding on a GPU: one CUDA graph a token over static buffers, the state in place, sampling on the device.
 
-The host sees only the sampled tokens. What cannot be captured is decoded by `ssmoe.generation.engine` as on a
-CPU; `why_not` says so, and why, before anything runs.
+The host sees only the sampled tokens. It is asked for (`graph=True`); `why_not` says, before anything runs,
+which model cannot and why.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ Accept = Callable[[int, int], bool]
 
 
 def why_not(model: LM) -> str | None:
-    """Why `model` is not decoded by CUDA graphs, in one line; None when it is."""
+    """Why `model` cannot be decoded by CUDA graphs, in one line; None when it can."""
     device = model.embedding.weight.device
     if device.type != "cuda":
         return f"the model is on {device.type}, and graphs need a CUDA device"
@@ -154,7 +154,7 @@ class _Step:
         if draws is not None:
             self.draws.copy_(torch.tensor(draws, dtype=torch.float64))
         self.replay()
-        return [int(token) for token in self.ids.flatten().tolist()]
+        return [int(token) for token in self.ids.flatten().cpu()]
 
 
 def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:

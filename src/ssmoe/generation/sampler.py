@@ -43,9 +43,9 @@ def sample(
     its position, not on the other rows.
     """
     if sampling.temperature == 0:
-        return [int(token) for token in choose(logits, None, sampling).tolist()]
+        return [int(token) for token in choose(logits, None, sampling).cpu()]
     draws = torch.tensor(uniforms(positions, sampling, seeds), dtype=torch.float64)
-    return [int(token) for token in choose(logits.cpu(), draws, sampling).tolist()]
+    return [int(token) for token in choose(logits.cpu(), draws, sampling)]
 
 
 def uniforms(positions: list[int], sampling: Sampling, seeds: list[int] | None = None) -> list[float]:
@@ -66,7 +66,7 @@ def choose(logits: Tensor, draws: Tensor | None, sampling: Sampling) -> Tensor:
     # from the largest, so that no temperature however small makes it infinite
     values = (values - values[:, :1]) / sampling.temperature
     if sampling.top_k is not None:
-        values[:, sampling.top_k :] = -inf
+        values[:, sampling.top_k :].fill_(-inf)
     probabilities = values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     if sampling.top_p is not None:
