@@ -11,6 +11,17 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// The compiler may neither foresee nor drop v.
+SSMOE_INLINE void opaque(Vec<float>& v) {
+#if SSMOE_BYTES == 64
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#else
+  asm volatile("" : "+w"(v));
+#endif
+}
+
 // the best of many short runs of f, which does `count` of something
 template <class F>
 double best_rate(double count, const F& f) {
@@ -31,45 +42,37 @@ extern "C" {
 
 int lanes() { return kLanes<float>; }
 
-// vectors a second through the exponential of the scan
+// vectors a second through the exponential of the scan, inputs and outputs in registers
 double exp_rate() {
-  constexpr int kVectors = 64, N = 4, kRounds = 50;
-  alignas(64) static thread_local float data[kVectors * kLanes<float>];
-  return best_rate(double(kVectors) * kRounds, [] {
+  constexpr int N = 4, kRounds = 4000;
+  return best_rate(double(N) * kRounds, [] {
+    Vec<float> v[N] = {}, index[N] = {};
     for (int r = 0; r < kRounds; ++r) {
-      Vec<float> v[N], index[N] = {};
-      SSMOE_EACH_VECTOR v[i] = splat<float>(-0.5f);
-      for (int k = 0; k < kVectors; k += N) {
+      Vec<float> next[N], next_index[N];
+      SSMOE_EACH_VECTOR next[i] = splat<float>(-0.5f);
+      SSMOE_EACH_VECTOR opaque(next[i]);
 #if SSMOE_BYTES == 64
-        Vec<float> next[N], next_index[N];
-        SSMOE_EACH_VECTOR next[i] = get(data + (k + i) * kLanes<float>);
-        exp2_halves<N>(next, next_index, v, index);
-        SSMOE_EACH_VECTOR put<float>(data + (k + i) * kLanes<float>, v[i]);
-        SSMOE_EACH_VECTOR v[i] = next[i], index[i] = next_index[i];
+      exp2_halves<N>(next, next_index, v, index);
+      SSMOE_EACH_VECTOR opaque(v[i]);
+      SSMOE_EACH_VECTOR v[i] = next[i], index[i] = next_index[i];
 #else
-        SSMOE_EACH_VECTOR v[i] = get(data + (k + i) * kLanes<float>);
-        exp_all<float, N, false>(v);
-        SSMOE_EACH_VECTOR put<float>(data + (k + i) * kLanes<float>, v[i]);
+      exp_all<float, N, false>(next);
+      SSMOE_EACH_VECTOR opaque(next[i]);
 #endif
-      }
-      for (int k = 0; k < kVectors; ++k) put<float>(data + k * kLanes<float>, splat<float>(-0.5f));
     }
   });
 }
 
 // fused multiply-adds a second, in vectors
 double fma_rate() {
-  constexpr int N = 16, kRounds = 4000;
-  static thread_local float sink;
+  constexpr int N = 12, kRounds = 4000;
   return best_rate(double(N) * kRounds, [] {
     Vec<float> v[N], a = splat<float>(0.999f), b = splat<float>(0.001f);
     SSMOE_EACH_VECTOR v[i] = splat<float>(float(i));
     for (int r = 0; r < kRounds; ++r) {
       SSMOE_EACH_VECTOR v[i] = v[i] * a + b;
+      SSMOE_EACH_VECTOR opaque(v[i]);
     }
-    Vec<float> total = splat<float>(0);
-    SSMOE_EACH_VECTOR total = total + v[i];
-    sink = total[0];
   });
 }
 
