@@ -14,7 +14,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -76,11 +76,12 @@ def extra_memory_mib(args: list[Tensor]) -> float:
     return status_mib("VmHWM") - before
 
 
-def row(name: str, forward_ms: float, both_ms: float | None, mine: tuple[float, float]) -> None:
-    def cell(time: float | None, mine: float) -> str:
-        return f"{'-':>10} {'':>9}" if time is None else f"{time:10.2f} {time / mine:8.2f}x"
-
-    print(f"  {name:28}{cell(forward_ms, mine[0])}{cell(both_ms, mine[1])}", flush=True)
+def row(name: str, times: Iterable[float], mine: tuple[float, float]) -> None:
+    """A line of the table, each time as soon as it is known."""
+    print(f"  {name:28}", end="", flush=True)
+    for time, ours in zip(times, mine, strict=False):
+        print(f"{time:10.2f} {time / ours:8.2f}x", end="", flush=True)
+    print(flush=True)
 
 
 def time_peer(peer: Peer, args: list[Tensor], mine: tuple[float, float], repeats: int) -> None:
@@ -90,8 +91,8 @@ def time_peer(peer: Peer, args: list[Tensor], mine: tuple[float, float], repeats
     args = peer.arrange(args)
     with torch.no_grad():
         torch.testing.assert_close(peer.scan(*args), ours(*args), rtol=1e-3, atol=1e-3)
-    both = median_ms(forward_backward(peer.scan, args), repeats) if peer.backward else None
-    row(peer.name, median_ms(forward(peer.scan, args), repeats), both, mine)
+    steps = [forward, forward_backward] if peer.backward else [forward]
+    row(peer.name, (median_ms(make(peer.scan, args), repeats) for make in steps), mine)
 
 
 def table(arguments: argparse.Namespace, length: int, dtype: torch.dtype) -> None:
@@ -103,10 +104,10 @@ def table(arguments: argparse.Namespace, length: int, dtype: torch.dtype) -> Non
         print(f"  extra memory of ssmoe, forward and backward: {extra_memory_mib(args):.1f} MiB")
     ceilings = measure(torch.get_num_threads(), length * d)
     mine = (median_ms(forward(ours, args), 3 * repeats), median_ms(forward_backward(ours, args), 2 * repeats))
-    row("ssmoe", *mine, mine)
+    row("ssmoe", mine, mine)
     print(f"  {'ssmoe, ns a position':28}{mine[0] / length * 1e6:10.0f}{'':10}{mine[1] / length * 1e6:10.0f}")
     if ceilings:
-        row("floor", *ceilings.floor_ms(length, d, n, args[0].element_size()), mine)
+        row("floor", ceilings.floor_ms(length, d, n, args[0].element_size()), mine)
         print(
             f"  ceilings: {ceilings.exp * ceilings.lanes / 1e9:.1f} G exp/s,"
             f" {ceilings.fma * ceilings.lanes / 1e9:.0f} G multiply-adds/s,"

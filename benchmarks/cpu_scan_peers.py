@@ -79,9 +79,9 @@ def _peer(name: str, make: Callable[[], Scan], **options: bool) -> Peer:
 def peers() -> list[Peer]:
     """Every peer; the slow path's backward is left out, because it is quadratic in length (hours)."""
     return [
-        _peer("torchmamba", _torchmamba),
         _peer("mambapy", _mambapy),
         _peer("transformers, slow path", _transformers, backward=False, channels_first=True),
+        _peer("torchmamba", _torchmamba),
         _peer("transformers, use_mambapy", lambda: _transformers(mambapy=True), channels_first=True),
         _peer(
             "transformers, associative",
