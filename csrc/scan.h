@@ -1,6 +1,6 @@
-// The selective scan, lanes = channels. A task owns a group of channels of one row; it walks the row in
-// chunks of kChunk positions, so that inputs, steps and partial sums of a chunk stay in cache while the
-// states of `kStates` of the n state entries stay in registers.
+// The selective scan, lanes = channels. A task owns a group of channels of one row; it walks the row in chunks
+// of kChunk positions, and a chunk in tiles of kTile channels, so that steps, inputs and outputs of a tile stay in
+// the first-level cache and the states of up to kStates of the n state entries in registers.
 #pragma once
 #include "kernels.h"
 #include "vec.h"
@@ -12,10 +12,11 @@ using ssmoe::Rows;
 using ssmoe::Scan;
 
 #if SSMOE_BYTES == 64
-constexpr int kStates = 8;
+constexpr int kStates = 16;
 #else
 constexpr int kStates = 4;
 #endif
+constexpr int64_t kTile = 64;
 constexpr int kBackwardStates = 4;
 
 template <class S>
@@ -69,8 +70,9 @@ template <class S, class T>
 void widen_rows(const Rows& rows, int64_t b, int64_t t0, int64_t steps, int64_t n, const uint8_t* flags, T* out) {
   for (int64_t t = 0; t < steps; ++t) {
     const S* from = row_at<S>(rows, b, t0 + t);
-    bool padding = flags && flags[t] == ssmoe::kPadding;
-    for (int64_t i = 0; i < n; ++i) out[t * n + i] = padding ? T(0) : widen(from[i]);
+    const bool padding = flags && flags[t] == ssmoe::kPadding;
+    for (int64_t i = 0; i < n; i += kLanes<T>)
+      store_some(out + t * n + i, padding ? splat<T>(0) : load_some(from + i, n - i), n - i);
   }
 }
 
@@ -83,32 +85,70 @@ struct Chunk {
   const T* C;
 };
 
-// states i0 .. i0 + N of one channel vector through a chunk; y gets or adds <C, h>
+// What a tile needs of the rows that come after it, asked for while it computes: one line a vector and position.
+struct Ahead {
+  const char* row[7];
+  int64_t stride[7];
+  int count = 0;
+  template <class S>
+  void add(const Rows& rows, int64_t b, int64_t t, int64_t c) {
+    if (!rows.data) return;
+    stride[count] = rows.row_stride * int64_t(sizeof(S));
+    row[count++] = reinterpret_cast<const char*>(row_at<S>(rows, b, t) + c);
+  }
+  SSMOE_INLINE void fetch(int64_t t, int64_t offset) const {
+    for (int i = 0; i < count; ++i) __builtin_prefetch(row[i] + t * stride[i] + offset, 0, 2);
+  }
+};
+
+// Steps are staged in units of kStepUnit: powers of two where the exponential wants them.
+template <class T>
+constexpr bool kPowersOfTwo = SSMOE_BYTES == 64 && sizeof(T) == 4;
+template <class T>
+constexpr T kStepUnit = kPowersOfTwo<T> ? kLog2E<T> : T(1);
+
+// exp(delta A) of N states, in two halves: `next` and `next_index` become the first half of exp(step A), while
+// `decay` and `index` go from their first half to the value. The two are interleaved, so that the units are busy.
+template <class T, int N, bool kDeep>
+SSMOE_INLINE void decays(Vec<T> step, const T* A, Vec<T>* next, Vec<T>* next_index, Vec<T>* decay, Vec<T>* index) {
+  SSMOE_EACH_VECTOR next[i] = step * get(A + i * kLanes<T>);
+#if SSMOE_BYTES == 64
+  if constexpr (kPowersOfTwo<T>) {
+    if constexpr (kDeep) {
+      SSMOE_EACH_VECTOR next[i] = larger<T>(next[i], splat<T>(-126));
+    }
+    return exp2_halves<N>(next, next_index, decay, index);
+  }
+#endif
+  exp_all<T, N, kDeep>(decay);
+}
+
+// states i0 .. i0 + N of one channel vector through a chunk; y gets or adds <C, h>. Reads one step beyond the chunk.
 template <class T, int N, bool kDeep>
 SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, const T* drive, const T* A, T* h,
-                          T* y) {
-  constexpr int W = kLanes<T>;
+                          T* y, const Ahead& ahead, int64_t offset) {
+  constexpr int W = kLanes<T>, M = N < 4 ? N : 4;
   const int64_t n = chunk.args.n;
-  Vec<T> state[N];
+  Vec<T> state[N], decay[M], index[M], unused[M] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) state[i] = get(h + (i0 + i) * W);
   const T* a = A + i0 * W;
   const T* B = chunk.B + i0;
   const T* C = chunk.C + i0;
+  Vec<T> step = get(delta);
+  decays<T, M, kDeep>(step, a, decay, index, unused, unused);
   for (int64_t t = 0; t < chunk.steps; ++t, B += n, C += n) {
+    if (!i0) ahead.fetch(t, offset);
     if (chunk.flags && chunk.flags[t] == ssmoe::kReset) {
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) state[i] = splat<T>(0);
     }
-    Vec<T> step = get(delta + t * W), input = get(drive + t * W);
+    Vec<T> input = get(drive + t * W), next_step = get(delta + (t + 1) * W);
     Vec<T> even = i0 ? get(y + t * W) : splat<T>(0), odd = splat<T>(0);
-    constexpr int M = N < 4 ? N : 4;
 #pragma GCC unroll 16
     for (int j = 0; j < N; j += M) {
-      Vec<T> decay[M];
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) decay[i] = step * get(a + (i + j) * W);
-      exp_all<T, M, kDeep>(decay);
+      Vec<T> next[M], next_index[M];
+      decays<T, M, kDeep>(j + M < N ? step : next_step, a + (j + M) % N * W, next, next_index, decay, index);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) state[i + j] = state[i + j] * decay[i] + input * B[i + j];
 #pragma GCC unroll 16
@@ -118,7 +158,10 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
         else
           even = even + state[i + j] * C[i + j];
       }
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) decay[i] = next[i], index[i] = next_index[i];
     }
+    step = next_step;
     put<T>(y + t * W, even + odd);
   }
 #pragma GCC unroll 16
@@ -126,26 +169,29 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
 }
 
 template <class T, bool kDeep>
-void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y) {
+void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y, const Ahead& ahead,
+                 int64_t offset) {
   const int64_t n = chunk.args.n;
   int64_t i = 0;
-  for (; i + kStates <= n; i += kStates) advance<T, kStates, kDeep>(chunk, i, delta, drive, A, h, y);
+  for (; i + kStates <= n; i += kStates) advance<T, kStates, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
+  if constexpr (kStates > 8)
+    for (; i + 8 <= n; i += 8) advance<T, 8, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
   if constexpr (kStates > 4)
-    for (; i + 4 <= n; i += 4) advance<T, 4, kDeep>(chunk, i, delta, drive, A, h, y);
-  for (; i < n; ++i) advance<T, 1, kDeep>(chunk, i, delta, drive, A, h, y);
+    for (; i + 4 <= n; i += 4) advance<T, 4, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
+  for (; i < n; ++i) advance<T, 1, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
 }
 
+// The largest -A of a channel vector, or zero; NaN stays.
+template <class T>
+Vec<T> steepest_of(const T* A, int64_t n) {
+  Vec<T> steepest = splat<T>(0);
+  for (int64_t i = 0; i < n; ++i) steepest = larger<T>(-get(A + i * kLanes<T>), steepest);
+  return steepest;
+}
 // Whether some exp(delta A) of a chunk could fall below the smallest normal number.
 template <class T>
-bool deep(const T* delta, int64_t steps, const T* A, int64_t n) {
-  constexpr int W = kLanes<T>;
-  Vec<T> longest = splat<T>(0), steepest = splat<T>(0);
-  for (int64_t t = 0; t < steps; ++t) longest = larger<T>(get(delta + t * W), longest);
-  for (int64_t i = 0; i < n; ++i) steepest = larger<T>(-get(A + i * W), steepest);
-  Vec<T> product = longest * steepest;
-  bool any = false;
-  for (int w = 0; w < W; ++w) any = any || !(product[w] < -kShallow<T>);
-  return any;
+bool deep(Vec<T> longest, Vec<T> steepest) {
+  return !all_below<T>(longest * steepest, -kShallow<T> * kStepUnit<T>);
 }
 
 // a row of length one: lanes = states, so that the state is read and written where it lies
@@ -174,7 +220,7 @@ void scan_one(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
       for (int64_t i = c * n; i < (c + lanes) * n; ++i) to[i] = from ? from[i] : T(0);
       continue;
     }
-    softplus_all<T, 1>(&u, nullptr);
+    softplus_all<T, 1, false>(&u, nullptr);
     Vec<T> delta = u;
     put<T>(step, delta);
     put<T>(drive, delta * x);
@@ -203,46 +249,77 @@ void scan_one(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
   }
 }
 
-// A group's part of chunk rows, read and written whole rows at a time: rows lie far apart, in different pages
-// and often in the same cache sets.
-constexpr int64_t kAhead = 4;
-
-template <class S>
-SSMOE_INLINE void prefetch_row(const Rows& rows, int64_t b, int64_t t, int64_t length, int64_t c0, int64_t channels) {
-  if (t >= length) return;
-  const char* p = reinterpret_cast<const char*>(row_at<S>(rows, b, t) + c0);
-  for (int64_t at = 0; at < int64_t(channels * sizeof(S)); at += 64) __builtin_prefetch(p + at, 0, 2);
-}
-
-template <class T>
-SSMOE_INLINE void clear(T* staged, int64_t t, int64_t vectors) {
-  for (int64_t v = 0; v < vectors; ++v) put<T>(staged + (v * kChunk + t) * kLanes<T>, splat<T>(0));
-}
-
-// Step sizes and inputs of one position, [vector][kChunk][lane]; slope as in softplus_all
-template <class S, int N, class T>
-SSMOE_INLINE void stage_some(const S* x, const S* u, const T* bias, int64_t t, int64_t channels, int64_t v, T* delta,
-                             T* drive, T* slope) {
+// Step sizes and inputs of N channel vectors over a chunk, [vector][kChunk][lane], and the longest step of each lane;
+// slope as in softplus_all. x and u point at the vectors' first position.
+template <class S, int N, bool kWhole, bool kSlope, class T>
+void stage_vectors(const S* x, int64_t x_stride, const S* u, int64_t u_stride, const T* bias, int64_t channels,
+                   const uint8_t* flags, int64_t steps, T* delta, T* drive, T* slope, T* longest) {
   constexpr int W = kLanes<T>;
-  Vec<T> step[N], steep[N];
-  SSMOE_EACH_VECTOR step[i] = load_some(u + (v + i) * W, channels - (v + i) * W);
-  if (bias) {
-    SSMOE_EACH_VECTOR step[i] = step[i] + load_some(bias + (v + i) * W, channels - (v + i) * W);
+  Vec<T> shift[N], most[N];
+  SSMOE_EACH_VECTOR most[i] = splat<T>(0);
+  SSMOE_EACH_VECTOR shift[i] = bias ? load_some(bias + i * W, kWhole ? W : channels - i * W) : splat<T>(0);
+  for (int64_t t = 0; t < steps; ++t, x += x_stride, u += u_stride) {
+    if (flags && flags[t] == ssmoe::kPadding) {
+      SSMOE_EACH_VECTOR {
+        const int64_t at = (i * kChunk + t) * W;
+        put<T>(delta + at, splat<T>(0)), put<T>(drive + at, splat<T>(0));
+        if (kSlope) put<T>(slope + at, splat<T>(0));
+      }
+      continue;
+    }
+    Vec<T> step[N], steep[N];
+    SSMOE_EACH_VECTOR step[i] = load_some(u + i * W, kWhole ? W : channels - i * W) + shift[i];
+    softplus_all<T, N, kSlope>(step, steep);
+    SSMOE_EACH_VECTOR {
+      const int64_t at = (i * kChunk + t) * W;
+      Vec<T> unit = step[i] * kStepUnit<T>;
+      put<T>(delta + at, unit);
+      most[i] = larger<T>(unit, most[i]);
+      put<T>(drive + at, step[i] * load_some(x + i * W, kWhole ? W : channels - i * W));
+      if (kSlope) put<T>(slope + at, steep[i]);
+    }
   }
-  softplus_all<T, N>(step, slope ? steep : nullptr);
-  SSMOE_EACH_VECTOR {
-    const int64_t at = ((v + i) * kChunk + t) * W;
-    put<T>(delta + at, step[i]);
-    put<T>(drive + at, step[i] * load_some(x + (v + i) * W, channels - (v + i) * W));
-    if (slope) put<T>(slope + at, steep[i]);
+  SSMOE_EACH_VECTOR put<T>(longest + i * W, most[i]);
+}
+template <class S, bool kSlope, class T>
+void stage(const Scan& args, int64_t b, int64_t t0, int64_t steps, const uint8_t* flags, int64_t c, int64_t channels,
+           T* delta, T* drive, T* slope, T* longest) {
+  constexpr int W = kLanes<T>, N = 4;
+  const T* bias = static_cast<const T*>(args.delta_bias);
+  const S *x = row_at<S>(args.x, b, t0) + c, *u = row_at<S>(args.delta, b, t0) + c;
+  if (bias) bias += c;
+  for (int64_t v = 0; v * W < channels;) {
+    const int64_t at = v * kChunk * W, lanes = channels - v * W;
+    const bool whole = lanes >= N * W;
+    auto run = whole ? stage_vectors<S, N, true, kSlope, T> : stage_vectors<S, 1, false, kSlope, T>;
+    run(x + v * W, args.x.row_stride, u + v * W, args.delta.row_stride, bias ? bias + v * W : nullptr, lanes, flags,
+        steps, delta + at, drive + at, kSlope ? slope + at : nullptr, longest + v * W);
+    v += whole ? N : 1;
   }
 }
-template <class S, class T>
-void stage(const S* x, const S* u, const T* bias, int64_t t, int64_t channels, T* delta, T* drive, T* slope) {
+
+// y of a tile: the skip and the gate, from the staged <C, h>
+template <class S, bool kWhole, class T>
+void finish(const Scan& args, int64_t b, int64_t t0, int64_t steps, const uint8_t* flags, int64_t c, int64_t channels,
+            const T* y) {
   constexpr int W = kLanes<T>;
-  int64_t v = 0;
-  for (; (v + 4) * W <= channels; v += 4) stage_some<S, 4>(x, u, bias, t, channels, v, delta, drive, slope);
-  for (; v * W < channels; ++v) stage_some<S, 1>(x, u, bias, t, channels, v, delta, drive, slope);
+  const T* D = static_cast<const T*>(args.D);
+  for (int64_t t = 0; t < steps; ++t, y += W) {
+    const bool padding = flags && flags[t] == ssmoe::kPadding;
+    const S *x = row_at<S>(args.x, b, t0 + t) + c, *z = args.z.data ? row_at<S>(args.z, b, t0 + t) + c : nullptr;
+    S* to = row_at<S>(args.y, b, t0 + t) + c;
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < (kWhole ? kTile : channels); v += W) {
+      const int64_t lanes = kWhole ? W : channels - v;
+      Vec<T> out = get(y + v * kChunk);
+      if (D) out = out + load_some(D + c + v, lanes) * load_some(x + v, lanes);
+      if (z) {
+        Vec<T> gate = load_some(z + v, lanes);
+        out = out * gate * sigmoid<T>(gate);
+      }
+      store_some(to + v, padding ? splat<T>(0) : out, lanes);
+    }
+  }
 }
 
 template <class S>
@@ -250,14 +327,14 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
   using T = typename Accumulator<S>::type;
   constexpr int W = kLanes<T>;
   const int64_t n = args.n, vectors = (channels + W - 1) / W, all_vectors = (args.d + W - 1) / W;
-  const int64_t chunks = (args.l + kChunk - 1) / kChunk, staged = vectors * kChunk * W;
-  const T *D = static_cast<const T*>(args.D), *bias = static_cast<const T*>(args.delta_bias);
-  Scratch<T> scratch(2 * vectors * n * W + 2 * kChunk * n + 3 * staged + 128);
-  T *A = scratch.take(vectors * n * W), *h = scratch.take(vectors * n * W);
-  T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n);
+  const int64_t chunks = (args.l + kChunk - 1) / kChunk, staged = kTile * kChunk;
+  Scratch<T> scratch(2 * vectors * n * W + vectors * W + 2 * kChunk * n + 3 * staged + kTile + 256);
+  T *A = scratch.take(vectors * n * W), *h = scratch.take(vectors * n * W), *steepest = scratch.take(vectors * W);
+  T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n), *longest = scratch.take(kTile);
   T *delta = scratch.take(staged), *drive = scratch.take(staged), *y = scratch.take(staged);
 
   pack_states<T>(static_cast<const T*>(args.A), c0, channels, n, A);
+  for (int64_t v = 0; v < vectors; ++v) put<T>(steepest + v * W, steepest_of<T>(A + v * n * W, n));
   const T* from = static_cast<const T*>(args.initial_state);
   if (from) from += (args.slots ? args.slots[b] : b) * args.d * n;
   pack_states<T>(from, c0, channels, n, h);
@@ -272,40 +349,25 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
       T* kept = static_cast<T*>(args.checkpoints) + ((b * chunks + t0 / kChunk) * all_vectors + c0 / W) * n * W;
       memcpy(kept, h, vectors * n * W * sizeof(T));
     }
-    for (int64_t t = 0; t < steps; ++t) {
-      const S *x = row_at<S>(args.x, b, t0 + t) + c0, *u = row_at<S>(args.delta, b, t0 + t) + c0;
-      if (flags && flags[t] == ssmoe::kPadding) {
-        clear<T>(delta, t, vectors), clear<T>(drive, t, vectors);
-        continue;
+    for (int64_t at = 0; at < channels; at += kTile) {
+      const int64_t c = c0 + at, width = channels - at < kTile ? channels - at : kTile;
+      const bool last = at + kTile >= channels;
+      Ahead ahead;
+      if (!last || t0 + kChunk < args.l) {
+        const int64_t next = last ? c0 : c + kTile, row = last ? t0 + kChunk : t0;
+        const Rows* const wanted[] = {&args.x, &args.delta, &args.z, &args.y};
+        for (const Rows* rows : wanted) ahead.add<S>(*rows, b, row, next);
       }
-      prefetch_row<S>(args.x, b, t0 + t + kAhead, args.l, c0, channels);
-      prefetch_row<S>(args.delta, b, t0 + t + kAhead, args.l, c0, channels);
-      prefetch_row<S>(args.y, b, t0 + t, args.l, c0, channels);
-      stage<S>(x, u, bias ? bias + c0 : nullptr, t, channels, delta, drive, static_cast<T*>(nullptr));
-    }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = v * kChunk * W;
-      const T* a = A + v * n * W;
-      if (deep<T>(delta + at, steps, a, n))
-        advance_all<T, true>(chunk, delta + at, drive + at, a, h + v * n * W, y + at);
-      else
-        advance_all<T, false>(chunk, delta + at, drive + at, a, h + v * n * W, y + at);
-    }
-    for (int64_t t = 0; t < steps; ++t) {
-      const bool padding = flags && flags[t] == ssmoe::kPadding;
-      const S* x = row_at<S>(args.x, b, t0 + t) + c0;
-      const S* gate = args.z.data ? row_at<S>(args.z, b, t0 + t) + c0 : nullptr;
-      S* to = row_at<S>(args.y, b, t0 + t) + c0;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t lanes = channels - v * W;
-        Vec<T> out = get(y + (v * kChunk + t) * W);
-        if (D) out = out + load_some(D + c0 + v * W, lanes) * load_some(x + v * W, lanes);
-        if (gate) {
-          Vec<T> z = load_some(gate + v * W, lanes);
-          out = out * z * sigmoid<T>(z);
-        }
-        store_some(to + v * W, padding ? splat<T>(0) : out, lanes);
+      stage<S, false>(args, b, t0, steps, flags, c, width, delta, drive, static_cast<T*>(nullptr), longest);
+      for (int64_t v = 0; v * W < width; ++v) {
+        const int64_t in = v * kChunk * W, vector = at / W + v;
+        const T* a = A + vector * n * W;
+        auto run = deep<T>(get(longest + v * W), get(steepest + vector * W)) ? advance_all<T, true>
+                                                                            : advance_all<T, false>;
+        run(chunk, delta + in, drive + in, a, h + vector * n * W, y + in, ahead, v * W * sizeof(S));
       }
+      auto end = width == kTile ? finish<S, true, T> : finish<S, false, T>;
+      end(args, b, t0, steps, flags, c, width, y);
     }
   }
   T* to = static_cast<T*>(args.final_state) + (args.out_slots ? args.out_slots[b] : b) * args.d * n;
@@ -327,91 +389,167 @@ void scan_forward(const Scan& args, int64_t begin, int64_t end) {
 // Partial sums of one channel vector over a chunk, [step][lane]
 template <class T>
 struct Partial {
-  T *delta, *drive, *g;      // in
-  T* y;                      // out: <C, h>, only with a gate
-  T *ddrive, *ddecay;        // out: sum over n of dh B, and of dh h_{t-1} exp(delta A) A
-  T *decay, *carried;        // scratch [step][N][lane]: exp(delta A), and that times h_{t-1}
+  T *delta, *drive, *g;  // in
+  T* y;                  // out: <C, h>, only with a gate
+  T *ddrive, *ddecay;    // out: sum over n of dh B, and of dh h_{t-1} exp(delta A) A
+  T *decay, *carried;    // scratch [step][N][lane]: exp(delta A), and that times h_{t-1}
 };
 
-// Recompute the states i0 .. i0 + N of a chunk, then walk it backwards.
+// dA sums over all positions: kPlain of them at a time plainly, those sums into [value, rest], so that rounding does
+// not grow with the length.
+constexpr int64_t kPlain = 16;
+template <class T>
+SSMOE_INLINE void add_exactly(T* to, Vec<T> v) {
+  Vec<T> old = get(to), sum = old + v, part = sum - old;
+  put<T>(to, sum);
+  put<T>(to + kLanes<T>, get(to + kLanes<T>) + ((old - (sum - part)) + (v - part)));
+}
+
+// Recompute the states i0 .. i0 + N of a chunk, then walk it backwards. dB, dC: [step][N][lane], of these states.
 // With q = dh_t h_{t-1} exp(delta A):  ddelta += q A,  dA += q delta,  dB += dh drive,  dC += g h_t.
 template <class T, int N, bool kGate, bool kDeep>
 SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p, const T* A, const T* h, T* dh,
-                          T* dA, T* dB, T* dC) {
+                          T* dA, T* dB, T* dC, const Ahead& ahead, int64_t offset) {
   constexpr int W = kLanes<T>;
   const int64_t n = chunk.args.n;
+  const T *a = A + i0 * W, *B = chunk.B + i0, *C = chunk.C + i0;
   {
-    Vec<T> state[N];
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) state[i] = get(h + (i0 + i) * W);
+    Vec<T> state[N], decay[N], index[N], unused[N] = {};
+    SSMOE_EACH_VECTOR state[i] = get(h + (i0 + i) * W);
+    Vec<T> step = get(p.delta);
+    decays<T, N, kDeep>(step, a, decay, index, unused, unused);
     for (int64_t t = 0; t < chunk.steps; ++t) {
+      if (!i0) ahead.fetch(t, offset);
       if (chunk.flags && chunk.flags[t] == ssmoe::kReset) {
-#pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) state[i] = splat<T>(0);
+        SSMOE_EACH_VECTOR state[i] = splat<T>(0);
       }
-      Vec<T> step = get(p.delta + t * W), input = get(p.drive + t * W);
+      Vec<T> next[N], next_index[N];
+      decays<T, N, kDeep>(get(p.delta + (t + 1) * W), a, next, next_index, decay, index);
+      Vec<T> input = get(p.drive + t * W), g = get(p.g + t * W);
       Vec<T> y = kGate && i0 ? get(p.y + t * W) : splat<T>(0);
-      Vec<T> decay[N];
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) decay[i] = step * get(A + (i0 + i) * W);
-      exp_all<T, N, kDeep>(decay);
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) {
+      T* to_C = dC + t * N * W;
+      SSMOE_EACH_VECTOR {
         Vec<T> carried = decay[i] * state[i];
         put<T>(p.decay + (t * N + i) * W, decay[i]);
         put<T>(p.carried + (t * N + i) * W, carried);
-        state[i] = carried + input * chunk.B[t * n + i0 + i];
-        if (kGate) y = y + state[i] * chunk.C[t * n + i0 + i];
+        state[i] = carried + input * B[t * n + i];
+        put<T>(to_C + i * W, get(to_C + i * W) + g * state[i]);
+        if (kGate) y = y + state[i] * C[t * n + i];
       }
       if (kGate) put<T>(p.y + t * W, y);
+      SSMOE_EACH_VECTOR decay[i] = next[i], index[i] = next_index[i];
     }
   }
-  Vec<T> gradient[N], total[N], a[N];
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) {
+  Vec<T> gradient[N], total[N];
+  SSMOE_EACH_VECTOR {
     gradient[i] = get(dh + (i0 + i) * W);
-    total[i] = splat<T>(0);  // added up chunk by chunk, so that rounding grows with the number of chunks
-    a[i] = get(A + (i0 + i) * W);
+    total[i] = splat<T>(0);
   }
   for (int64_t t = chunk.steps - 1; t >= 0; --t) {
     Vec<T> step = get(p.delta + t * W), input = get(p.drive + t * W), g = get(p.g + t * W);
     Vec<T> ddrive = i0 ? get(p.ddrive + t * W) : splat<T>(0);
     Vec<T> ddecay = i0 ? get(p.ddecay + t * W) : splat<T>(0);
-    T *to_B = dB + (t * n + i0) * W, *to_C = dC + (t * n + i0) * W;
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      const T B = chunk.B[t * n + i0 + i], C = chunk.C[t * n + i0 + i];
-      Vec<T> carried = get(p.carried + (t * N + i) * W);
-      gradient[i] = gradient[i] + g * C;
+    T* to_B = dB + t * N * W;
+    SSMOE_EACH_VECTOR {
+      gradient[i] = gradient[i] + g * C[t * n + i];
       put<T>(to_B + i * W, get(to_B + i * W) + gradient[i] * input);
-      put<T>(to_C + i * W, get(to_C + i * W) + g * (carried + input * B));
-      Vec<T> q = gradient[i] * carried;
-      ddecay = ddecay + q * a[i];
+      Vec<T> q = gradient[i] * get(p.carried + (t * N + i) * W);
+      ddecay = ddecay + q * get(a + i * W);
       total[i] = total[i] + q * step;
-      ddrive = ddrive + gradient[i] * B;
+      ddrive = ddrive + gradient[i] * B[t * n + i];
       gradient[i] = gradient[i] * get(p.decay + (t * N + i) * W);
     }
     put<T>(p.ddrive + t * W, ddrive);
     put<T>(p.ddecay + t * W, ddecay);
+    if (t % kPlain == 0) {
+      SSMOE_EACH_VECTOR add_exactly<T>(dA + (i0 + i) * 2 * W, total[i]), total[i] = splat<T>(0);
+    }
     if (chunk.flags && chunk.flags[t] == ssmoe::kReset) {
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) gradient[i] = splat<T>(0);
+      SSMOE_EACH_VECTOR gradient[i] = splat<T>(0);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) {
-    put(dh + (i0 + i) * W, gradient[i]);
-    put<T>(dA + (i0 + i) * W, get(dA + (i0 + i) * W) + total[i]);
+  SSMOE_EACH_VECTOR put(dh + (i0 + i) * W, gradient[i]);
+}
+
+// States i0 .. of a channel vector, kBackwardStates of them or one.
+template <class T, bool kGate>
+void retreat_some(bool deep, const Chunk<T>& chunk, int64_t i0, const Partial<T>& p, const T* A, const T* h, T* dh,
+                  T* dA, T* dB, T* dC, const Ahead& ahead, int64_t offset) {
+  constexpr int N = kBackwardStates;
+  const bool several = i0 + N <= chunk.args.n;
+  auto run = several ? (deep ? retreat<T, N, kGate, true> : retreat<T, N, kGate, false>)
+                     : (deep ? retreat<T, 1, kGate, true> : retreat<T, 1, kGate, false>);
+  run(chunk, i0, p, A, h, dh, dA, dB + i0 * kChunk * kLanes<T>, dC + i0 * kChunk * kLanes<T>, ahead, offset);
+}
+
+// dB and dC of a chunk lie [states][step][state of those][lane], in blocks of kBackwardStates and then of one.
+template <class T>
+void sum_lanes(const T* in, int64_t steps, int64_t n, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i0 = 0; i0 < n;) {
+    const int64_t some = i0 + kBackwardStates <= n ? kBackwardStates : 1;
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t i = 0; i < some; ++i) out[t * n + i0 + i] = sum<T>(get(in + (i0 * kChunk + t * some + i) * W));
+    i0 += some;
   }
 }
 
-template <class T, bool kGate, bool kDeep>
-void retreat_all(const Chunk<T>& chunk, const Partial<T>& p, const T* A, const T* h, T* dh, T* dA, T* dB, T* dC) {
-  const int64_t n = chunk.args.n;
-  int64_t i = 0;
-  for (; i + kBackwardStates <= n; i += kBackwardStates)
-    retreat<T, kBackwardStates, kGate, kDeep>(chunk, i, p, A, h, dh, dA, dB, dC);
-  for (; i < n; ++i) retreat<T, 1, kGate, kDeep>(chunk, i, p, A, h, dh, dA, dB, dC);
+// The gradient of <C, h> of a tile, [vector][kChunk][lane]: dy, through the gate if there is one.
+template <class S, bool kWhole, class T>
+void stage_gradient(const Scan& args, int64_t b, int64_t t0, int64_t steps, const uint8_t* flags, int64_t c,
+                    int64_t channels, T* g) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < steps; ++t, g += W) {
+    const bool none = !args.dy.data || (flags && flags[t] == ssmoe::kPadding);
+    const S* dy = none ? nullptr : row_at<S>(args.dy, b, t0 + t) + c;
+    const S* z = args.z.data ? row_at<S>(args.z, b, t0 + t) + c : nullptr;
+    for (int64_t v = 0; v < (kWhole ? kTile : channels); v += W) {
+      const int64_t lanes = kWhole ? W : channels - v;
+      Vec<T> from = none ? splat<T>(0) : load_some(dy + v, lanes);
+      if (z && !none) {
+        Vec<T> open = load_some(z + v, lanes);
+        from = from * open * sigmoid<T>(open);
+      }
+      put<T>(g + v * kChunk, from);
+    }
+  }
+}
+
+// dx, ddelta and dz of a tile, and its part of dD and ddelta_bias, all from the staged sums
+template <class S, bool kWhole, class T>
+void finish_backward(const Scan& args, int64_t b, int64_t t0, int64_t steps, const uint8_t* flags, int64_t c,
+                     int64_t channels, const Partial<T>& p, const T* slope, T* dD, T* dbias) {
+  constexpr int W = kLanes<T>;
+  const T* D = static_cast<const T*>(args.D);
+  for (int64_t v = 0; v < (kWhole ? kTile : channels); v += W) {
+    const int64_t lanes = kWhole ? W : channels - v;
+    Vec<T> skip = D ? load_some(D + c + v, lanes) : splat<T>(0), sum_D = splat<T>(0), sum_bias = splat<T>(0);
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t at = v * kChunk + t * W;
+      S* to_x = row_at<S>(args.dx, b, t0 + t) + c + v;
+      S* to_delta = row_at<S>(args.ddelta, b, t0 + t) + c + v;
+      S* to_z = args.z.data ? row_at<S>(args.dz, b, t0 + t) + c + v : nullptr;
+      if (flags && flags[t] == ssmoe::kPadding) {
+        store_some(to_x, splat<T>(0), lanes);
+        store_some(to_delta, splat<T>(0), lanes);
+        if (to_z) store_some(to_z, splat<T>(0), lanes);
+        continue;
+      }
+      Vec<T> x = load_some(row_at<S>(args.x, b, t0 + t) + c + v, lanes), g = get(p.g + at), ddrive = get(p.ddrive + at);
+      Vec<T> ddelta = (get(p.ddecay + at) + ddrive * x) * get(slope + at);
+      sum_D = sum_D + g * x;
+      sum_bias = sum_bias + ddelta;
+      store_some(to_x, ddrive * (get(p.delta + at) * (T(1) / kStepUnit<T>)) + g * skip, lanes);
+      store_some(to_delta, ddelta, lanes);
+      if (to_z) {
+        Vec<T> z = load_some(row_at<S>(args.z, b, t0 + t) + c + v, lanes), s = sigmoid<T>(z);
+        Vec<T> dy = args.dy.data ? load_some(row_at<S>(args.dy, b, t0 + t) + c + v, lanes) : splat<T>(0);
+        store_some(to_z, dy * (get(p.y + at) + skip * x) * s * (T(1) + z * (T(1) - s)), lanes);
+      }
+    }
+    put<T>(dD + v, get(dD + v) + sum_D);
+    put<T>(dbias + v, get(dbias + v) + sum_bias);
+  }
 }
 
 template <class S>
@@ -421,19 +559,15 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
   const int64_t n = args.n, c0 = group * args.group;
   const int64_t channels = args.d - c0 < args.group ? args.d - c0 : args.group;
   const int64_t vectors = (channels + W - 1) / W, all_vectors = (args.d + W - 1) / W;
-  const int64_t chunks = (args.l + kChunk - 1) / kChunk, packed = vectors * n * W;
-  const T *D = static_cast<const T*>(args.D), *bias = static_cast<const T*>(args.delta_bias);
-  const bool gate = args.z.data;
-  const int64_t staged = vectors * kChunk * W;
+  const int64_t chunks = (args.l + kChunk - 1) / kChunk, packed = vectors * n * W, staged = kTile * kChunk;
+  const int64_t sums = kChunk * n * W;
 
-  Scratch<T> scratch(3 * packed + 4 * vectors * W + (2 + 2 * W) * kChunk * n + 7 * staged +
+  Scratch<T> scratch(4 * packed + 3 * vectors * W + 2 * kChunk * n + 2 * sums + 7 * staged + kTile +
                      2 * kChunk * W * kBackwardStates + 512);
-  T *A = scratch.take(packed), *dA = scratch.take(packed), *dh = scratch.take(packed);
-  T *dD = scratch.take(vectors * W), *dbias = scratch.take(vectors * W);
-  T *chunk_dD = scratch.take(vectors * W), *chunk_dbias = scratch.take(vectors * W);
-  T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n);
-  T *dB = scratch.take(kChunk * n * W), *dC = scratch.take(kChunk * n * W);
-  T* slope = scratch.take(staged);
+  T *A = scratch.take(packed), *dA = scratch.take(2 * packed), *dh = scratch.take(packed);
+  T *dD = scratch.take(vectors * W), *dbias = scratch.take(vectors * W), *steepest = scratch.take(vectors * W);
+  T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n), *longest = scratch.take(kTile);
+  T *dB = scratch.take(sums), *dC = scratch.take(sums), *slope = scratch.take(staged);
   Partial<T> all;
   T** const buffers[] = {&all.delta, &all.drive, &all.g, &all.y, &all.ddrive, &all.ddecay};
   for (T** buffer : buffers) *buffer = scratch.take(staged);
@@ -441,9 +575,10 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
   all.carried = scratch.take(kChunk * W * kBackwardStates);
 
   pack_states<T>(static_cast<const T*>(args.A), c0, channels, n, A);
+  for (int64_t v = 0; v < vectors; ++v) put<T>(steepest + v * W, steepest_of<T>(A + v * n * W, n));
   const T* dfinal = static_cast<const T*>(args.dfinal);
   pack_states<T>(dfinal ? dfinal + b * args.d * n : nullptr, c0, channels, n, dh);
-  memset(dA, 0, packed * sizeof(T));
+  memset(dA, 0, 2 * packed * sizeof(T));
   memset(dD, 0, vectors * W * sizeof(T));
   memset(dbias, 0, vectors * W * sizeof(T));
 
@@ -453,84 +588,40 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
     widen_rows<S>(args.B, b, t0, steps, n, flags, B);
     widen_rows<S>(args.C, b, t0, steps, n, flags, C);
     const Chunk<T> chunk{args, b, t0, steps, flags, B, C};
-    memset(dB, 0, kChunk * n * W * sizeof(T));
-    memset(dC, 0, kChunk * n * W * sizeof(T));
-    memset(chunk_dD, 0, vectors * W * sizeof(T));
-    memset(chunk_dbias, 0, vectors * W * sizeof(T));
+    memset(dB, 0, sums * sizeof(T));
+    memset(dC, 0, sums * sizeof(T));
     const T* kept = static_cast<const T*>(args.checkpoints) + ((b * chunks + k) * all_vectors + c0 / W) * n * W;
-    for (int64_t t = 0; t < steps; ++t) {
-      const bool padding = flags && flags[t] == ssmoe::kPadding;
-      const S *x = row_at<S>(args.x, b, t0 + t) + c0, *u = row_at<S>(args.delta, b, t0 + t) + c0;
-      const S* z = gate ? row_at<S>(args.z, b, t0 + t) + c0 : nullptr;
-      const S* dy = args.dy.data ? row_at<S>(args.dy, b, t0 + t) + c0 : nullptr;
-      const int64_t ahead = t + kAhead < steps ? t0 + t + kAhead : args.l;
-      prefetch_row<S>(args.x, b, ahead, args.l, c0, channels);
-      prefetch_row<S>(args.delta, b, ahead, args.l, c0, channels);
-      prefetch_row<S>(args.dx, b, t0 + t, args.l, c0, channels);
-      prefetch_row<S>(args.ddelta, b, t0 + t, args.l, c0, channels);
-      if (dy) prefetch_row<S>(args.dy, b, ahead, args.l, c0, channels);
-      if (padding) {
-        clear<T>(all.delta, t, vectors), clear<T>(all.drive, t, vectors), clear<T>(all.g, t, vectors);
-        continue;
+    for (int64_t at = 0; at < channels; at += kTile) {
+      const int64_t c = c0 + at, width = channels - at < kTile ? channels - at : kTile;
+      const bool last = at + kTile >= channels;
+      Ahead ahead;
+      if (!last || k) {
+        const Rows* const wanted[] = {&args.x, &args.delta, &args.z, &args.dy, &args.dx, &args.ddelta, &args.dz};
+        for (const Rows* rows : wanted) ahead.add<S>(*rows, b, last ? t0 - kChunk : t0, last ? c0 : c + kTile);
       }
-      stage<S>(x, u, bias ? bias + c0 : nullptr, t, channels, all.delta, all.drive, slope);
-      for (int64_t v = 0; v < vectors; ++v) {
-        Vec<T> g = dy ? load_some(dy + v * W, channels - v * W) : splat<T>(0);
-        if (gate) {
-          Vec<T> open = load_some(z + v * W, channels - v * W);
-          g = g * open * sigmoid<T>(open);
+      stage<S, true>(args, b, t0, steps, flags, c, width, all.delta, all.drive, slope, longest);
+      auto gradient = width == kTile ? stage_gradient<S, true, T> : stage_gradient<S, false, T>;
+      gradient(args, b, t0, steps, flags, c, width, all.g);
+      for (int64_t i0 = 0; i0 < n; i0 += i0 + kBackwardStates <= n ? kBackwardStates : 1)
+        for (int64_t v = 0; v * W < width; ++v) {
+          const int64_t in = v * kChunk * W, vector = at / W + v, state = vector * n * W;
+          const Partial<T> p{all.delta + in,  all.drive + in,  all.g + in, all.y + in,
+                             all.ddrive + in, all.ddecay + in, all.decay,  all.carried};
+          auto run = args.z.data ? retreat_some<T, true> : retreat_some<T, false>;
+          run(deep<T>(get(longest + v * W), get(steepest + vector * W)), chunk, i0, p, A + state, kept + state,
+              dh + state, dA + 2 * state, dB, dC, ahead, v * W * sizeof(S));
         }
-        put<T>(all.g + (v * kChunk + t) * W, g);
-      }
+      auto end = width == kTile ? finish_backward<S, true, T> : finish_backward<S, false, T>;
+      end(args, b, t0, steps, flags, c, width, all, slope, dD + at, dbias + at);
     }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = v * kChunk * W, state = v * n * W;
-      const Partial<T> p{all.delta + at, all.drive + at, all.g + at, all.y + at, all.ddrive + at, all.ddecay + at,
-                         all.decay, all.carried};
-      const T *a = A + state, *h = kept + state;
-      auto run = deep<T>(p.delta, steps, a, n) ? (gate ? retreat_all<T, true, true> : retreat_all<T, false, true>)
-                                               : (gate ? retreat_all<T, true, false> : retreat_all<T, false, false>);
-      run(chunk, p, a, h, dh + state, dA + state, dB, dC);
-    }
-    for (int64_t t = 0; t < steps; ++t) {
-      const bool padding = flags && flags[t] == ssmoe::kPadding;
-      const S* x_row = row_at<S>(args.x, b, t0 + t) + c0;
-      const S* z_row = gate ? row_at<S>(args.z, b, t0 + t) + c0 : nullptr;
-      const S* dy_row = args.dy.data ? row_at<S>(args.dy, b, t0 + t) + c0 : nullptr;
-      S *to_x = row_at<S>(args.dx, b, t0 + t) + c0, *to_delta = row_at<S>(args.ddelta, b, t0 + t) + c0;
-      S* to_z = gate ? row_at<S>(args.dz, b, t0 + t) + c0 : nullptr;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t at = (v * kChunk + t) * W, lanes = channels - v * W;
-        if (padding) {
-          store_some(to_x + v * W, splat<T>(0), lanes);
-          store_some(to_delta + v * W, splat<T>(0), lanes);
-          if (gate) store_some(to_z + v * W, splat<T>(0), lanes);
-          continue;
-        }
-        Vec<T> x = load_some(x_row + v * W, lanes), g = get(all.g + at), ddrive = get(all.ddrive + at);
-        Vec<T> skip = D ? load_some(D + c0 + v * W, lanes) : splat<T>(0);
-        Vec<T> ddelta = (get(all.ddecay + at) + ddrive * x) * get(slope + at);
-        put<T>(chunk_dD + v * W, get(chunk_dD + v * W) + g * x);
-        put<T>(chunk_dbias + v * W, get(chunk_dbias + v * W) + ddelta);
-        store_some(to_x + v * W, ddrive * get(all.delta + at) + g * skip, lanes);
-        store_some(to_delta + v * W, ddelta, lanes);
-        if (gate) {
-          Vec<T> z = load_some(z_row + v * W, lanes), s = sigmoid<T>(z), y = get(all.y + at) + skip * x;
-          Vec<T> dz = dy_row ? load_some(dy_row + v * W, lanes) * y * s * (T(1) + z * (T(1) - s)) : splat<T>(0);
-          store_some(to_z + v * W, dz, lanes);
-        }
-      }
-    }
-    for (int64_t c = 0; c < vectors * W; ++c) dD[c] += chunk_dD[c], dbias[c] += chunk_dbias[c];
-    T* to_B = static_cast<T*>(args.dB) + ((group * args.b + b) * args.l + t0) * n;
-    T* to_C = static_cast<T*>(args.dC) + ((group * args.b + b) * args.l + t0) * n;
-    for (int64_t i = 0; i < steps * n; ++i) {
-      to_B[i] = sum<T>(get(dB + i * W));
-      to_C[i] = sum<T>(get(dC + i * W));
-    }
+    const int64_t row = ((group * args.b + b) * args.l + t0) * n;
+    sum_lanes<T>(dB, steps, n, static_cast<T*>(args.dB) + row);
+    sum_lanes<T>(dC, steps, n, static_cast<T*>(args.dC) + row);
   }
   const int64_t row = b * args.d;
-  unpack_states<T>(dA, c0, channels, n, static_cast<T*>(args.dA) + row * n);
+  for (int64_t i = 0; i < vectors * n; ++i)  // in place of A, which is done with
+    put<T>(A + i * W, (get(dA + 2 * i * W) + get(dA + (2 * i + 1) * W)) * (T(1) / kStepUnit<T>));
+  unpack_states<T>(A, c0, channels, n, static_cast<T*>(args.dA) + row * n);
   memcpy(static_cast<T*>(args.dD) + row + c0, dD, channels * sizeof(T));
   memcpy(static_cast<T*>(args.ddelta_bias) + row + c0, dbias, channels * sizeof(T));
   if (args.dinitial) unpack_states<T>(dh, c0, channels, n, static_cast<T*>(args.dinitial) + row * n);

@@ -129,6 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.beams is not None:
         given = {"--top-k": arguments.top_k, "--top-p": arguments.top_p, "--stop": arguments.stop or None}
         given["--state-out"] = arguments.state_out
+        given |= {"--graph": arguments.graph or None, "--batch-invariant": arguments.batch_invariant or None}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"--beams searches for the likeliest text: leave {name} away, or --beams")
