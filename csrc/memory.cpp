@@ -1,6 +1,7 @@
 // Large outputs: kept when freed and handed out again, on huge pages where the system has them. The first touch
 // of fresh memory costs more than the arithmetic of most kernels here.
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -13,7 +14,9 @@
 namespace ssmoe {
 namespace {
 
-constexpr int64_t kHuge = int64_t(2) << 20;      // a huge page; smaller tensors are torch's own
+constexpr int64_t kHuge = int64_t(2) << 20;      // a huge page
+constexpr int64_t kRecycled = int64_t(1) << 18;  // smaller tensors are torch's own
+constexpr int64_t kGrain = int64_t(1) << 16;     // sizes below a huge page are multiples of this
 constexpr int64_t kMostKept = int64_t(1) << 30;  // bytes kept beyond those in use
 
 struct Kept {
@@ -40,9 +43,9 @@ void* take(int64_t size) {
     }
   }
   void* block = nullptr;
-  if (posix_memalign(&block, kHuge, size)) return nullptr;
+  if (posix_memalign(&block, size < kHuge ? kGrain : kHuge, size)) return nullptr;
 #ifdef MADV_HUGEPAGE
-  madvise(block, size, MADV_HUGEPAGE);
+  if (size >= kHuge) madvise(block, size, MADV_HUGEPAGE);
 #endif
   return block;
 }
@@ -68,14 +71,32 @@ int64_t item_size(ScalarType type) {
 Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
   int64_t bytes = item_size(type);
   for (int64_t size : sizes) bytes *= size;
-  const int64_t whole = (bytes + kHuge - 1) / kHuge * kHuge;
-  void* block = bytes < kHuge ? nullptr : take(whole);
+  const int64_t unit = bytes < kHuge ? kGrain : kHuge, whole = (bytes + unit - 1) / unit * unit;
+  void* block = bytes < kRecycled ? nullptr : take(whole);
   if (!block) return torch::stable::empty({sizes.data(), sizes.size()}, type);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   return torch::stable::from_blob(block, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
                                   [whole](void* data) { give(data, whole); });
+}
+
+Tensor settled(const Tensor& x) {
+  const Tensor from = torch::stable::contiguous(x);
+  std::vector<int64_t> sizes, strides(from.dim(), 1);
+  for (int64_t i = 0; i < from.dim(); ++i) sizes.push_back(from.size(i));
+  for (int64_t i = from.dim() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const int64_t bytes = from.numel() * item_size(from.scalar_type());
+  void* block = nullptr;
+  if (bytes < kHuge || posix_memalign(&block, kHuge, bytes)) return torch::stable::clone(from);
+#ifdef MADV_HUGEPAGE
+  // what is left over of a huge page stays on small ones
+  madvise(block, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+#endif
+  std::memcpy(block, from.const_data_ptr(), bytes);
+  return torch::stable::from_blob(block, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), from.scalar_type(),
+                                  [](void* data) { std::free(data); });
 }
 
 void release_memory() {

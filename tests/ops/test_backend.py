@@ -26,7 +26,9 @@ def test_a_named_backend_stays_named() -> None:
     assert ops.resolve("reference", "mps") == "reference"
 
 
-@pytest.mark.parametrize("name", ["selective_scan", "causal_conv1d", "expert_mlp", "linear", "mamba_step"])
+@pytest.mark.parametrize(
+    "name", ["selective_scan", "causal_conv1d", "expert_mlp", "linear", "mamba_step", "mamba_steps"]
+)
 def test_every_backend_has_the_reference_signature(name: str) -> None:
     reference = inspect.signature(getattr(ops.load("reference"), name))
     for backend in ops.BACKENDS:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
-from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
+from ssmoe.model.layer import Layer, RouterStats, State
 from ssmoe.model.loss import IGNORE, Loss, model_loss
-from ssmoe.model.mixers.mamba import Mamba, MambaState
-from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
+from ssmoe.model.norm import Linear
+from ssmoe.model.stack import Residual, run
 from ssmoe.ops import Ops, Segments
 
 
@@ -23,30 +23,6 @@ class ModelOut(NamedTuple):
     state: State
     stats: tuple[RouterStats | None, ...]
     loss: Loss | None
-
-
-class Residual(nn.Module):
-    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
-
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        self.layer = layer
-
-    def forward(
-        self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
-    ) -> LayerOut:
-        """x: (b, l, d_model) -> LayerOut with the new residual stream."""
-        if (
-            x.shape[1] == 1
-            and segments is None
-            and not torch.is_grad_enabled()
-            and isinstance(self.layer, Mamba)
-            and isinstance(self.norm, RMSNorm | LayerNorm)
-        ):
-            return self.layer.step(x, self.norm, cast(MambaState | None, state), dtype)
-        out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
-        return LayerOut(x + out.x, out.state, out.stats)
 
 
 class LM(nn.Module):
@@ -102,13 +78,7 @@ class LM(nn.Module):
         x = self.embedding(ids).to(
             torch.promote_types(dtype, torch.float32) if self.config.residual_float32 else dtype
         )
-        states: list[LayerState] = []
-        stats: list[RouterStats | None] = []
-        for i, layer in enumerate(self.layers):
-            out: LayerOut = layer(x, None if state is None else state[i], segments, dtype)
-            x = out.x
-            states.append(out.state)
-            stats.append(out.stats)
+        x, states, stats = run(list(self.layers), x, state, segments, dtype)
         if targets is None and logits == "last":
             x = _last_real(x, segments)
         x = (x if self.norm is None else self.norm(x)).to(dtype)
@@ -117,11 +87,11 @@ class LM(nn.Module):
             (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
         )
         if targets is None:
-            return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
+            return ModelOut(self.ops.linear(x, weight, bias), states, stats, None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
         loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops.linear)
-        return ModelOut(None, tuple(states), tuple(stats), loss)
+        return ModelOut(None, states, stats, loss)
 
     @property
     def backend(self) -> str:

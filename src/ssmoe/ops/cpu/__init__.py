@@ -13,7 +13,7 @@ from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.linear import linear
-from ssmoe.ops.cpu.mamba_step import mamba_step
+from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.selective_scan import selective_scan
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "expert_mlp",
     "linear",
     "mamba_step",
+    "mamba_steps",
     "selective_scan",
 ]

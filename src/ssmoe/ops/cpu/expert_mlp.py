@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ssmoe.ops.reference.expert_mlp import ACTIVATIONS
 
+FEW = 8
+"""Tokens up to which `csrc/expert_step.cpp` reads each chosen expert once, without gathering."""
+
 
 def expert_mlp(
     x: Tensor,
@@ -27,6 +30,8 @@ def expert_mlp(
     up, down = up.to(x.dtype), down.to(x.dtype)
     gate = None if gate is None else gate.to(x.dtype)
     weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+    if x.shape[0] <= FEW and not torch.is_grad_enabled():
+        return torch.ops.ssmoe.expert_step(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation))
     y, *_ = torch.ops.ssmoe.expert_mlp(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation))
     return y
 
@@ -37,6 +42,10 @@ def _expert_fake(
     (t, d), k, (e, f, _) = x.shape, expert.shape[1], up.shape
     order = x.new_empty(2 * t * k + e + 1, dtype=torch.int64)
     return x.new_empty(t, d), order, x.new_empty(t * k, f), x.new_empty(0 if gate is None else t * k, f)
+
+
+def _expert_step_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _expert_backward_fake(
@@ -73,5 +82,6 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
 
 
 torch.library.register_fake("ssmoe::expert_mlp", _expert_fake)
+torch.library.register_fake("ssmoe::expert_step", _expert_step_fake)
 torch.library.register_fake("ssmoe::expert_mlp_backward", _expert_backward_fake)
 torch.library.register_autograd("ssmoe::expert_mlp", _backward, setup_context=_save)

@@ -1,9 +1,11 @@
 """One token through a residual Mamba sub-layer on the GPU: `ssmoe.ops.reference.mamba_step`, by parts."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ssmoe.ops.reference.linear import linear
-from ssmoe.ops.reference.mamba_step import by_parts
+from ssmoe.ops.reference.mamba_step import Layer, by_parts, in_turn
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.selective_scan import selective_scan
 
@@ -35,3 +37,15 @@ def mamba_step(
         norm_eps=norm_eps, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state,
         out_conv=out_conv, out_ssm=out_ssm,
     )  # fmt: skip
+
+
+def mamba_steps(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    norm_eps: float,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`mamba_step` through several layers of one shape; see the reference."""
+    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
