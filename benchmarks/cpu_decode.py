@@ -227,9 +227,7 @@ def line(
 def taken(arguments: argparse.Namespace, folder: Path) -> None:
     """Two threads while one core is taken, next to one thread on a free machine."""
     threads = max(arguments.threads)
-    print(
-        f"one core taken by another process, {threads} threads (share of the own figure with one thread alone)"
-    )
+    print(f"one core taken by another process, {threads} threads (share of the own figure of one thread)")
     for dtype in arguments.dtype:
         for rows in arguments.batch:
             for name in [name for name in arguments.systems if name != "transformers"]:

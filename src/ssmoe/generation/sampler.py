@@ -45,7 +45,8 @@ def sample(
     logits = logits[:, : sampling.num_tokens]
     if sampling.temperature == 0:
         # float32, because torch has no vector code for the largest of bfloat16: 175 us against 35
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).argmax(dim=-1).tolist()
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return [int(token) for token in wide.argmax(dim=-1)]
     values, tokens = logits.double().cpu().sort(dim=-1, descending=True, stable=True)
     # from the largest, so that no temperature however small makes it infinite
     values = (values - values[:, :1]) / sampling.temperature

@@ -1,5 +1,8 @@
 """The residual stack: layer after layer, and at length 1 every run of equal Mamba layers in one op."""
 
+# nn.Module's dictionaries are read directly: its attribute look-up costs as much as a small layer
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Sequence
 from typing import cast
 

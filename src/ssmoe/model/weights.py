@@ -1,7 +1,9 @@
 """The checkpoint folder of a model: model.safetensors and config.json, nothing that can execute."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 import torch
@@ -63,9 +65,10 @@ def load_weights(
 
 def narrow(model: LM) -> set[str]:
     """Names of the parameters that are cast to the compute dtype at every use."""
+    modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
     return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
+        f"{path}.{name}"
+        for path, module in modules
         if isinstance(module, Linear | Experts | LinearExperts | NetworkExperts | nn.Embedding)
         for name, _ in module.named_parameters(recurse=False)
     }

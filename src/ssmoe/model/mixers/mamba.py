@@ -48,7 +48,7 @@ class Conv(nn.Module):
 
 def _weight(linear: nn.Module | None) -> Tensor | None:
     assert linear is not None
-    return linear._parameters["weight"]
+    return linear._parameters["weight"]  # pyright: ignore[reportPrivateUsage]
 
 
 class Mamba(nn.Module):
