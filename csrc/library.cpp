@@ -68,11 +68,18 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
   m.def(
       "expert_mlp_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, "
       "int activation, Tensor order, Tensor hidden, Tensor gates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "expert_step(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, int activation) "
+      "-> Tensor");
+  m.def("settled(Tensor x) -> Tensor");
   m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "mamba_step(Tensor x, Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor in_proj, Tensor conv_weight, "
       "Tensor conv_bias, Tensor x_proj, Tensor delta_proj, Tensor A_log, Tensor D, Tensor delta_bias, Tensor out_proj, "
       "Tensor conv_state, Tensor ssm_state) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mamba_steps(Tensor x, Tensor[] weights, bool biased, float norm_eps, Tensor[] conv_states, Tensor[] ssm_states) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "mamba_step_into(Tensor x, Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor in_proj, "
       "Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor delta_proj, Tensor A_log, Tensor D, "
@@ -82,6 +89,7 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CompositeExplicitAutograd, m) {
   m.impl("cpu_release_memory", TORCH_BOX(&ssmoe::release_memory));
+  m.impl("settled", TORCH_BOX(&ssmoe::settled));
   m.impl("cpu_level", TORCH_BOX(&ssmoe::level));
   m.impl("cpu_lanes", TORCH_BOX(&ssmoe::lanes));
 }

@@ -136,6 +136,8 @@ inline const int64_t* slots_of(Keep& keep, const Maybe& slots, int64_t b) {
 
 // Uninitialised; large ones are recycled (memory.cpp).
 Tensor empty(std::vector<int64_t> sizes, ScalarType type);
+// A contiguous copy to be read often: on huge pages where the system has them, not recycled.
+Tensor settled(const Tensor& x);
 void release_memory();
 
 }  // namespace ssmoe

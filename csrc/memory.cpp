@@ -1,6 +1,7 @@
 // Large outputs: kept when freed and handed out again, on huge pages where the system has them. The first touch
 // of fresh memory costs more than the arithmetic of most kernels here.
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -78,6 +79,24 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
   return torch::stable::from_blob(block, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
                                   [whole](void* data) { give(data, whole); });
+}
+
+Tensor settled(const Tensor& x) {
+  const Tensor from = torch::stable::contiguous(x);
+  std::vector<int64_t> sizes, strides(from.dim(), 1);
+  for (int64_t i = 0; i < from.dim(); ++i) sizes.push_back(from.size(i));
+  for (int64_t i = from.dim() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const int64_t bytes = from.numel() * item_size(from.scalar_type());
+  void* block = nullptr;
+  if (bytes < kHuge || posix_memalign(&block, kHuge, bytes)) return torch::stable::clone(from);
+#ifdef MADV_HUGEPAGE
+  // what is left over of a huge page stays on small ones
+  madvise(block, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+#endif
+  std::memcpy(block, from.const_data_ptr(), bytes);
+  return torch::stable::from_blob(block, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), from.scalar_type(),
+                                  [](void* data) { std::free(data); });
 }
 
 void release_memory() {

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kSmall = 256 << 10;     // bytes below which waking a thread costs more than it brings
 constexpr double kMemory = 512e6;         // bytes over which a cost is averaged
-constexpr double kBetweenProbes = 1e9;    // bytes after which another number of threads is tried
+constexpr double kBetweenProbes = 4e9;    // bytes after which another number of threads is tried
 constexpr double kProbe = 30e6;           // bytes for which it is tried
 constexpr int kLevels = 10;               // all threads, a half, a quarter, ...
 
@@ -111,21 +111,19 @@ void run_alone(const Phase* phases, size_t count) {
 
 }  // namespace
 
-void run_phases(std::initializer_list<Phase> phases, int64_t bytes) {
-  constexpr size_t kMost = 8;
-  STD_TORCH_CHECK(phases.size() <= kMost, "ssmoe cpu: too many phases");
+void run_phases(const std::vector<Phase>& phases, int64_t bytes) {
   const int64_t most = torch::stable::get_num_threads();
-  if (most <= 1 || bytes < kSmall) return run_alone(phases.begin(), phases.size());
+  if (most <= 1 || bytes < kSmall) return run_alone(phases.data(), phases.size());
   const int level = pace().level(most);
   const int64_t threads = most >> level;
   const auto begin = std::chrono::steady_clock::now();
   if (threads <= 1) {
-    run_alone(phases.begin(), phases.size());
+    run_alone(phases.data(), phases.size());
   } else {
-    Progress progress[kMost];
+    std::vector<Progress> progress(phases.size());
     // a worker that starts when all is claimed finds nothing to wait for
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) work(phases.begin(), progress, phases.size());
+      for (int64_t i = first; i < last; ++i) work(phases.data(), progress.data(), phases.size());
     });
   }
   pace().record(level, bytes, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());

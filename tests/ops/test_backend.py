@@ -36,6 +36,7 @@ OPS = (
     "head_cross_entropy",
     "residual_norm",
     "mamba_step",
+    "mamba_steps",
 )
 
 

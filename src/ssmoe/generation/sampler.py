@@ -61,7 +61,8 @@ def choose(logits: Tensor, draws: Tensor | None, sampling: Sampling) -> Tensor:
     """
     logits = logits[:, : sampling.num_tokens]
     if sampling.temperature == 0 or draws is None:
-        return logits.argmax(dim=-1)
+        # float32, because torch has no vector code for the largest of bfloat16: 175 us against 35
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).argmax(dim=-1)
     values, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
     # from the largest, so that no temperature however small makes it infinite
     values = (values - values[:, :1]) / sampling.temperature

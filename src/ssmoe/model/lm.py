@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
-from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
+from ssmoe.model.layer import Layer, RouterStats, State
 from ssmoe.model.loss import Loss, model_loss
-from ssmoe.model.mixers.attention import Attention, AttentionState
-from ssmoe.model.mixers.mamba import Mamba, MambaState
 from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
+from ssmoe.model.stack import Residual, run
 from ssmoe.ops import Ops, Segments
 from ssmoe.ops.reference.cross_entropy import IGNORE
 
@@ -25,52 +24,6 @@ class ModelOut(NamedTuple):
     state: State
     stats: tuple[RouterStats | None, ...]
     loss: Loss | None
-
-
-class Residual(nn.Module):
-    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
-
-    def __init__(self, norm: LayerNorm | RMSNorm, layer: nn.Module, ops: Ops) -> None:
-        super().__init__()
-        self.norm = norm
-        self.layer = layer
-        self.ops = ops
-
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState | None,
-        segments: Segments | None,
-        dtype: torch.dtype,
-        *,
-        in_place: bool = False,
-    ) -> LayerOut:
-        """x: (b, l, d_model) -> LayerOut with the new residual stream.
-
-        in_place: `state` is overwritten with the new state, whose memory it shares; for one position.
-        """
-        if (
-            x.shape[1] == 1
-            and segments is None
-            and not torch.is_grad_enabled()
-            and isinstance(self.layer, Mamba)
-        ):
-            return self.layer.step(
-                x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
-            )
-        norm = self.norm
-        x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
-        out: LayerOut
-        if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
-            out = self.layer.append(normed, state)
-        else:
-            out = self.layer(normed, state, segments)
-        if in_place and state is not None:
-            for old, new in zip(state, out.state, strict=True):
-                if old is not new:
-                    old.copy_(new)
-            out = out._replace(state=state)
-        return LayerOut(x + out.x, out.state, out.stats)
 
 
 class LM(nn.Module):
@@ -136,13 +89,7 @@ class LM(nn.Module):
         x = self.embedding(ids).to(
             torch.promote_types(dtype, torch.float32) if self.config.residual_float32 else dtype
         )
-        states: list[LayerState] = []
-        stats: list[RouterStats | None] = []
-        for i, layer in enumerate(self.layers):
-            out: LayerOut = layer(x, None if state is None else state[i], segments, dtype, in_place=in_place)
-            x = out.x
-            states.append(out.state)
-            stats.append(out.stats)
+        x, states, stats = run(list(self.layers), x, state, segments, dtype, in_place=in_place)
         if targets is None and logits == "last":
             x = _last_real(x, segments)
         if (norm := self.norm) is not None:
@@ -153,11 +100,11 @@ class LM(nn.Module):
             (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
         )
         if targets is None:
-            return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
+            return ModelOut(self.ops.linear(x, weight, bias), states, stats, None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
         loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops)
-        return ModelOut(None, tuple(states), tuple(stats), loss)
+        return ModelOut(None, states, stats, loss)
 
     @property
     def backend(self) -> str:

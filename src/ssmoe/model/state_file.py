@@ -57,11 +57,14 @@ class StateFile(NamedTuple):
 
 
 def fingerprint(model: LM) -> str:
-    """Hash of configuration and weights, the same on every backend, device and in every compute dtype."""
+    """Hash of configuration and weights, the same on every backend, device and in every compute dtype.
+
+    Weights enter as bfloat16, which is how a model that computes in it may hold them.
+    """
     digest = blake2b(digest_size=16)
     digest.update(json.dumps(model.config.model_dump(mode="json"), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        _update(digest, name, tensor.float())
+        _update(digest, name, tensor.bfloat16().float())
     return digest.hexdigest()
 
 

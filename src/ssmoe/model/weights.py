@@ -1,18 +1,23 @@
 """The checkpoint folder of a model: model.safetensors and config.json, nothing that can execute."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.build import build
+from ssmoe.model.feedforwards.moe import Experts
 from ssmoe.model.lm import LM
-from ssmoe.ops import resolve
+from ssmoe.model.mixers.mamba_experts import LinearExperts, NetworkExperts
+from ssmoe.model.norm import Linear
+from ssmoe.ops import resolve, settled
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -36,6 +41,9 @@ def load_weights(
 ) -> LM:
     """The model saved in `folder`, in eval mode; every tensor must be there with its shape, and no other.
 
+    With a `dtype`, the compute dtype, matrices that are cast to it at every use are held in it, so that a
+    token of generation does not cast them anew; norms, convolutions, the scan's parameters and routers keep
+    the file's float32. Tied embeddings are such a matrix.
     Raises FileNotFoundError for a missing file, ValueError for files that do not belong together.
     """
     config = read_config(folder)
@@ -47,11 +55,23 @@ def load_weights(
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
     if problems := differences(model.state_dict(), tensors):
         raise ValueError(f"{folder / WEIGHTS} is not of the model in {CONFIG}: {'; '.join(problems)}")
+    cast = narrow(model) if dtype is not None else set[str]()
     for name in tensors:
         # a file's tensors lie at odd addresses, where matrix products round differently from torch's own
-        tensors[name] = tensors[name].clone()
+        tensors[name] = settled(tensors[name].to(dtype) if name in cast else tensors[name], model.backend)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def narrow(model: LM) -> set[str]:
+    """Names of the parameters that are cast to the compute dtype at every use."""
+    modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+    return {
+        f"{path}.{name}"
+        for path, module in modules
+        if isinstance(module, Linear | Experts | LinearExperts | NetworkExperts | nn.Embedding)
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -4,16 +4,17 @@ A backend is a folder that exports the names of `Ops` with the signatures of `ss
 the definition. `resolve` turns "auto" into a name once, when a model is built; nothing is re-decided later.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ssmoe.ops import extension
 from ssmoe.ops.segments import Segments
 
-__all__ = ["BACKENDS", "Ops", "Segments", "describe", "load", "missing", "resolve"]
+__all__ = ["BACKENDS", "Ops", "Segments", "describe", "load", "missing", "resolve", "settled"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -31,6 +32,7 @@ class Ops(NamedTuple):
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
 
 
 def missing(backend: str) -> str | None:
@@ -76,6 +78,20 @@ def resolve(backend: str, device: str) -> str:
     )
 
 
+def settled(tensor: Tensor, backend: str) -> Tensor:
+    """A contiguous copy of weights where the kernels of `backend` read them fastest.
+
+    For "cpu", large ones on huge pages where the system has them (Linux): reading a model once a token is a
+    fifth faster there.
+    """
+    if backend != "cpu" or tensor.device.type != "cpu" or tensor.dtype not in _SETTLED or missing(backend):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return torch.ops.ssmoe.settled(tensor)
+
+
+_SETTLED = (torch.float32, torch.bfloat16, torch.float64)
+
+
 def load(backend: str = "auto", device: str = "cpu") -> Ops:
     """The ops of a backend, imported now; see `resolve` for the names and errors."""
     match resolve(backend, device):
@@ -98,4 +114,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         mamba_step=module.mamba_step,
+        mamba_steps=module.mamba_steps,
     )

@@ -29,6 +29,11 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.empty(d_inner))
 
 
+def _weight(linear: nn.Module | None) -> Tensor | None:
+    assert linear is not None
+    return linear._parameters["weight"]  # pyright: ignore[reportPrivateUsage]
+
+
 class Mamba(nn.Module):
     """A Mamba mixer, without norm and residual; usable on its own: `Mamba(512)(x).x`.
 
@@ -103,6 +108,19 @@ class Mamba(nn.Module):
             out_conv=conv if in_place else None, out_ssm=ssm if in_place else None,
         )  # fmt: skip
         return LayerOut(y.unsqueeze(1), MambaState(conv, ssm), None)
+
+    def step_weights(self, norm: RMSNorm | LayerNorm) -> tuple[Tensor | None, ...]:
+        """What `ops.mamba_steps` takes of a layer behind `norm`."""
+        # past nn.Module's attribute look-up, which costs as much as a small layer
+        part = self._modules
+        own = part["ssm"]._parameters  # type: ignore[union-attr]
+        conv = part["conv"]._parameters  # type: ignore[union-attr]
+        bias = norm._parameters.get("bias")
+        return (
+            norm._parameters["weight"], bias, _weight(part["in_proj"]), conv["weight"], conv["bias"],
+            _weight(part["x_proj"]), _weight(part["delta_proj"]), own["A_log"], own["D"], own["delta_bias"],
+            _weight(part["out_proj"]),
+        )  # fmt: skip
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """Zeros and the scan's initial state; the size does not depend on `capacity`."""

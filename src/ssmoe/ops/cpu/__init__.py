@@ -14,7 +14,7 @@ from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import linear
-from ssmoe.ops.cpu.mamba_step import mamba_step
+from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.cross_entropy import cross_entropy
@@ -28,6 +28,7 @@ __all__ = [
     "head_cross_entropy",
     "linear",
     "mamba_step",
+    "mamba_steps",
     "residual_norm",
     "selective_scan",
 ]

@@ -13,6 +13,9 @@ from torch import Tensor
 from ssmoe.ops.cpu.state import any_gradient
 from ssmoe.ops.reference.expert_mlp import ACTIVATIONS
 
+FEW = 8
+"""Tokens up to which `csrc/expert_step.cpp` reads each chosen expert once, without gathering."""
+
 
 def expert_mlp(
     x: Tensor,
@@ -33,6 +36,11 @@ def expert_mlp(
         up, down = up.to(x.dtype), down.to(x.dtype)
         gate = None if gate is None else gate.to(x.dtype)
     weight = weight.to(wide)
+    if x.shape[0] <= FEW and not torch.is_grad_enabled():
+        # a few rows of each bank are read, so a cast of it all would cost more than the products
+        up, down = up.to(x.dtype), down.to(x.dtype)
+        gate = None if gate is None else gate.to(x.dtype)
+        return torch.ops.ssmoe.expert_step(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation))
     keep = any_gradient(x, up, down, gate, weight)
     y, *_ = torch.ops.ssmoe.expert_mlp(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation), keep)
     return y
@@ -52,6 +60,10 @@ def _expert_fake(
     order = x.new_empty(3 * t * k + e + 1, dtype=torch.int64)
     kept = t * k if keep else 0
     return x.new_empty(t, d), order, x.new_empty(kept, f), x.new_empty(0 if gate is None else kept, f)
+
+
+def _expert_step_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _expert_backward_fake(
@@ -88,5 +100,6 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
 
 
 torch.library.register_fake("ssmoe::expert_mlp", _expert_fake)
+torch.library.register_fake("ssmoe::expert_step", _expert_step_fake)
 torch.library.register_fake("ssmoe::expert_mlp_backward", _expert_backward_fake)
 torch.library.register_autograd("ssmoe::expert_mlp", _backward, setup_context=_save)

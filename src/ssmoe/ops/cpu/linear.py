@@ -1,5 +1,7 @@
 """The matrix product on the CPU: `ssmoe.ops.reference.linear`, by whatever is the fastest here.
 
+A few rows without gradients go through `csrc/skinny.h`, which reads the weights at the speed of memory.
+
 torch's float32 product is MKL's, which reaches 40 % of an AMD core where oneDNN, in the same torch, reaches
 90 %; bfloat16 is oneDNN's in either, and float64 is left to torch. On AVX-512 our own products
 (`csrc/dense.h`) join in where the libraries lose: gradients of weights, whose operands lie transposed, and
@@ -30,8 +32,17 @@ _SMALL = 1 << 21
 it saves."""
 
 
+_FEW = 8
+"""Rows up to which reading the weights once and in order is what counts."""
+
+_KERNEL = (torch.float32, torch.bfloat16, torch.float64)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in), weight (d_out, d_in), bias (d_out,) -> (..., d_out); see the reference."""
+    if not torch.is_grad_enabled() and 0 < x.numel() <= _FEW * x.shape[-1] and _readable(x, weight):
+        y = torch.ops.ssmoe.skinny_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
     if x.numel() * weight.shape[0] < _SMALL or not (x.dtype in _OWN_DTYPES or _onednn(x.dtype)):
         return torch_linear(x, weight, bias)
     if x.dtype not in _OWN_DTYPES or weight.dtype not in (x.dtype, torch.float32):
@@ -48,6 +59,18 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _onednn(dtype: torch.dtype) -> bool:
     return _ONEDNN and dtype == torch.float32
+
+
+def _readable(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes the weights as they lie."""
+    return weight.dtype == x.dtype and x.dtype in _KERNEL and weight.is_contiguous()
+
+
+def _skinny_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+torch.library.register_fake("ssmoe::skinny_linear", _skinny_fake)
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

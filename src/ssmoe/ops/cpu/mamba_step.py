@@ -3,6 +3,7 @@
 `csrc/mamba_step.h` has the kernels, `csrc/decode.cpp` their order. Many rows are left to the backend's ops.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
 from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.selective_scan import selective_scan
-from ssmoe.ops.reference.mamba_step import by_parts, check
+from ssmoe.ops.reference.mamba_step import Layer, by_parts, check, in_turn
 
 _MOST = 16
 """Rows from which matrix products that reuse the weights in registers are faster."""
@@ -75,6 +76,26 @@ def mamba_step(
     return y, out_conv, out_ssm
 
 
+def mamba_steps(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    norm_eps: float,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`mamba_step` through several layers of one shape; see the reference."""
+    rows, dtype, wide = x.shape[0], conv_states[0].dtype, ssm_states[0].dtype
+    if rows <= _MOST and x.dtype in (dtype, wide) and not torch.is_grad_enabled() and layers:
+        biased = layers[0][1] is not None
+        weights = [t for weight, bias, *rest in layers for t in (weight, *rest, *((bias,) if biased else ()))]
+        y, convs, ssms = torch.ops.ssmoe.mamba_steps(
+            x, weights, biased, norm_eps, list(conv_states), list(ssm_states)
+        )
+        return y, convs.unbind(0), ssms.unbind(0)
+    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
+
+
 def _step_fake(x: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     conv, ssm = tensors[-2:]
     return x.new_empty(x.shape), conv.new_empty(conv.shape), ssm.new_empty(ssm.shape)
@@ -84,5 +105,21 @@ def _step_into_fake(x: Tensor, *tensors: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _steps_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biased: bool,
+    norm_eps: float,
+    conv: Sequence[Tensor],
+    ssm: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        conv[0].new_empty(len(conv), *conv[0].shape),
+        ssm[0].new_empty(len(ssm), *ssm[0].shape),
+    )
+
+
 torch.library.register_fake("ssmoe::mamba_step", _step_fake)
+torch.library.register_fake("ssmoe::mamba_steps", _steps_fake)
 torch.library.register_fake("ssmoe::mamba_step_into", _step_into_fake)

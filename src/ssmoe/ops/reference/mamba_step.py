@@ -3,7 +3,7 @@
 The mixer is that of arXiv 2312.00752, figure 3, at length 1; nothing here is new arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,10 @@ from torch import Tensor
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.reference.selective_scan import selective_scan
+
+Layer = tuple[Tensor | None, ...]
+"""Norm weight, norm bias or None, in_proj, conv_weight, conv_bias, x_proj, delta_proj, A_log, D, delta_bias,
+out_proj."""
 
 
 def mamba_step(
@@ -53,6 +57,42 @@ def mamba_step(
         norm_eps=norm_eps, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state,
         out_conv=out_conv, out_ssm=out_ssm,
     )  # fmt: skip
+
+
+def mamba_steps(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    norm_eps: float,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`mamba_step` through several layers of one shape: the last y, and the states after this token.
+
+    layers: of each the norm's weight and bias (or None), then in_proj to out_proj as in `mamba_step`.
+    """
+    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
+
+
+def in_turn(
+    step: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    norm_eps: float,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`mamba_steps` by a backend's `mamba_step`."""
+    convs: list[Tensor] = []
+    ssms: list[Tensor] = []
+    for (weight, bias, *rest), conv, ssm in zip(layers, conv_states, ssm_states, strict=True):
+        x, conv, ssm = step(
+            x, weight, *rest, norm_eps=norm_eps, norm_bias=bias, conv_state=conv, ssm_state=ssm
+        )
+        convs.append(conv)
+        ssms.append(ssm)
+    return x, convs, ssms
 
 
 def by_parts(

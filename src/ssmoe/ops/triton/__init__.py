@@ -6,7 +6,7 @@ from ssmoe.ops.triton.cross_entropy import cross_entropy
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
 from ssmoe.ops.triton.head_cross_entropy import head_cross_entropy
-from ssmoe.ops.triton.mamba_step import mamba_step
+from ssmoe.ops.triton.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.triton.residual_norm import residual_norm
 from ssmoe.ops.triton.selective_scan import selective_scan
 
@@ -18,6 +18,7 @@ __all__ = [
     "head_cross_entropy",
     "linear",
     "mamba_step",
+    "mamba_steps",
     "residual_norm",
     "selective_scan",
 ]

@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ssmoe.ops.reference.mamba_step import check
+from ssmoe.ops.reference.mamba_step import Layer, check, in_turn
 from ssmoe.ops.triton import step_kernels as kernels
 from ssmoe.ops.triton.launch import on_device
 
@@ -338,3 +339,15 @@ def _counters(x: Tensor, size: int) -> Tensor:
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             _zeros[x.device, stream] = found
     return found
+
+
+def mamba_steps(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    norm_eps: float,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`mamba_step` through several layers of one shape; see the reference."""
+    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)

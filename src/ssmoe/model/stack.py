@@ -1,0 +1,128 @@
+"""The residual stack: layer after layer, and at length 1 every run of equal Mamba layers in one op."""
+
+# nn.Module's dictionaries are read directly: its attribute look-up costs as much as a small layer
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ssmoe.model.layer import LayerOut, LayerState, RouterStats, State
+from ssmoe.model.mixers.attention import Attention, AttentionState
+from ssmoe.model.mixers.mamba import Mamba, MambaState
+from ssmoe.model.norm import LayerNorm, RMSNorm
+from ssmoe.ops import Ops, Segments
+
+
+class Residual(nn.Module):
+    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
+
+    def __init__(self, norm: LayerNorm | RMSNorm, layer: nn.Module, ops: Ops) -> None:
+        super().__init__()
+        self.norm = norm
+        self.layer = layer
+        self.ops = ops
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        segments: Segments | None,
+        dtype: torch.dtype,
+        *,
+        in_place: bool = False,
+    ) -> LayerOut:
+        """x: (b, l, d_model) -> LayerOut with the new residual stream.
+
+        in_place: `state` is overwritten with the new state, whose memory it shares; for one position.
+        """
+        if (
+            x.shape[1] == 1
+            and segments is None
+            and not torch.is_grad_enabled()
+            and isinstance(self.layer, Mamba)
+        ):
+            return self.layer.step(
+                x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
+            )
+        norm = self.norm
+        x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+        out: LayerOut
+        if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
+            out = self.layer.append(normed, state)
+        else:
+            out = self.layer(normed, state, segments)
+        if in_place and state is not None:
+            for old, new in zip(state, out.state, strict=True):
+                if old is not new:
+                    old.copy_(new)
+            out = out._replace(state=state)
+        return LayerOut(x + out.x, out.state, out.stats)
+
+
+def run(
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    state: State | None,
+    segments: Segments | None,
+    dtype: torch.dtype,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, State, tuple[RouterStats | None, ...]]:
+    """x: (b, l, d_model) through all layers, with their states and statistics; in_place as in `Residual`."""
+    states: list[LayerState] = []
+    stats: list[RouterStats | None] = []
+    alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
+    alone = alone and not in_place
+    i = 0
+    while i < len(layers):
+        count = _equal_mambas(layers, i, cast(State, state), dtype) if alone else 0
+        if count > 1:
+            x, found = _step(layers[i : i + count], x, cast(State, state)[i : i + count])
+            states += found
+            stats += [None] * count
+            i += count
+            continue
+        out: LayerOut = layers[i](x, None if state is None else state[i], segments, dtype, in_place=in_place)
+        x = out.x
+        states.append(out.state)
+        stats.append(out.stats)
+        i += 1
+    return x, tuple(states), tuple(stats)
+
+
+def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: torch.dtype) -> int:
+    """How many layers from `begin` on are plain Mamba sub-layers of one shape that nobody watches."""
+    first: tuple[object, ...] | None = None
+    for i in range(begin, len(layers)):
+        layer = layers[i]
+        if type(layer) is not Residual or layer._forward_hooks or layer._forward_pre_hooks:
+            return i - begin
+        norm, mixer = layer._modules["norm"], layer._modules["layer"]
+        kept = state[i]
+        if not isinstance(mixer, Mamba) or not isinstance(norm, RMSNorm | LayerNorm):
+            return i - begin
+        assert isinstance(kept, MambaState)
+        if kept.conv.dtype != dtype:
+            return i - begin
+        shape = (type(norm), norm.eps, mixer.ops, mixer.dt_rank, kept.conv.shape, kept.ssm.shape)
+        if first is not None and shape != first:
+            return i - begin
+        first = shape
+    return len(layers) - begin
+
+
+def _step(layers: Sequence[nn.Module], x: Tensor, state: State) -> tuple[Tensor, list[LayerState]]:
+    plain = [cast(Residual, layer) for layer in layers]
+    norms = [cast(RMSNorm | LayerNorm, layer._modules["norm"]) for layer in plain]
+    mixers = [cast(Mamba, layer._modules["layer"]) for layer in plain]
+    y, convs, ssms = mixers[0].ops.mamba_steps(
+        x.squeeze(1),
+        [mixer.step_weights(norm) for mixer, norm in zip(mixers, norms, strict=True)],
+        norm_eps=norms[0].eps,
+        conv_states=[cast(MambaState, kept).conv for kept in state],
+        ssm_states=[cast(MambaState, kept).ssm for kept in state],
+    )
+    return y.unsqueeze(1), [MambaState(conv, ssm) for conv, ssm in zip(convs, ssms, strict=True)]
