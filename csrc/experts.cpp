@@ -1,113 +1,39 @@
-// expert_mlp and its backward as torch ops: assignments sorted by expert, then one matrix product an expert.
+// expert_mlp and its backward as torch ops: assignments sorted by expert, then tasks (experts.h) that threads claim.
 #include "library.h"
 
-#include <chrono>
 #include <cstring>
-#include <functional>
 
 namespace ssmoe {
 namespace {
 
-// A matrix in memory that is somebody else's. Not a view of a tensor: products run on torch's worker threads, where
-// autograd would follow a view.
-struct Matrix {
-  char* data;
-  int64_t rows, columns, row_stride, column_stride;
-  ScalarType type;
-
-  int64_t item() const { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
-  Matrix part(int64_t begin, int64_t count) const {
-    return {data + begin * row_stride * item(), count, columns, row_stride, column_stride, type};
-  }
-  Matrix t() const { return {data, columns, rows, column_stride, row_stride, type}; }
-  Tensor tensor() const {
-    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    return torch::stable::from_blob(data, {sizes, 2}, {strides, 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
-  }
-};
-
-Matrix matrix(const Tensor& t) {
-  return {static_cast<char*>(t.mutable_data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1), t.scalar_type()};
-}
-Matrix one_of(const Tensor& bank, int64_t e) {
-  Matrix m{static_cast<char*>(const_cast<void*>(bank.const_data_ptr())), bank.size(1), bank.size(2), bank.stride(1),
-           bank.stride(2), bank.scalar_type()};
-  m.data += e * bank.stride(0) * m.item();
-  return m;
-}
-
-void with_torch(const Tensor& a, const Tensor& b, const Tensor& out) {
-  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
-                          torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// oneDNN's op takes b transposed and has no out= form, so a copy is part of it
-void with_onednn(const Tensor& a, const Tensor& b_transposed, const Tensor& out) {
-  StableIValue stack[] = {torch::stable::detail::from(a),
-                          torch::stable::detail::from(b_transposed),
-                          torch::stable::detail::from(Maybe()),
-                          torch::stable::detail::from(std::string("none")),
-                          torch::stable::detail::from(std::vector<std::optional<double>>()),
-                          torch::stable::detail::from(std::optional<std::string>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
-  Tensor result = torch::stable::detail::to<Tensor>(stack[0]), target = out;
-  torch::stable::copy_(target, result);
-}
-
-double seconds(const std::function<void()>& f) {
-  double best = 1e9;
-  for (int i = 0; i < 5; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    f();
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-  }
-  return best;
-}
-
-// Whether oneDNN's float32 product is about as fast here or faster, copy included; measured once, a few milliseconds. torch's own
-// is MKL's, which reaches 40 % of an AMD core where oneDNN reaches 90 %. bfloat16 is oneDNN's in either.
-bool onednn() {
-  static const bool faster = [] {
-    Tensor a = torch::stable::new_zeros(empty({128, 512}, ScalarType::Float), {128, 512});
-    Tensor b = torch::stable::new_zeros(a, {512, 512}), out = torch::stable::new_zeros(a, {128, 512});
-    try {
-      // leaning to oneDNN, so that noise does not make two runs on one machine differ
-      return seconds([&] { with_onednn(a, b, out); }) < 1.5 * seconds([&] { with_torch(a, b, out); });
-    } catch (const std::exception&) {
-      return false;  // a torch without oneDNN
-    }
-  }();
-  return faster;
-}
-
-// product = left right
-void multiply(const Matrix& left, const Matrix& right, const Matrix& product) {
-  if (left.type == ScalarType::Float && onednn())
-    with_onednn(left.tensor(), right.t().tensor(), product.tensor());
-  else
-    with_torch(left.tensor(), right.tensor(), product.tensor());
-}
+constexpr int64_t kMostRows = 168;                   // a task's rows, so that what it keeps fits a core's cache
+constexpr int64_t kLeastRows = 48;                   // so that reading the weights again does not dominate
+constexpr int64_t kMostOutputs = int64_t(512) << 10;   // of a gradient, a task
+constexpr int64_t kStreamed = int64_t(16) << 20;     // bytes of gradients that no cache keeps
 
 // Where each assignment's row lies once rows are sorted by expert; stable, dropped assignments have none.
 struct Order {
   const int64_t* place;   // (t, k), -1 if dropped
   const int64_t* token;   // (rows,)
+  const int64_t* slot;    // (rows,): place in (t, k)
   const int64_t* offset;  // (e + 1,)
 };
 
-// place, token and offset, one after the other
+Order read(const Tensor& order, int64_t count) {
+  const auto* place = static_cast<const int64_t*>(order.const_data_ptr());
+  return {place, place + count, place + 2 * count, place + 3 * count};
+}
+
+// place, token, slot and offset, one after the other
 Tensor sort(const Tensor& expert, int64_t experts) {
   expect(expert, ScalarType::Int, "expert");
   const int64_t t = expert.size(0), k = expert.size(1), count = t * k;
   Keep keep;
   const auto* assigned = static_cast<const int32_t*>(keep.flat(expert, count, "expert"));
-  Tensor order = empty({2 * count + experts + 1}, ScalarType::Long);
+  Tensor order = empty({3 * count + experts + 1}, ScalarType::Long);
   auto* place = static_cast<int64_t*>(order.mutable_data_ptr());
-  int64_t *token = place + count, *offset = token + count;
-  std::memset(offset, 0, (experts + 1) * sizeof(int64_t));
+  int64_t *token = place + count, *slot = token + count, *offset = slot + count;
+  std::memset(token, 0, (2 * count + experts + 1) * sizeof(int64_t));
   for (int64_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(assigned[i] >= -1 && assigned[i] < experts, "ssmoe cpu: expert ", assigned[i],
                     " is not between -1 and ", experts - 1);
@@ -115,25 +41,24 @@ Tensor sort(const Tensor& expert, int64_t experts) {
   }
   for (int64_t e = 0; e < experts; ++e) offset[e + 1] += offset[e];
   std::vector<int64_t> next(offset, offset + experts);
-  for (int64_t i = 0; i < count; ++i) {
-    place[i] = assigned[i] < 0 ? -1 : next[assigned[i]]++;
-    if (place[i] >= 0) token[place[i]] = i / k;
-  }
-  for (int64_t i = offset[experts]; i < count; ++i) token[i] = 0;
+  for (int64_t row = 0, i = 0; row < t; ++row)
+    for (int64_t j = 0; j < k; ++j, ++i) {
+      place[i] = assigned[i] < 0 ? -1 : next[assigned[i]]++;
+      if (place[i] < 0) continue;
+      token[place[i]] = row;
+      slot[place[i]] = i;
+    }
   return order;
 }
 
-Order read(const Tensor& order, int64_t count) {
-  const auto* place = static_cast<const int64_t*>(order.const_data_ptr());
-  return {place, place + count, place + 2 * count};
-}
-
-struct Bank {
+struct Call {
   Kind kind;
   int64_t t, d, k, e, f;
+  Keep keep;
+  Bank bank{};
 
-  Bank(const Tensor& x, const Tensor& up, const Tensor& down, const Maybe& gate, const Tensor& expert,
-       const Tensor& weight)
+  Call(const Tensor& x, const Tensor& up, const Tensor& down, const Maybe& gate, const Tensor& expert,
+       const Tensor& weight, int64_t activation)
       : kind(kind_of(x)) {
     STD_TORCH_CHECK(x.dim() == 2 && up.dim() == 3 && down.dim() == 3 && expert.dim() == 2,
                     "ssmoe cpu: expert_mlp takes x (t, d), up (e, f, d), down (e, d, f), expert (t, k)");
@@ -144,74 +69,112 @@ struct Bank {
     if (gate)
       STD_TORCH_CHECK(gate->dim() == 3 && gate->size(0) == e && gate->size(1) == f && gate->size(2) == d,
                       "ssmoe cpu: expert_mlp: gate and up must have one shape");
-    expect(up, x.scalar_type(), "up");
-    expect(down, x.scalar_type(), "down");
-    if (gate) expect(*gate, x.scalar_type(), "gate");
+    bank.wide = up.scalar_type() != x.scalar_type();
+    const ScalarType weights = bank.wide ? accumulator(kind) : x.scalar_type();
+    expect(up, weights, "up");
+    expect(down, weights, "down");
+    if (gate) expect(*gate, weights, "gate");
     expect(weight, accumulator(kind), "weight");
+    bank.d = d, bank.f = f, bank.activation = activation, bank.direct = k == 1;
+    bank.x = keep.flat(x, t * d, "x");
+    bank.up = keep.flat(up, e * f * d, "up"), bank.down = keep.flat(down, e * f * d, "down");
+    bank.gate = keep.flat(gate, e * f * d, "gate");
+    bank.weight = keep.flat(weight, t * k, "weight");
+  }
+  Call(const Call&) = delete;
+
+  Order use(const Tensor& sorted) {
+    const Order order = read(sorted, t * k);
+    bank.token = order.token, bank.slot = order.slot;
+    return order;
   }
 };
 
-Tensor gathered(const Tensor& source, const Bank& s, const Order& order, int64_t rows) {
-  Keep keep;
-  Tensor out = empty({s.t * s.k, s.d}, source.scalar_type());
-  Gather g{keep.flat(source, s.t * s.d, "x"), s.d, order.token, out.mutable_data_ptr(), s.d};
-  run(kernels().gather[s.kind], g, rows, 64);
-  return out;
+// Rows of every expert in tasks of about equal size, the largest first so that threads end together.
+std::vector<Block> blocks_of_rows(const Call& s, const Order& order) {
+  const int64_t threads = torch::stable::get_num_threads(), wanted = order.offset[s.e] / (4 * threads) + 1;
+  const int64_t size = std::min(kMostRows, std::max(kLeastRows, wanted));
+  std::vector<Block> blocks;
+  for (int64_t e = 0; e < s.e; ++e) {
+    const int64_t begin = order.offset[e], rows = order.offset[e + 1] - begin, count = (rows + size - 1) / size;
+    for (int64_t i = 0; i < count; ++i)
+      blocks.push_back({e, begin + i * rows / count, begin + (i + 1) * rows / count, 0, 0, 0});
+  }
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const Block& a, const Block& b) { return a.end - a.begin > b.end - b.begin; });
+  return blocks;
 }
 
-Tensor combined(const Bank& s, const Tensor& rows, const int64_t* place, int64_t k, const void* weight) {
-  Tensor out = empty({s.t, s.d}, rows.scalar_type());
-  Combine c{rows.const_data_ptr(), place, weight, out.mutable_data_ptr(), k, s.d};
+// Slices of every weight's gradient; an expert without rows has them too, for their zeros.
+std::vector<Block> blocks_of_gradients(const Call& s, const Order& order) {
+  std::vector<Block> blocks;
+  for (int64_t e = 0; e < s.e; ++e)
+    for (int64_t matrix = 0; matrix < (s.bank.gate ? 3 : 2); ++matrix) {
+      const int64_t rows = matrix ? s.f : s.d, columns = matrix ? s.d : s.f;
+      const int64_t size = std::max<int64_t>(256, kMostOutputs / std::max<int64_t>(columns, 1));
+      const int64_t count = (rows + size - 1) / size;
+      for (int64_t i = 0; i < count; ++i)
+        blocks.push_back({e, order.offset[e], order.offset[e + 1], matrix, i * rows / count, (i + 1) * rows / count});
+    }
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const Block& a, const Block& b) { return a.end - a.begin > b.end - b.begin; });
+  return blocks;
+}
+
+// task(block, scratch) for every block, claimed one at a time
+template <class F>
+void for_each_block(const Call& s, const std::vector<Block>& blocks, const F& task) {
+  if (blocks.empty()) return;
+  int64_t rows = 0, outputs = 0;
+  for (const Block& b : blocks) rows = std::max(rows, b.end - b.begin), outputs = std::max(outputs, b.last - b.first);
+  const int64_t bytes = kernels().expert_scratch[s.kind](s.bank, std::min(rows, kMostRows), rows, outputs);
+  const int64_t workers = std::min<int64_t>(blocks.size(), torch::stable::get_num_threads());
+  Tensor scratch = empty({workers * bytes / 4}, ScalarType::Float);
+  auto* base = static_cast<char*>(scratch.mutable_data_ptr());
+  std::atomic<size_t> next{0};
+  for_each(workers, [&](int64_t worker) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks.size();)
+      task(s.bank, blocks[i], base + worker * bytes);
+  });
+}
+
+// Rows of `out` that no expert writes, when rows go straight to their tokens.
+void clear_dropped(const Call& s, const Order& order, const Tensor& out) {
+  const int64_t bytes = s.d * (s.kind == kFloat64 ? 8 : s.kind == kFloat32 ? 4 : 2);
+  auto* data = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < s.t; ++i)
+    if (order.place[i] < 0) std::memset(data + i * bytes, 0, bytes);
+}
+
+// f fills rows in expert order, or those of their tokens; the sum over each token's experts
+template <class F>
+Tensor summed(Call& s, const Order& order, ScalarType type, const void* weight, const F& f) {
+  Tensor rows = empty({s.t * (s.bank.direct ? 1 : s.k), s.d}, type);
+  s.bank.out = rows.mutable_data_ptr();
+  f();
+  if (s.bank.direct) {
+    clear_dropped(s, order, rows);
+    return rows;
+  }
+  Tensor out = empty({s.t, s.d}, type);
+  Combine c{rows.const_data_ptr(), order.place, weight, out.mutable_data_ptr(), s.k, s.d};
   run(kernels().combine[s.kind], c, s.t, 64);
   return out;
 }
 
-// f(expert, first row, rows, alone): experts side by side, one thread each, unless they are too few for that; then
-// one after the other, each product on all threads.
-template <class F>
-void for_each_expert(const Bank& s, const Order& order, const F& f) {
-  auto one = [&](int64_t e, bool alone) { f(e, order.offset[e], order.offset[e + 1] - order.offset[e], alone); };
-  if (s.e >= 2 * int64_t(torch::stable::get_num_threads()))
-    for_each(s.e, [&](int64_t e) { one(e, true); });
-  else
-    for (int64_t e = 0; e < s.e; ++e) one(e, false);
-}
-
-void activate(Task<Activate> task, const Activate& args, int64_t rows, bool alone) {
-  if (alone)
-    task(args, 0, rows);
-  else
-    run(task, args, rows, 8);
-}
-
-// (y, order, up x, gate x): the last three are what the backward pass reads
+// (y, order, up x, gate x): the last three are what the backward pass reads, the last two empty without `keep`
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down,
                                                       const Maybe& gate, const Tensor& expert, const Tensor& weight,
-                                                      int64_t activation) {
-  const Bank s(x, up, down, gate, expert, weight);
-  if (s.kind == kFloat32) onednn();  // measured here, not on a worker thread
-  const int64_t count = s.t * s.k;
+                                                      int64_t activation, bool keep) {
+  Call s(x, up, down, gate, expert, weight, activation);
   Tensor sorted = sort(expert, s.e);
-  const Order order = read(sorted, count);
-  const int64_t rows = order.offset[s.e];
-  const ScalarType type = x.scalar_type();
-  Tensor tokens = gathered(x, s, order, rows);
-  Tensor hidden = empty({count, s.f}, type), gates = empty({gate ? count : 0, s.f}, type);
-  Tensor inner = empty({count, s.f}, type), outputs = empty({count, s.d}, type);
-  const Matrix own = matrix(tokens), h = matrix(hidden), g = matrix(gates), in = matrix(inner), out = matrix(outputs);
-  for_each_expert(s, order, [&](int64_t e, int64_t begin, int64_t n, bool alone) {
-    if (!n) return;
-    multiply(own.part(begin, n), one_of(up, e).t(), h.part(begin, n));
-    Activate a{h.part(begin, n).data, nullptr, in.part(begin, n).data, s.f, activation};
-    if (gate) {
-      multiply(own.part(begin, n), one_of(*gate, e).t(), g.part(begin, n));
-      a.gate = g.part(begin, n).data;
-    }
-    activate(kernels().activate[s.kind], a, n, alone);
-    multiply(in.part(begin, n), one_of(down, e).t(), out.part(begin, n));
+  const Order order = s.use(sorted);
+  const int64_t count = keep ? s.t * s.k : 0;
+  Tensor hidden = empty({count, s.f}, x.scalar_type()), gates = empty({gate ? count : 0, s.f}, x.scalar_type());
+  if (keep) s.bank.hidden = hidden.mutable_data_ptr(), s.bank.gates = gates.mutable_data_ptr();
+  Tensor y = summed(s, order, x.scalar_type(), s.bank.weight, [&] {
+    for_each_block(s, blocks_of_rows(s, order), kernels().expert_forward[s.kind]);
   });
-  Keep keep;
-  Tensor y = combined(s, outputs, order.place, s.k, keep.flat(weight, count, "weight"));
   return {y, sorted, hidden, gates};
 }
 
@@ -219,75 +182,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp(const Tensor& x, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor& dy, const Tensor& x, const Tensor& up, const Tensor& down, const Maybe& gate, const Tensor& expert,
     const Tensor& weight, int64_t activation, const Tensor& sorted, const Tensor& hidden, const Tensor& gates) {
-  const Bank s(x, up, down, gate, expert, weight);
-  const int64_t count = s.t * s.k;
-  const Order order = read(sorted, count);
-  const int64_t rows = order.offset[s.e];
-  const ScalarType type = x.scalar_type(), wide = accumulator(s.kind);
-  Keep keep;
-
-  Tensor tokens = gathered(x, s, order, rows), dout = gathered(dy, s, order, rows);
-  Tensor inner = empty({count, s.f}, type), dinner = empty({count, s.f}, type);
-  Tensor dhidden = empty({count, s.f}, type), dgates = empty({gate ? count : 0, s.f}, type);
-  Tensor row_weight = empty({count}, wide), row_dweight = empty({count}, wide);
-  Tensor dweight = empty({s.t, s.k}, wide);
-  Tensor dup = empty({s.e, s.f, s.d}, type), ddown = empty({s.e, s.d, s.f}, type);
-  Tensor dgate = empty({gate ? s.e : 0, s.f, s.d}, type);
-  // with a gate a row's gradient has two parts, the second after all of the first
-  Tensor dtokens = empty({(gate ? 2 : 1) * count, s.d}, type);
-  const size_t item = wide == ScalarType::Double ? 8 : 4;
-  auto* from = static_cast<const char*>(keep.flat(weight, count, "weight"));
-  auto* to = static_cast<char*>(row_weight.mutable_data_ptr());
-  std::vector<int64_t> places;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t place = order.place[i];
-    if (place >= 0) std::memcpy(to + place * item, from + i * item, item);
-    places.push_back(place);
-    if (gate) places.push_back(place < 0 ? -1 : place + count);
-  }
-
-  const Matrix own = matrix(tokens), dy_rows = matrix(dout), h = matrix(hidden), g = matrix(gates), in = matrix(inner),
-               din = matrix(dinner), dh = matrix(dhidden), dg = matrix(dgates), dx_rows = matrix(dtokens);
-  auto* row_dw = static_cast<char*>(row_dweight.mutable_data_ptr());
-  for_each_expert(s, order, [&](int64_t e, int64_t begin, int64_t n, bool alone) {
-    if (!n) {
-      for (const Tensor* bank : {&dup, &ddown, &dgate})
-        if (bank->numel()) std::memset(one_of(*bank, e).data, 0, s.f * s.d * own.item());
-      return;
-    }
-    multiply(dy_rows.part(begin, n), one_of(down, e), din.part(begin, n));
-    Activate a{h.part(begin, n).data, nullptr, in.part(begin, n).data, s.f, activation, din.part(begin, n).data,
-               to + begin * item, dh.part(begin, n).data, nullptr, row_dw + begin * item};
-    if (gate) {
-      a.gate = g.part(begin, n).data;
-      a.dgate = dg.part(begin, n).data;
-    }
-    activate(kernels().activate_backward[s.kind], a, n, alone);
-    multiply(dy_rows.part(begin, n).t(), in.part(begin, n), one_of(ddown, e));
-    multiply(dh.part(begin, n).t(), own.part(begin, n), one_of(dup, e));
-    multiply(dh.part(begin, n), one_of(up, e), dx_rows.part(begin, n));
-    if (gate) {
-      multiply(dg.part(begin, n).t(), own.part(begin, n), one_of(dgate, e));
-      multiply(dg.part(begin, n), one_of(*gate, e), dx_rows.part(count + begin, n));
-    }
+  Call s(x, up, down, gate, expert, weight, activation);
+  Bank& b = s.bank;
+  const Order order = s.use(sorted);
+  const int64_t count = s.t * s.k, weights = s.e * s.f * s.d;
+  const ScalarType type = x.scalar_type(), own = up.scalar_type();
+  expect(dy, type, "dy");
+  STD_TORCH_CHECK(hidden.size(0) == count, "ssmoe cpu: expert_mlp kept nothing for its backward pass");
+  Tensor inner = empty({count, s.f}, type), dhidden = empty({count, s.f}, type);
+  Tensor dgates = empty({gate ? count : 0, s.f}, type), dweight = empty({s.t, s.k}, accumulator(s.kind));
+  Tensor dup = empty({s.e, s.f, s.d}, own), ddown = empty({s.e, s.d, s.f}, own);
+  Tensor dgate = empty({gate ? s.e : 0, s.f, s.d}, own);
+  b.dy = s.keep.flat(dy, s.t * s.d, "dy");
+  b.hidden = hidden.mutable_data_ptr(), b.gates = gates.mutable_data_ptr();
+  b.inner = inner.mutable_data_ptr(), b.dhidden = dhidden.mutable_data_ptr(), b.dgates = dgates.mutable_data_ptr();
+  b.dweight = dweight.mutable_data_ptr();
+  b.dup = dup.mutable_data_ptr(), b.ddown = ddown.mutable_data_ptr(), b.dgate = dgate.mutable_data_ptr();
+  b.stream = weights * (gate ? 3 : 2) * (own == ScalarType::BFloat16 ? 2 : 4) > kStreamed;
+  const size_t item = s.kind == kFloat64 ? 8 : 4;
+  for (int64_t i = 0; i < count; ++i)
+    if (order.place[i] < 0) std::memset(static_cast<char*>(b.dweight) + i * item, 0, item);
+  Tensor dx = summed(s, order, type, nullptr, [&] {
+    for_each_block(s, blocks_of_rows(s, order), kernels().expert_backward[s.kind]);
   });
-  auto* dw = static_cast<char*>(dweight.mutable_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    if (order.place[i] >= 0)
-      std::memcpy(dw + i * item, row_dw + order.place[i] * item, item);
-    else
-      std::memset(dw + i * item, 0, item);
-  }
-  Tensor dx = combined(s, dtokens, places.data(), (gate ? 2 : 1) * s.k, nullptr);
+  for_each_block(s, blocks_of_gradients(s, order), kernels().expert_gradients[s.kind]);
   return {dx, dup, ddown, dgate, dweight};
 }
 
-std::string products() { return onednn() ? "oneDNN" : "torch"; }
-
 }  // namespace
 }  // namespace ssmoe
-
-STABLE_TORCH_LIBRARY_IMPL(ssmoe, CompositeExplicitAutograd, m) { m.impl("cpu_products", TORCH_BOX(&ssmoe::products)); }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CPU, m) {
   m.impl("expert_mlp", TORCH_BOX(&ssmoe::expert_mlp));

@@ -117,27 +117,30 @@ struct Conv {
 
 enum Activation : int64_t { kRelu = 0, kReluSquared = 1, kSilu = 2 };
 
-// Rows of the expert bank between its matrix products; m rows of width f or d, all contiguous.
-struct Gather {
-  const void* source;
-  int64_t source_stride;
-  const int64_t* index;  // row of source, per output row
-  void* out;
-  int64_t width;
+// One call of an expert bank. Assignments lie sorted by expert; "row" is a place in that order.
+struct Bank {
+  int64_t d, f, activation;
+  bool wide;             // weights and their gradients have the accumulator's type, whatever the activations'
+  bool direct;           // one expert a token: rows go straight to their tokens
+  bool stream;           // gradients of weights are too large to stay in cache
+  const int64_t* token;  // (rows,)
+  const int64_t* slot;   // (rows,): place in (t, k)
+  const void *up, *down, *gate;  // (e, f, d), (e, d, f), (e, f, d) or null
+  const void* x;                 // (t, d)
+  const void* weight;            // (t, k) accumulator type
+  void *hidden, *gates;          // (rows, f): up x and gate x; not kept if null
+  void* out;                     // (rows, d), or (t, d) if direct: result, or gradient of x
+  // backward
+  const void* dy;                       // (t, d)
+  void *inner, *dhidden, *dgates;       // (rows, f); inner times its row's weight
+  void* dweight;                        // (t, k)
+  void *dup, *ddown, *dgate;
 };
 
-struct Activate {
-  const void* up;
-  const void* gate;  // null without a gate
-  void* inner;
-  int64_t width;
-  int64_t activation;
-  // backward: dinner is the gradient of the unweighted inner product, scaled here by the row's weight
-  const void* dinner;
-  const void* weight;  // (rows,) accumulator type
-  void* dup;
-  void* dgate;
-  void* dweight;  // (rows,) accumulator type
+// A task: rows of an expert, or with a matrix (0 down, 1 up, 2 gate) rows first..last of its gradient.
+struct Block {
+  int64_t expert, begin, end;
+  int64_t matrix, first, last;
 };
 
 struct Combine {
@@ -197,9 +200,11 @@ struct Kernels {
   Task<Scan> scan_backward[kKinds];
   Task<Conv> conv_forward[kKinds];
   Task<Conv> conv_backward[kKinds];
-  Task<Gather> gather[kKinds];
-  Task<Activate> activate[kKinds];
-  Task<Activate> activate_backward[kKinds];
+  // scratch: as many bytes as expert_scratch says, aligned to a line, one task at a time
+  void (*expert_forward[kKinds])(const Bank&, const Block&, void* scratch);
+  void (*expert_backward[kKinds])(const Bank&, const Block&, void* scratch);
+  void (*expert_gradients[kKinds])(const Bank&, const Block&, void* scratch);
+  int64_t (*expert_scratch[kKinds])(const Bank&, int64_t block_rows, int64_t expert_rows, int64_t outputs);
   Task<Combine> combine[kKinds];
   Task<Skinny> pack_vectors[kKinds];
   Task<Skinny> skinny[kKinds];

@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
       "causal_conv1d_backward(Tensor? dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? initial_state, Tensor? ids, Tensor? starts) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "expert_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, int activation) "
+      "expert_mlp(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, int activation, "
+      "bool keep) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "expert_mlp_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, "

@@ -203,6 +203,10 @@ void compute(const Tile<U, O>& tile, int64_t rows, int64_t vectors) {
   }
 }
 
+constexpr int64_t kDepth = 512;  // elements along k of a packed piece of an operand
+constexpr int64_t kNear = 32;    // rows that are read together, column by column
+constexpr int64_t kGroup = 8;    // panels of the right operand packed at a time where its rows lie along k
+
 // Rows of a matrix in memory, picked by index if there is one.
 template <class S>
 struct Source {
@@ -347,6 +351,53 @@ void pack_columns(U* panel, const Source<S>& source, int64_t first, int64_t coun
   }
 }
 
+// Two panels side by side in one pass, 2 W columns from `column` on.
+template <class U, class S>
+SSMOE_INLINE void side_by_side(const S* row, const S*, U* first, U* second) {
+  const auto low = load(row), high = load(row + kLanes<U>);
+  memcpy(first, &low, sizeof low);
+  memcpy(second, &high, sizeof high);
+}
+#ifdef __AVX512BF16__
+SSMOE_INLINE __m512i narrowed(const bfloat16* p) { return p ? _mm512_loadu_si512(p) : _mm512_setzero_si512(); }
+SSMOE_INLINE __m512i narrowed(const float* p) {
+  return p ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p)) : _mm512_setzero_si512();
+}
+template <class S>
+SSMOE_INLINE void side_by_side(const S* above, const S* below, Pair* first, Pair* second) {
+  const __m512i a = narrowed(above), b = narrowed(below), step = _mm512_set1_epi16(16);
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  _mm512_store_si512(first, _mm512_permutex2var_epi16(a, order, b));
+  _mm512_store_si512(second, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, step), b));
+}
+#endif
+template <class U, class S>
+void pack_column_pair(U* panels, int64_t step, const Source<S>& source, int64_t first, int64_t count, int64_t column) {
+  constexpr int W = kLanes<typename Sum<U>::T>, per = kPairs<U> ? 2 : 1;
+  for (int64_t r = 0; r < count; r += per, panels += W)
+    side_by_side(source.row(first + r) + column, r + 1 < count ? source.row(first + r + 1) + column : nullptr, panels,
+                 panels + step);
+}
+// Any number of columns in panels, some rows after the other, so that their pages and lines are visited once.
+template <class U, class S>
+void pack_all_columns(U* panels, int64_t step, const Source<S>& source, int64_t first, int64_t count, int64_t column,
+                      int64_t columns, int64_t width) {
+  constexpr int W = kLanes<typename Sum<U>::T>, per = kPairs<U> ? 2 : 1;
+  for (int64_t r = 0; r < count; r += kNear) {
+    const int64_t rows = least(kNear, count - r);
+    for (int64_t c = 0; c < columns; c += W) {
+      U* to = panels + c / W * step + r / per * W;
+      if (width - column - c >= 2 * W && c + W < columns) {
+        pack_column_pair(to, step, source, first + r, rows, column + c);
+        c += W;
+      } else {
+        pack_columns(to, source, first + r, rows, column + c, width);
+      }
+    }
+  }
+}
+
 // The right operand of a product: (k, n) as it lies in memory, or the transpose of what does.
 template <class S>
 struct Right {
@@ -354,24 +405,22 @@ struct Right {
   int64_t k, n;
   bool transposed;
 
+  // panels packed at a time; where rows lie along k they are read over some width
+  SSMOE_INLINE int64_t group() const { return transposed ? 2 : kGroup; }
   template <class U>
-  SSMOE_INLINE void pack(U* panels, int64_t panel_step, int64_t at, int64_t count, int64_t column, int64_t vectors) const {
+  SSMOE_INLINE void pack(U* panels, int64_t panel_step, int64_t at, int64_t count, int64_t column, int64_t columns) const {
     constexpr int W = kLanes<typename Sum<U>::T>;
-    for (int64_t j = 0; j < vectors; ++j, column += W, panels += panel_step)
-      if (transposed)
-        pack_rows(panels, source, column, least(W, n - column), at, count);
-      else
-        pack_columns(panels, source, at, count, column, n);
+    if (!transposed) return pack_all_columns(panels, panel_step, source, at, count, column, columns, n);
+    for (int64_t c = 0; c < columns; c += W, panels += panel_step)
+      pack_rows(panels, source, column + c, least(W, columns - c), at, count);
   }
-  SSMOE_INLINE Ahead ahead(int64_t at, int64_t count, int64_t column, int64_t columns) const {
-    const int64_t bytes = source.stride * sizeof(S);
-    columns = least(columns, n - column);
+  // what `pack` will read
+  SSMOE_INLINE Ahead ahead(int64_t at, int64_t count, int64_t column) const {
+    const int64_t bytes = source.stride * sizeof(S), columns = least(group() * kLanes<float>, n - column);
     return transposed ? Ahead(source.data + column * source.stride + at, count * sizeof(S), bytes, columns)
                       : Ahead(source.data + at * source.stride + column, columns * sizeof(S), bytes, count);
   }
 };
-
-constexpr int64_t kDepth = 512;  // elements along k of a packed piece of the right operand
 
 // Rows of the left operand split evenly into panels.
 template <class T>
@@ -380,29 +429,29 @@ SSMOE_INLINE int64_t panels_of(int64_t rows) {
 }
 
 // c (m, n) = or += left right: left in panels of m rows, `left_step` elements apart; c has whole vectors a row.
-// `buffer` holds two panels of kDepth. `next` is what the caller will read after this.
+// `buffer` holds kGroup panels of kDepth. `next` is what the caller will read after this.
 template <class U, class S>
 void product(int64_t m, const U* left, int64_t left_step, const Right<S>& right, typename Sum<U>::T* c,
              int64_t stride, bool add, U* buffer, const Ahead& next) {
   using T = typename Sum<U>::T;
   constexpr int W = kLanes<T>, per = kPairs<U> ? 2 : 1;
-  const int64_t panels = panels_of<T>(m);
+  const int64_t panels = panels_of<T>(m), group = right.group() * W;
   for (int64_t at = 0; at < right.k; at += kDepth * per) {
     const int64_t count = least(kDepth * per, right.k - at), depth = (count + per - 1) / per;
-    for (int64_t column = 0; column < right.n; column += 2 * W) {
-      const int64_t vectors = right.n - column > W ? 2 : 1;
-      right.pack(buffer, depth * W, at, count, column, vectors);
-      const int64_t after = at + kDepth * per;
-      Ahead ahead = column + 2 * W < right.n ? right.ahead(at, count, column + 2 * W, 2 * W)
-                    : after < right.k        ? right.ahead(after, least(kDepth * per, right.k - after), 0, 2 * W)
+    for (int64_t column = 0; column < right.n; column += group) {
+      const int64_t columns = least(group, right.n - column), after = at + kDepth * per;
+      right.pack(buffer, depth * W, at, count, column, columns);
+      Ahead ahead = column + group < right.n ? right.ahead(at, count, column + group)
+                    : after < right.k        ? right.ahead(after, least(kDepth * per, right.k - after), 0)
                                              : next;
       if (!ahead.at) ahead.at = reinterpret_cast<const char*>(buffer);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t begin = p * m / panels, end = (p + 1) * m / panels;
-        compute(Tile<U, T>{depth, left + p * left_step + at / per * W, buffer, depth * W, c + begin * stride + column,
-                           stride, add || at > 0 ? kAdd : kSet, &ahead},
-                end - begin, vectors);
-      }
+      for (int64_t j = 0; j < columns; j += 2 * W)
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t begin = p * m / panels, end = (p + 1) * m / panels;
+          compute(Tile<U, T>{depth, left + p * left_step + at / per * W, buffer + j * depth, depth * W,
+                             c + begin * stride + column + j, stride, add || at > 0 ? kAdd : kSet, &ahead},
+                  end - begin, columns - j > W ? 2 : 1);
+        }
     }
   }
 }

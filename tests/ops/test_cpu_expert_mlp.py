@@ -88,6 +88,53 @@ def test_parameters_follow_the_activations_dtype() -> None:
     torch.testing.assert_close(y, reference.expert_mlp(**args), rtol=2e-2, atol=2e-1)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_wide_weights_under_bfloat16_are_read_once_and_get_wide_gradients(gated: bool) -> None:
+    def draw() -> Run:
+        run = drawn(90, 70, 45, 6, 2, torch.bfloat16, "silu", gated)
+
+        def mixed(op: Any, narrow: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
+            def widened(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, **kwargs: Any) -> Tensor:
+                banks = [None if t is None else t.to(wide) for t in (up, down, gate)]
+                return op(x, *banks, **kwargs)
+
+            return run(widened, narrow, wide)
+
+        return mixed
+
+    judge(draw, reference.expert_mlp, experts, torch.bfloat16)
+    args = bank(6, torch.bfloat16)
+    args["up"].requires_grad_()
+    experts(**args).sum().backward()
+    assert args["up"].grad.dtype == torch.float32
+    assert (args["up"].grad != args["up"].grad.bfloat16()).any()
+
+
+def test_nothing_is_kept_without_a_gradient() -> None:
+    args = bank(6)
+    values = [args["expert"], args["weight"], 0, False]
+    y, _, hidden, gates = torch.ops.ssmoe.expert_mlp(args["x"], args["up"], args["down"], None, *values)
+    assert hidden.numel() == gates.numel() == 0
+    torch.testing.assert_close(y, experts(**args))
+
+
+@pytest.mark.parametrize(
+    ("t", "d", "f", "e", "k", "dtype"),
+    [
+        # several pieces along every dimension; gradients that bypass the caches
+        (500, 544, 1120, 6, 1, torch.bfloat16),
+        (300, 544, 1120, 4, 1, torch.float32),
+        # the same, but lines of the gradients' rows do not begin where the machine's do
+        (300, 530, 1090, 4, 2, torch.float32),
+        # one expert has half of the tokens: many tasks of it, and gradients summed in pieces
+        (2400, 130, 300, 2, 1, torch.bfloat16),
+        (2400, 130, 300, 2, 1, torch.float32),
+    ],
+)
+def test_parity_of_large_banks(t: int, d: int, f: int, e: int, k: int, dtype: torch.dtype) -> None:
+    judge(lambda: drawn(t, d, f, e, k, dtype, "silu", True), reference.expert_mlp, experts, dtype, repeats=1)
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="activation='gelu' is not one of"):
         experts(**{**bank(3), "activation": "gelu"})
@@ -102,7 +149,7 @@ def test_opcheck(gated: bool) -> None:
     args = bank(9)
     gate = torch.randn(3, 24, 16, requires_grad=True) if gated else None
     x, up, down, weight = (args[n].requires_grad_() for n in ("x", "up", "down", "weight"))
-    torch.library.opcheck(torch.ops.ssmoe.expert_mlp, (x, up, down, gate, args["expert"], weight, 2))
+    torch.library.opcheck(torch.ops.ssmoe.expert_mlp, (x, up, down, gate, args["expert"], weight, 2, True))
 
 
 def test_compiles_as_one_graph() -> None:

@@ -1,6 +1,6 @@
-"""C++ kernels for the CPU, sources in `csrc/`: AVX-512, AVX2 or portable, chosen when they are first used.
+"""C++ kernels for the CPU, sources in `csrc/`: AVX-512 (with BF16 or without), AVX2 or portable, chosen once.
 
-`SSMOE_CPU_LEVEL` (auto, avx512, avx2 or portable) holds the choice down, for tests.
+`SSMOE_CPU_LEVEL` (auto, avx512bf16, avx512, avx2 or portable) holds the choice down, for tests.
 """
 
 from ssmoe.ops.extension import missing
