@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from cpu_models import Logits, loss_of, mambapy_model, transformers_model, versions
+from cpu_models import Logits, llama_model, loss_of, mambapy_model, transformers_model, versions
 from cpu_peers import median_ms, require_parity
 from torch import Tensor, nn
 
@@ -150,16 +150,17 @@ def training(dtype: torch.dtype, arguments: argparse.Namespace) -> None:
 def prefill(dtype: torch.dtype, arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     ids = torch.randint(PREFILL.vocab_size, (1, 512))
-    model = build(PREFILL, backend="cpu", seed=0, dtype=dtype).eval()
+    # bfloat16 weights, as every peer has them; what must stay float32 does
+    model = build(PREFILL, backend="cpu", seed=0, dtype=dtype).eval().to(dtype)
     reference = build(PREFILL, backend="reference", seed=0).eval()
     with torch.inference_mode():
         expected = reference(ids, logits="last").logits
         agree("ssmoe", model(ids, logits="last").logits, expected, dtype)
         rows = [Row("ssmoe", median_ms(lambda: model(ids, logits="last")))]
         rows.append(floor(PREFILL, 512, 1, dtype, train=False))
-        scans = (["slow", "mambapy"] if arguments.peers else []) + (
-            ["compiled"] if arguments.compiled else []
-        )
+        # transformers 5.23's use_mambapy path multiplies float32 by bfloat16 and stops
+        eager = ["slow", "mambapy"] if dtype == torch.float32 else ["slow"]
+        scans = (eager if arguments.peers else []) + (["compiled"] if arguments.compiled else [])
         for scan in scans:
             name = {"slow": "transformers", "mambapy": "transformers, use_mambapy"}.get(
                 scan, "transformers, compiled scan"
@@ -169,6 +170,9 @@ def prefill(dtype: torch.dtype, arguments: argparse.Namespace) -> None:
             agree(name, logits(ids, True)[:, -1], expected, dtype)
             print(f"  ({name}: first call {time.perf_counter() - begin:.0f} s)", flush=True)
             rows.append(Row(name, median_ms(lambda logits=logits: logits(ids, True))))
+    if arguments.peers and (llama := llama_model(reference, dtype)) is not None:
+        agree("llama.cpp", llama(ids, True)[:, -1], expected, dtype)
+        rows.append(Row("llama.cpp", median_ms(lambda: llama(ids, True))))
     rows += recorded("prefill", dtype, 512, rows)
     show(f"prefill, mamba-130m, B1 L512, {setting(dtype)}", 512, rows)
 

@@ -3,13 +3,18 @@
 mambapy's Mamba between an embedding and a head (its own LM class cannot be imported without mamba_ssm;
 bfloat16: autocast, since its parameters must stay float32), and transformers' MambaForCausalLM:
 its slow path (prefill only: its backward is quadratic in length), its use_mambapy path, and its associative
-scan compiled as a whole (minutes, once).
+scan compiled as a whole (minutes, once). For prefill also llama.cpp, where llama-cpp-python is installed.
 """
 
 import contextlib
+import ctypes
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +28,9 @@ Logits = Callable[[Tensor, bool], Tensor]
 
 def versions() -> str:
     """The exact versions of what was measured."""
-    return ", ".join(f"{name} {_version(name)}" for name in ("torch", "mambapy", "transformers"))
+    return ", ".join(
+        f"{name} {_version(name)}" for name in ("torch", "mambapy", "transformers", "llama_cpp_python")
+    )
 
 
 def loss_of(logits: Logits) -> Callable[[Tensor, Tensor], Tensor]:
@@ -87,6 +94,43 @@ def transformers_model(model: LM, dtype: torch.dtype, *, scan: str, train: bool)
 
 def _in_backbone(name: str) -> str:
     return "backbone." + name.removeprefix("mamba.")
+
+
+def llama_model(model: LM, dtype: torch.dtype) -> Logits | None:
+    """llama.cpp on the same weights as a GGUF file, matrices in `dtype`; None where it is not installed."""
+    try:
+        import llama_cpp as cpp
+        from decode_peers import write_gguf
+
+        folder = tempfile.TemporaryDirectory()
+        path = Path(folder.name) / "model.gguf"
+        write_gguf(model, path, bfloat16=dtype == torch.bfloat16)
+    except ModuleNotFoundError:
+        return None
+    silent: Any = cpp.llama_log_callback(lambda level, text, data: None)  # noqa: ARG005
+    cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    cpp.llama_backend_init()
+    options = cpp.llama_model_default_params()
+    options.use_mmap = False
+    loaded = cpp.llama_model_load_from_file(str(path).encode(), options)
+    folder.cleanup()
+    settings = cpp.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = 512
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+    context = cpp.llama_init_from_model(loaded, settings)
+
+    def logits(ids: Tensor, last: bool) -> Tensor:
+        del silent_kept[1:]
+        assert last, "only the last position's logits are asked of llama.cpp"
+        cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
+        tokens = (ctypes.c_int32 * ids.numel())(*ids.flatten().tolist())
+        if cpp.llama_decode(context, cpp.llama_batch_get_one(tokens, ids.numel())):
+            raise RuntimeError("llama_decode failed")
+        row = np.ctypeslib.as_array(cpp.llama_get_logits_ith(context, -1), shape=(model.config.vocab_size,))
+        return torch.from_numpy(row.copy()).view(1, 1, -1)
+
+    silent_kept = [silent]
+    return logits
 
 
 def _autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
