@@ -19,6 +19,7 @@ from torch import Tensor
 from ssmoe.model.layer import LayerState, State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import AttentionState
+from ssmoe.model.weights import narrow
 
 FORMAT = "ssmoe-state"
 VERSION = 1
@@ -59,12 +60,13 @@ class StateFile(NamedTuple):
 def fingerprint(model: LM) -> str:
     """Hash of configuration and weights, the same on every backend, device and in every compute dtype.
 
-    Weights enter as bfloat16, which is how a model that computes in it may hold them.
+    Matrices enter as bfloat16, which is how a model that computes in it holds them.
     """
+    matrices = narrow(model)
     digest = blake2b(digest_size=16)
     digest.update(json.dumps(model.config.model_dump(mode="json"), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        _update(digest, name, tensor.bfloat16().float())
+        _update(digest, name, (tensor.bfloat16() if name in matrices else tensor).float())
     return digest.hexdigest()
 
 
