@@ -67,6 +67,13 @@ void conv_vector(const Conv& args, int64_t b, int64_t c, typename Accumulator<S>
   unpack_taps<S>(window, c, lanes, k - 1, to);
 }
 
+template <class S>
+SSMOE_INLINE void prefetch_row(const Rows& rows, int64_t b, int64_t t, int64_t length, int64_t c0, int64_t channels) {
+  if (t >= length) return;
+  const char* p = reinterpret_cast<const char*>(row_at<S>(rows, b, t) + c0);
+  for (int64_t at = 0; at < int64_t(channels * sizeof(S)); at += 64) __builtin_prefetch(p + at, 0, 2);
+}
+
 // V vectors of channels side by side down a row without documents or padding, k = 4: the window stays in registers
 // and a line of memory is used whole.
 template <class S, int V>

@@ -51,6 +51,20 @@ SSMOE_INLINE Vec<typename Accumulator<S>::type> through(Vec<typename Accumulator
   return v;
 }
 
+template <class S>
+void activate(const ssmoe::Activate& args, int64_t begin, int64_t end) {
+  using T = typename Accumulator<S>::type;
+  const S *up = static_cast<const S*>(args.up), *gate = static_cast<const S*>(args.gate);
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t c = 0; c < args.width; c += kLanes<T>) {
+      const int64_t at = r * args.width + c, lanes = args.width - c;
+      Vec<T> value, slope;
+      activation<T>(args.activation, load_some((gate ? gate : up) + at, lanes), value, slope);
+      if (gate) value = through<S>(value) * load_some(up + at, lanes);
+      store_some(static_cast<S*>(args.inner) + at, value, lanes);
+    }
+}
+
 // Pieces of a task's scratch memory, each on its own lines.
 struct Room {
   char* at;

@@ -151,6 +151,14 @@ struct Combine {
   int64_t k, d;
 };
 
+// Rows of hidden values, each through the activation, alone or as the factor of another.
+struct Activate {
+  const void* up;    // (rows, width)
+  const void* gate;  // the same, or null
+  void* inner;       // act(gate) * up, or act(up)
+  int64_t width, activation;
+};
+
 // A matrix (rows, n), rows adjacent, times a few vectors.
 struct Skinny {
   int64_t rows, n, batch;
@@ -206,6 +214,7 @@ struct Kernels {
   void (*expert_gradients[kKinds])(const Bank&, const Block&, void* scratch);
   int64_t (*expert_scratch[kKinds])(const Bank&, int64_t block_rows, int64_t expert_rows, int64_t outputs);
   Task<Combine> combine[kKinds];
+  Task<Activate> activate[kKinds];
   Task<Skinny> pack_vectors[kKinds];
   Task<Skinny> skinny[kKinds];
   Task<MambaStep> step_norm[kKinds];  // of batch rows

@@ -14,7 +14,7 @@ namespace {
 
 using ssmoe::MambaStep;
 
-constexpr int64_t kTile = 32;  // channels or rows between two visits of the batch; a multiple of every kStep
+constexpr int64_t kStepTile = 32;  // channels or rows between two visits of the batch; a multiple of every kStep
 
 template <class S>
 SSMOE_INLINE typename Accumulator<S>::type residual(const MambaStep& args, int64_t at) {
@@ -55,24 +55,24 @@ void step_in(const MambaStep& args, int64_t begin, int64_t end) {
   const S* in_proj = static_cast<const S*>(args.in_proj);
   const int64_t k = args.k;
   Window<S> conv(args);
-  alignas(64) T x[kBlock * kTile], z[kBlock * kTile];
-  for (int64_t c0 = begin; c0 < end; c0 += kTile) {
-    const int64_t channels = end - c0 < kTile ? end - c0 : kTile;
+  alignas(64) T x[kBlock * kStepTile], z[kBlock * kStepTile];
+  for (int64_t c0 = begin; c0 < end; c0 += kStepTile) {
+    const int64_t channels = end - c0 < kStepTile ? end - c0 : kStepTile;
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
       const void* normed = packed_row<S>(args.normed, b0 * args.d_stride, args.pairs);
-      multiply<S>(in_proj + c0 * args.d, args.d, channels, args.d, args.pairs, normed, args.d_stride, batch, x, kTile);
+      multiply<S>(in_proj + c0 * args.d, args.d, channels, args.d, args.pairs, normed, args.d_stride, batch, x, kStepTile);
       multiply<S>(in_proj + (args.inner + c0) * args.d, args.d, channels, args.d, args.pairs, normed, args.d_stride,
-                  batch, z, kTile);
+                  batch, z, kStepTile);
       for (int64_t c = c0; c < c0 + channels; c += W) {
         const int64_t lanes = c0 + channels - c;
         conv.take_weight(c, lanes);
         const Vec<T> bias = load_some(static_cast<const T*>(args.conv_bias) + c, lanes);
         for (int64_t b = 0; b < batch; ++b) {
           const int64_t state = (b0 + b) * args.inner * (k - 1), at = (b0 + b) * args.inner_stride + c;
-          const Vec<T> y = bias + conv.step(state, c, lanes, through<S>(load(x + b * kTile + (c - c0))));
+          const Vec<T> y = bias + conv.step(state, c, lanes, through<S>(load(x + b * kStepTile + (c - c0))));
           store(static_cast<T*>(args.u) + at, through<S>(y * sigmoid<T>(y)));
-          const Vec<T> gate = load(z + b * kTile + (c - c0));
+          const Vec<T> gate = load(z + b * kStepTile + (c - c0));
           store(static_cast<T*>(args.gate) + at, gate * sigmoid<T>(gate));
         }
       }
@@ -132,7 +132,7 @@ SSMOE_INLINE void step_states(const MambaStep& args, int64_t b, int64_t c, int64
 template <class S>
 SSMOE_INLINE void prefetch_tile(const MambaStep& args, int64_t c0) {
   using T = typename Accumulator<S>::type;
-  const int64_t bytes = (args.inner - c0 < kTile ? args.inner - c0 : kTile) * args.n * sizeof(T);
+  const int64_t bytes = (args.inner - c0 < kStepTile ? args.inner - c0 : kStepTile) * args.n * sizeof(T);
   const char* A_log = reinterpret_cast<const char*>(static_cast<const T*>(args.A_log) + c0 * args.n);
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(A_log + i);
   for (int64_t b = 0; b < args.b && b < kBlock; ++b) {
@@ -146,13 +146,13 @@ template <class S>
 void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
   using T = typename Accumulator<S>::type;
   constexpr int W = kLanes<T>;
-  alignas(64) T delta[kBlock * kTile], y[kBlock * kTile];
+  alignas(64) T delta[kBlock * kStepTile], y[kBlock * kStepTile];
   const int64_t width = (args.n + W - 1) / W * W;
-  Scratch<T> scratch(kTile * width + 64);
-  T* A = scratch.take(kTile * width);
-  for (int64_t c0 = begin; c0 < end; c0 += kTile) {
-    const int64_t channels = end - c0 < kTile ? end - c0 : kTile;
-    if (c0 + 2 * kTile < args.inner) prefetch_tile<S>(args, c0 + 2 * kTile);
+  Scratch<T> scratch(kStepTile * width + 64);
+  T* A = scratch.take(kStepTile * width);
+  for (int64_t c0 = begin; c0 < end; c0 += kStepTile) {
+    const int64_t channels = end - c0 < kStepTile ? end - c0 : kStepTile;
+    if (c0 + 2 * kStepTile < args.inner) prefetch_tile<S>(args, c0 + 2 * kStepTile);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t i = 0; i < args.n; i += W)
         store(A + c * width + i,
@@ -160,19 +160,19 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
       multiply<S>(static_cast<const S*>(args.delta_proj) + c0 * args.rank, args.rank, channels, args.rank, args.pairs,
-                  packed_row<S>(args.delta, b0 * args.rank_stride, args.pairs), args.rank_stride, batch, delta, kTile);
+                  packed_row<S>(args.delta, b0 * args.rank_stride, args.pairs), args.rank_stride, batch, delta, kStepTile);
       for (int64_t c = 0; c < channels; c += W) {
         const Vec<T> bias = load_some(static_cast<const T*>(args.delta_bias) + c0 + c, channels - c);
         for (int64_t b = 0; b < batch; ++b) {
-          Vec<T> v = get(delta + b * kTile + c) + bias;
-          softplus_all<T, 1>(&v, nullptr);
-          put<T>(delta + b * kTile + c, v);
+          Vec<T> v = get(delta + b * kStepTile + c) + bias;
+          softplus_all<T, 1, false>(&v, nullptr);
+          put<T>(delta + b * kStepTile + c, v);
         }
       }
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t c = 0; c < channels; c += W) {
           const T* u = static_cast<const T*>(args.u) + (b0 + b) * args.inner_stride + c0 + c;
-          const int64_t at = b * kTile + c;
+          const int64_t at = b * kStepTile + c;
           if (width == args.n)
             step_states<T, true>(args, b0 + b, c0 + c, channels - c, width, A + c * width, delta + at, u, y + at);
           else
@@ -183,10 +183,10 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < channels; c += W) {
           const Vec<T> D = load_some(static_cast<const T*>(args.D) + c0 + c, channels - c);
           const Vec<T> u = load(static_cast<const T*>(args.u) + at + c);
-          put<T>(y + b * kTile + c,
-                 (get(y + b * kTile + c) + D * u) * load(static_cast<const T*>(args.gate) + at + c));
+          put<T>(y + b * kStepTile + c,
+                 (get(y + b * kStepTile + c) + D * u) * load(static_cast<const T*>(args.gate) + at + c));
         }
-        pack<S>(y + b * kTile, c0, channels, args.pairs,
+        pack<S>(y + b * kStepTile, c0, channels, args.pairs,
                 const_cast<void*>(packed_row<S>(args.gated, (b0 + b) * args.inner_stride, args.pairs)));
       }
     }
@@ -197,17 +197,17 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
 template <class S>
 void step_out(const MambaStep& args, int64_t begin, int64_t end) {
   using T = typename Accumulator<S>::type;
-  alignas(64) T found[kBlock * kTile];
-  for (int64_t row = begin; row < end; row += kTile) {
-    const int64_t rows = end - row < kTile ? end - row : kTile;
+  alignas(64) T found[kBlock * kStepTile];
+  for (int64_t row = begin; row < end; row += kStepTile) {
+    const int64_t rows = end - row < kStepTile ? end - row : kStepTile;
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
       multiply<S>(static_cast<const S*>(args.out_proj) + row * args.inner, args.inner, rows, args.inner, args.pairs,
-                  packed_row<S>(args.gated, b0 * args.inner_stride, args.pairs), args.inner_stride, batch, found, kTile);
+                  packed_row<S>(args.gated, b0 * args.inner_stride, args.pairs), args.inner_stride, batch, found, kStepTile);
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t at = (b0 + b) * args.d + row + r;
-          const T value = residual<S>(args, at) + found[b * kTile + r];
+          const T value = residual<S>(args, at) + found[b * kStepTile + r];
           if (args.wide_residual)
             static_cast<T*>(args.out)[at] = value;
           else

@@ -86,7 +86,7 @@ struct Chunk {
 };
 
 // What a tile needs of the rows that come after it, asked for while it computes: one line a vector and position.
-struct Ahead {
+struct Upcoming {
   const char* row[7];
   int64_t stride[7];
   int count = 0;
@@ -126,7 +126,7 @@ SSMOE_INLINE void decays(Vec<T> step, const T* A, Vec<T>* next, Vec<T>* next_ind
 // states i0 .. i0 + N of one channel vector through a chunk; y gets or adds <C, h>. Reads one step beyond the chunk.
 template <class T, int N, bool kDeep>
 SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, const T* drive, const T* A, T* h,
-                          T* y, const Ahead& ahead, int64_t offset) {
+                          T* y, const Upcoming& ahead, int64_t offset) {
   constexpr int W = kLanes<T>, M = N < 4 ? N : 4;
   const int64_t n = chunk.args.n;
   Vec<T> state[N], decay[M], index[M], unused[M] = {};
@@ -169,7 +169,7 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
 }
 
 template <class T, bool kDeep>
-void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y, const Ahead& ahead,
+void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y, const Upcoming& ahead,
                  int64_t offset) {
   const int64_t n = chunk.args.n;
   int64_t i = 0;
@@ -352,7 +352,7 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
     for (int64_t at = 0; at < channels; at += kTile) {
       const int64_t c = c0 + at, width = channels - at < kTile ? channels - at : kTile;
       const bool last = at + kTile >= channels;
-      Ahead ahead;
+      Upcoming ahead;
       if (!last || t0 + kChunk < args.l) {
         const int64_t next = last ? c0 : c + kTile, row = last ? t0 + kChunk : t0;
         const Rows* const wanted[] = {&args.x, &args.delta, &args.z, &args.y};
@@ -409,7 +409,7 @@ SSMOE_INLINE void add_exactly(T* to, Vec<T> v) {
 // With q = dh_t h_{t-1} exp(delta A):  ddelta += q A,  dA += q delta,  dB += dh drive,  dC += g h_t.
 template <class T, int N, bool kGate, bool kDeep>
 SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p, const T* A, const T* h, T* dh,
-                          T* dA, T* dB, T* dC, const Ahead& ahead, int64_t offset) {
+                          T* dA, T* dB, T* dC, const Upcoming& ahead, int64_t offset) {
   constexpr int W = kLanes<T>;
   const int64_t n = chunk.args.n;
   const T *a = A + i0 * W, *B = chunk.B + i0, *C = chunk.C + i0;
@@ -474,7 +474,7 @@ SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p
 // States i0 .. of a channel vector, kBackwardStates of them or one.
 template <class T, bool kGate>
 void retreat_some(bool deep, const Chunk<T>& chunk, int64_t i0, const Partial<T>& p, const T* A, const T* h, T* dh,
-                  T* dA, T* dB, T* dC, const Ahead& ahead, int64_t offset) {
+                  T* dA, T* dB, T* dC, const Upcoming& ahead, int64_t offset) {
   constexpr int N = kBackwardStates;
   const bool several = i0 + N <= chunk.args.n;
   auto run = several ? (deep ? retreat<T, N, kGate, true> : retreat<T, N, kGate, false>)
@@ -594,7 +594,7 @@ void scan_row_backward(const Scan& args, int64_t b, int64_t group) {
     for (int64_t at = 0; at < channels; at += kTile) {
       const int64_t c = c0 + at, width = channels - at < kTile ? channels - at : kTile;
       const bool last = at + kTile >= channels;
-      Ahead ahead;
+      Upcoming ahead;
       if (!last || k) {
         const Rows* const wanted[] = {&args.x, &args.delta, &args.z, &args.dy, &args.dx, &args.ddelta, &args.dz};
         for (const Rows* rows : wanted) ahead.add<S>(*rows, b, last ? t0 - kChunk : t0, last ? c0 : c + kTile);
