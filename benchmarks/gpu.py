@@ -8,6 +8,7 @@ the official packages and are printed, not run. Refuses to run where the kernels
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -67,6 +68,9 @@ def rows() -> Iterator[Row]:
     ):
         name = f"experts {e} x {f} top-{k}, d512, 65,536 tokens, fwd + bwd"
         yield Row(name, recorded, 0.83, reach, lambda c=(e, f, k): experts(*c))
+    model = "8 x (Mamba + 32 experts), 64 x 1024 tokens"
+    yield Row(f"training step, {model}", 145, 40, 65.5, lambda: training_step()[0])
+    yield Row(f"training step, peak GiB, {model}", 47, None, 20, lambda: training_step()[1])
 
 
 def graphed(run: Callable[[], object]) -> float:
@@ -133,6 +137,32 @@ def experts(e: int, f: int, k: int) -> float:
         torch.autograd.grad(y, leaves, dy)
 
     return launched(run)
+
+
+@functools.cache
+def training_step() -> tuple[float, float]:
+    """Milliseconds and peak GiB of forward, backward and AdamW: vocabulary 50,304, dropless, d512."""
+    import numpy as np
+
+    import ssmoe
+    from ssmoe.data.packing import Batch
+    from ssmoe.training.optimizer import build_optimizer, parameter_groups
+    from ssmoe.training.step import train_step
+
+    changes = ["model.vocab_size=50304", "model.pattern.moe.num_experts=32"]
+    run = ssmoe.preset("moe-mamba-25m", [*changes, "model.pattern.moe.capacity_factor=null"])
+    model = ssmoe.build(run.model, backend="triton", device="cuda", dtype=torch.bfloat16).train()
+    optimizer = build_optimizer(parameter_groups(model), run.train)
+    ids = np.random.default_rng(0).integers(0, 50304, (64, 1025))
+    documents, starts = np.zeros((64, 1024), np.int32), np.zeros((64, 1024), bool)
+    batch = Batch(ids[:, :-1], ids[:, 1:], documents, starts)
+
+    def step() -> None:
+        train_step(model, optimizer, batch, run.train, 1e-4, isolate=False)
+
+    torch.cuda.reset_peak_memory_stats()
+    time = triton.testing.do_bench(step, warmup=1500, rep=2000, return_mode="median")
+    return time, torch.cuda.max_memory_allocated() / 2**30
 
 
 def check() -> None:

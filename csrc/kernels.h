@@ -102,6 +102,38 @@ struct Combine {
   int64_t k, d;
 };
 
+// A matrix (rows, n), rows adjacent, times a few vectors.
+struct Skinny {
+  int64_t rows, n, batch;
+  const void* weight;
+  const void* bias;    // (rows,) accumulator type or null
+  const void* source;  // (batch, n) vectors
+  void* x;             // the vectors packed (skinny.h), x_stride elements apart
+  int64_t x_stride;
+  bool pairs;          // packed for the processor's product of bfloat16 pairs
+  void* out;           // (batch, rows)
+};
+
+// One token through a residual Mamba sub-layer; S the layer's type, T its accumulator.
+struct MambaStep {
+  int64_t b, d, inner, n, k, rank;
+  bool pairs, wide_residual;            // x and out in T, else in S
+  double eps;
+  const void *x, *norm_weight, *norm_bias;  // norm in T; norm_bias null for RMSNorm
+  void* out;
+  const void *in_proj, *x_proj, *delta_proj, *out_proj;                   // S
+  const void *conv_weight, *conv_bias, *A_log, *D, *delta_bias;           // T
+  const void* conv_in;  // (b, inner, k - 1) S
+  void* conv_out;
+  const void* ssm_in;  // (b, inner, n) T
+  void* ssm_out;
+  // between the phases: packed vectors and their distances, and T with rows of inner_stride
+  void *normed, *mixed, *delta, *gated;
+  int64_t d_stride, inner_stride, rank_stride, parts_stride;
+  void *u, *gate;  // (b, inner) T: after the convolution; silu(z)
+  void* parts;     // (b, rank + 2 n) T: delta, B, C
+};
+
 template <class Args>
 using Task = void (*)(const Args&, int64_t begin, int64_t end);
 
@@ -118,6 +150,13 @@ struct Kernels {
   Task<Activate> activate[kKinds];
   Task<Activate> activate_backward[kKinds];
   Task<Combine> combine[kKinds];
+  Task<Skinny> pack_vectors[kKinds];
+  Task<Skinny> skinny[kKinds];
+  Task<MambaStep> step_norm[kKinds];  // of batch rows
+  Task<MambaStep> step_in[kKinds];    // of channels: in_proj, convolution, gate
+  Task<MambaStep> step_parts[kKinds];  // of rows of x_proj
+  Task<MambaStep> step_scan[kKinds];  // of channels: delta, scan, gate
+  Task<MambaStep> step_out[kKinds];   // of rows of out_proj
 };
 
 extern const Kernels kPortable;

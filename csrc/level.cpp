@@ -2,7 +2,9 @@
 // in SSMOE_LEVEL (Portable, Avx2, Avx512) and its flags.
 #include "conv.h"
 #include "experts.h"
+#include "mamba_step.h"
 #include "scan.h"
+#include "skinny.h"
 
 #define SSMOE_TEXT_(x) #x
 #define SSMOE_TEXT(x) SSMOE_TEXT_(x)
@@ -24,6 +26,13 @@ const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     SSMOE_EACH(::activate),
     SSMOE_EACH(::activate_backward),
     SSMOE_EACH(::combine),
+    SSMOE_EACH(::pack_vectors),
+    SSMOE_EACH(::skinny),
+    SSMOE_EACH(::step_norm),
+    SSMOE_EACH(::step_in),
+    SSMOE_EACH(::step_parts),
+    SSMOE_EACH(::step_scan),
+    SSMOE_EACH(::step_out),
 };
 
 }  // namespace ssmoe

@@ -66,6 +66,16 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
   m.def(
       "expert_mlp_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor expert, Tensor weight, "
       "int activation, Tensor order, Tensor hidden, Tensor gates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "mamba_step(Tensor x, Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor in_proj, Tensor conv_weight, "
+      "Tensor conv_bias, Tensor x_proj, Tensor delta_proj, Tensor A_log, Tensor D, Tensor delta_bias, Tensor out_proj, "
+      "Tensor conv_state, Tensor ssm_state) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mamba_step_into(Tensor x, Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor in_proj, "
+      "Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor delta_proj, Tensor A_log, Tensor D, "
+      "Tensor delta_bias, Tensor out_proj, Tensor? conv_state, Tensor? ssm_state, Tensor(a!) out_conv, "
+      "Tensor(b!) out_ssm) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CompositeExplicitAutograd, m) {

@@ -23,7 +23,7 @@ ALLOWED = {
     "soup": {"config", "data.tokenizer", "model", "generation", "ops"},
     "check": {"config", "data", "ops", "model", "generation"},
 }
-ROOTS = {"cli", "api", "__init__"}
+ROOTS = {"cli", "api", "__init__", "__main__"}
 """The composition roots, which may import anything."""
 
 ONLY_IN = {"triton": "ops/triton", "fastapi": "serve", "transformers": "interop", "lm_eval": "eval"}

@@ -46,6 +46,12 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == ssmoe.__version__
 
 
+def test_python_dash_m_is_the_command_line():
+    command = [sys.executable, "-m", "ssmoe", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ssmoe.__version__
+
+
 def test_wrong_usage_is_one_line_and_2(fails):
     fails("tarin", says=("unknown command 'tarin'", "train, compare"), code=2)
     fails("train", says=("preset", "ssmoe train --help"), code=2)

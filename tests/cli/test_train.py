@@ -125,6 +125,7 @@ def test_what_a_run_leaves_and_says(tiny_file, tmp_path, capsys, monkeypatch):
     assert main(["train", str(tiny_file), "train.steps=4"]) == 0
     folder = tmp_path / "runs" / "tiny"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "environment.json",

@@ -26,7 +26,19 @@ def test_a_named_backend_stays_named() -> None:
     assert ops.resolve("reference", "mps") == "reference"
 
 
-@pytest.mark.parametrize("name", ["selective_scan", "causal_conv1d", "expert_mlp", "linear"])
+OPS = (
+    "selective_scan",
+    "causal_conv1d",
+    "expert_mlp",
+    "expert_linear",
+    "linear",
+    "cross_entropy",
+    "residual_norm",
+    "mamba_step",
+)
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_every_backend_has_the_reference_signature(name: str) -> None:
     reference = inspect.signature(getattr(ops.load("reference"), name))
     for backend in ops.BACKENDS:

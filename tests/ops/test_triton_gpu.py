@@ -11,10 +11,12 @@ from ssmoe.ops import load
 from tests.ops.triton_cases import (
     Errors,
     conv_inputs,
+    cross_entropy_errors,
     documents,
     errors,
     everything,
     expert_inputs,
+    norm_errors,
     scan_inputs,
     without,
 )
@@ -42,6 +44,20 @@ def within_twice_eager(found: Errors, dtype: torch.dtype) -> None:
 def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
     segments = documents(shape[0], shape[1], "cuda") if segmented else None
     within_twice_eager(errors("selective_scan", scan_inputs(*shape, dtype, "cuda"), segments=segments), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700, 512), (65, 768), (2, 9, 5120)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype, centre: bool) -> None:
+    for stream in (torch.float32, dtype):
+        within_twice_eager(norm_errors(shape, stream, dtype, "cuda", centre=centre), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 2), (33, 257), (100, 50257), (5, 131073)])
+def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    within_twice_eager(cross_entropy_errors(*shape, dtype, "cuda"), dtype)
 
 
 @BOTH

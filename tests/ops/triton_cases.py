@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmoe.ops import Segments, load
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 Errors = dict[str, tuple[float, float]]
 """For each output and gradient: the kernels' error and eager torch's, both against float64."""
@@ -85,7 +86,7 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
     """Every output and gradient of one op against the reference in float64."""
     kernels, reference = getattr(load("triton"), name), getattr(load("reference"), name)
     wide = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
-    truth = everything(reference, wide, options)
+    truth = everything(reference, wide, options | ({"dtype": torch.float64} if "dtype" in options else {}))
     with poisoned():
         found = everything(kernels, inputs, options)
     eager = everything(reference, inputs, options)
@@ -96,6 +97,46 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
         scale = value.norm().clamp(min=1e-30)
         ours, theirs = ((t.double() - value).norm() / scale for t in (found[key], eager[key]))
         result[key] = (ours.item(), theirs.item())
+    return result
+
+
+def norm_errors(
+    shape: tuple[int, ...],
+    stream: torch.dtype,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    centre: bool = True,
+) -> Errors:
+    """The stream and its norm, x with a mean that the norm must take away."""
+    normal = normals(device)
+    inputs = {"x": (normal(*shape) + 2).to(stream), "weight": normal(shape[-1]), "bias": normal(shape[-1])}
+    inputs = inputs if centre else without(inputs, "bias")
+    return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
+
+
+def cross_entropy_errors(t: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """Losses and their gradient, some rows ignored, some almost certain, a column at -inf."""
+    normal = normals(device)
+    logits, targets = normal(t, vocab) * 3, (normal(t, vocab) * 3).argmax(1)
+    logits[::3].scatter_(1, targets[::3].unsqueeze(1), 25.0)
+    logits[:, 0] = float("-inf")
+    targets = targets.clamp(min=1)
+    targets[::4] = IGNORE
+    narrow = logits.to(dtype)
+    kernels, reference = load("triton"), load("reference")
+    truth = reference.cross_entropy(narrow.double(), targets, gradient=True)
+    eager = reference.cross_entropy(narrow.clone(), targets, gradient=True)
+    with poisoned():
+        found = kernels.cross_entropy(narrow.clone(), targets, gradient=True)
+        loss, nothing = kernels.cross_entropy(narrow, targets, gradient=False)
+    assert nothing is None
+    assert torch.equal(loss, found[0])
+    result: Errors = {}
+    for name, true, ours, theirs in zip(("loss", "gradient"), truth, found, eager, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        scale = true.norm().clamp(min=1e-30)
+        result[name] = tuple(((t.double() - true).norm() / scale).item() for t in (ours, theirs))
     return result
 
 
@@ -176,6 +217,12 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
     ),
+    "norm, layer": lambda: norm_errors((3, 5, 33), F32, F32),
+    "norm, root mean square": lambda: norm_errors((7, 2100), F32, F32, centre=False),
+    "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
+    "cross-entropy": lambda: cross_entropy_errors(9, 37, F32),
+    "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
+    "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16),
     "experts, one token": lambda: errors(
         "expert_mlp",
         {**expert_inputs(1, 16, 16, 4, 2, F32), "expert": torch.tensor([[2, 0]])},

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -58,6 +60,25 @@ def test_only_the_newest_are_kept_and_told_apart_by_number(tmp_path):
     (tmp_path / "checkpoints" / "step-9-mine").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-10"]
     assert latest_checkpoint(tmp_path).name == "step-10"
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, fsync, replace, waiting = set(), os.fsync, os.replace, []
+
+    def note(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def look(source, target):
+        waiting.extend(path for path in Path(source).rglob("*") if path.stat().st_ino not in flushed)
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "fsync", note)
+    monkeypatch.setattr(module.os, "replace", look)
+    save(tmp_path, 1, keep=1)
+    assert flushed
+    assert waiting == []
+    assert (tmp_path / "checkpoints").stat().st_ino in flushed
 
 
 class Killed(BaseException):

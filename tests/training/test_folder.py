@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +10,7 @@ from ssmoe.training.folder import (
     check_data,
     check_folder,
     create_folder,
+    lock_folder,
     read_environment,
     read_run,
     resolve_device,
@@ -119,3 +122,37 @@ def test_devices():
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="is no device"):
         resolve_device("abacus")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ssmoe.training.folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_trains_into_a_folder(folder, run):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is training into"), lock_folder(folder):
+            pass
+        assert read_run(folder) == run
+    finally:
+        holder.kill()
+        holder.communicate()
+    with lock_folder(folder):  # a killed holder holds nothing
+        create_folder(folder, run, "reference", data=DATA)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_lock_alone_is_no_run(run, tmp_path):
+    with lock_folder(tmp_path / "new"):
+        check_folder(tmp_path / "new", run, resume=False, overwrite=False)
+    check_folder(tmp_path / "new", run, resume=False, overwrite=False)

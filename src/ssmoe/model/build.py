@@ -50,7 +50,7 @@ def build(
     device = torch.device("cpu" if device is None else device)
     ops = load(backend, "cpu" if device.type == "meta" else device.type)
     with torch.device("meta"):
-        layers = [Residual(_norm(config), _layer(layer, config.d_model, ops)) for layer in config.layers]
+        layers = [Residual(_norm(config), _layer(layer, config.d_model, ops), ops) for layer in config.layers]
         final_norm = _norm(config) if config.final_norm else None
         model = LM(config, layers, final_norm, ops=ops, compute_dtype=dtype)
     use_products(model, ops)
@@ -210,6 +210,6 @@ def _router(layer: RoutingConfig, d_model: int, num_experts: int, num_choices: i
     )
 
 
-def _norm(config: ModelConfig) -> nn.Module:
+def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     kind = LayerNorm if config.norm == "layernorm" else RMSNorm
     return kind(config.d_model, config.norm_eps)

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.layer import Layer, LayerOut, LayerState, RouterStats, State
-from ssmoe.model.loss import IGNORE, Loss, model_loss
-from ssmoe.model.norm import Linear
+from ssmoe.model.loss import Loss, model_loss
+from ssmoe.model.mixers.mamba import Mamba, MambaState
+from ssmoe.model.norm import LayerNorm, Linear, RMSNorm
 from ssmoe.ops import Ops, Segments
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 
 class ModelOut(NamedTuple):
@@ -25,18 +27,28 @@ class ModelOut(NamedTuple):
 
 
 class Residual(nn.Module):
-    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype."""
+    """x + layer(norm(x)), the layer in `dtype`, the sum in x's dtype; one op for one position of a Mamba."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, norm: LayerNorm | RMSNorm, layer: nn.Module, ops: Ops) -> None:
         super().__init__()
         self.norm = norm
         self.layer = layer
+        self.ops = ops
 
     def forward(
         self, x: Tensor, state: LayerState | None, segments: Segments | None, dtype: torch.dtype
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream."""
-        out: LayerOut = self.layer(self.norm(x).to(dtype), state, segments)
+        if (
+            x.shape[1] == 1
+            and segments is None
+            and not torch.is_grad_enabled()
+            and isinstance(self.layer, Mamba)
+        ):
+            return self.layer.step(x, self.norm, cast(MambaState | None, state), dtype)
+        norm = self.norm
+        x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+        out: LayerOut = self.layer(normed, state, segments)
         return LayerOut(x + out.x, out.state, out.stats)
 
 
@@ -111,7 +123,7 @@ class LM(nn.Module):
             return ModelOut(self.ops.linear(x, weight, bias), tuple(states), tuple(stats), None)
         if segments is not None:
             targets = targets.masked_fill(~segments.real, IGNORE)
-        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops.linear)
+        loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops)
         return ModelOut(None, tuple(states), tuple(stats), loss)
 
     @property

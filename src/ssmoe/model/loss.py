@@ -1,22 +1,17 @@
 """Cross-entropy of the head without keeping logits, and its sum with the routers' losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmoe.model.layer import RouterStats
-from ssmoe.ops.reference import linear
+from ssmoe.ops import Ops, load
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
-Product = Callable[..., Tensor]
-"""A backend's `linear`."""
-
-IGNORE = -100
-"""A target that is not predicted."""
-
-_CHUNK = 2048
+_CHUNK = {"cpu": 2048, "cuda": 8192}
+"""Rows of logits that live at one time, by kind of device; elsewhere as on a CPU."""
 
 
 class Loss(NamedTuple):
@@ -38,15 +33,15 @@ def model_loss(
     bias: Tensor | None,
     targets: Tensor,
     stats: Sequence[RouterStats],
-    product: Product = linear,
+    ops: Ops | None = None,
 ) -> Loss:
     """The loss of x (b, l, d), the head's input, under weight (vocab, d) and bias (vocab,).
 
-    targets: (b, l) int64, `IGNORE` where nothing is predicted. product: the backend's `linear`.
+    targets: (b, l) int64, `IGNORE` where nothing is predicted. ops: the kernels, by default the definitions.
     """
     flat = targets.reshape(-1)
     tokens = (flat != IGNORE).sum()
-    total = head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat, product)
+    total = head_cross_entropy(x.reshape(flat.shape[0], -1), weight, bias, flat, ops)
     lm = total / tokens.clamp(min=1)
     zero = torch.zeros_like(lm)
     balance = torch.stack([zero, *(s.balance for s in stats)]).sum()
@@ -55,20 +50,21 @@ def model_loss(
 
 
 def head_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, product: Product = linear
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ops: Ops | None = None
 ) -> Tensor:
     """Summed cross-entropy of softmax(x W^T + b), () in float32 or wider, differentiable once.
 
     x: (t, d). weight: (vocab, d). bias: (vocab,). targets: (t,) int64, `IGNORE` where nothing is predicted.
     A chunk of logits lives only while it is used, so memory does not grow with tokens * vocabulary.
     """
+    ops = ops or load("reference")
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets, product))
+        return cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets, ops))
     narrow = weight.to(x.dtype)
     losses = [
-        _summed(_log_probabilities(x[rows], narrow, bias, product), targets[rows])
-        for rows in _chunks(x.shape[0])
+        ops.cross_entropy(ops.linear(x[rows], narrow, bias), targets[rows], gradient=False)[0].sum()
+        for rows in _chunks(x)
     ]
     return torch.stack(losses).sum()
 
@@ -78,23 +74,21 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, product: Product
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ops: Ops
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         narrow = weight.to(x.dtype)
-        for rows in _chunks(x.shape[0]):
-            log_p = _log_probabilities(x[rows], narrow, bias, product)
-            total += _summed(log_p, targets[rows])
-            dlogits = _logit_gradient(log_p, targets[rows], x.dtype)
-            # rows that are not predicted are left out of the small factors, not of the large one
-            counted = (targets[rows] != IGNORE).unsqueeze(1)
-            dx[rows] = product(dlogits, narrow.t()) * counted
-            dweight += product(dlogits.t(), (x[rows] * counted).t())
+        for rows in _chunks(x):
+            loss, dlogits = ops.cross_entropy(ops.linear(x[rows], narrow, bias), targets[rows], gradient=True)
+            assert dlogits is not None
+            total += loss.sum()
+            dx[rows] = ops.linear(dlogits, narrow.t())
+            dweight += ops.linear(dlogits.t(), x[rows].t())
             if dbias is not None:
-                dbias += (counted.to(dlogits.dtype).t() @ dlogits).squeeze(0)
+                dbias += (dlogits.new_ones(1, dlogits.shape[0]) @ dlogits).squeeze(0)
         ctx.save_for_backward(dx, dweight, dbias)
         ctx.weight_dtype = weight.dtype
         return total
@@ -112,23 +106,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(begin, begin + _CHUNK) for begin in range(0, tokens, _CHUNK)]
-
-
-def _log_probabilities(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
-    """(s, d) -> (s, vocab), float32 or wider"""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return F.log_softmax(product(x, weight, bias), dim=-1, dtype=dtype)
-
-
-def _summed(log_p: Tensor, targets: Tensor) -> Tensor:
-    return F.nll_loss(log_p, targets, ignore_index=IGNORE, reduction="sum")
-
-
-def _logit_gradient(log_p: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """softmax - one_hot(target) in `dtype`, in the place of `log_p` where that is its dtype."""
-    index = targets.clamp(min=0).unsqueeze(1)
-    at_target = torch.expm1(log_p.gather(1, index)).to(dtype)
-    out = log_p if log_p.dtype == dtype else torch.empty_like(log_p, dtype=dtype)
-    return torch.exp(log_p, out=out).scatter_(1, index, at_target)
+def _chunks(x: Tensor) -> list[slice]:
+    size = _CHUNK.get(x.device.type, _CHUNK["cpu"])
+    return [slice(begin, begin + size) for begin in range(0, x.shape[0], size)]

@@ -57,6 +57,7 @@ class RMSNorm(nn.Module):
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

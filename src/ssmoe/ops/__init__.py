@@ -27,6 +27,9 @@ class Ops(NamedTuple):
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
+    residual_norm: Callable[..., tuple[Tensor, Tensor]]
+    mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def missing(backend: str) -> str | None:
@@ -90,4 +93,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
         linear=module.linear,
+        cross_entropy=module.cross_entropy,
+        residual_norm=module.residual_norm,
+        mamba_step=module.mamba_step,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.mamba import Mamba, MambaState
+from ssmoe.ops import Segments
 
 
 class Memory(NamedTuple):
@@ -37,7 +38,9 @@ def capture(model: LM, ids: Tensor, state: State | None = None) -> Memory:
     found: dict[int, Tensor] = {}
     hooks = [_watch(mixer, i, found) for i, mixer in mixers.items()]
     try:
-        out = model.eval()(ids, state, logits="last")
+        # one document that goes on: with segments given, a single token is not taken in one fused op
+        whole = Segments.ragged([ids.shape[1]] * ids.shape[0], device=ids.device)
+        out = model.eval()(ids, state, whole, logits="last")
     finally:
         for hook in hooks:
             hook.remove()

@@ -70,8 +70,10 @@ def save_checkpoint(
     if state is not None:
         leaves = {name: leaf.contiguous() for name, leaf in state_tensors(state).items()}
         safetensors.torch.save_file(leaves, temporary / "trainer" / _STATE)
+    _flush(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
+    _flush(final.parent, below=False)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -169,6 +171,19 @@ def load(
             f"{model.config.vocab_size}: put back the tokenizer.json that the model was trained with"
         )
     return model, tokenizer
+
+
+def _flush(folder: Path, *, below: bool = True) -> None:
+    """Have `folder`, and with `below` all that is in it, on the disk before what follows: a power cut after
+    the rename must not leave a whole name on half a file."""
+    if os.name != "posix":
+        return  # a folder cannot be opened elsewhere
+    for path in (*(folder.rglob("*") if below else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _read_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], Tensor, Progress]:

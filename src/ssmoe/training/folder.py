@@ -5,12 +5,14 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ssmoe.config.load import RunConfig
@@ -19,6 +21,7 @@ from ssmoe.training.checkpoint import list_checkpoints
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+LOCK = ".lock"
 
 _MAY_CHANGE = "data.cache_dir"
 """Where a copy of the data lies does not change the run."""
@@ -28,7 +31,7 @@ def check_folder(folder: Path, run: RunConfig, *, resume: bool, overwrite: bool)
     """Raise ValueError unless `run` may write `folder` this way; nothing is changed."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: choose one")
-    exists = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    exists = folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
     if exists and not (resume or overwrite):
         raise ValueError(
             f"{folder} exists: give --resume to go on, --overwrite to replace it, or --out another"
@@ -63,11 +66,34 @@ def check_data(folder: Path, data: Mapping[str, str | int]) -> None:
 def create_folder(folder: Path, run: RunConfig, backend: str, *, data: Mapping[str, str | int]) -> None:
     """Make a fresh run folder (replacing the old run, if any) with its config.json and environment.json."""
     found = json.dumps({**environment(run, backend), "data": data}, indent=2) + "\n"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
     (folder / ENVIRONMENT).write_text(found)
     (folder / CONFIG).write_text(run.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Generator[None]:
+    """Hold `folder`, made where it is missing, against every other process that trains into it.
+
+    The lock ends with the process, however that ends. Raises ValueError where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another process is training into {folder}: wait for it, stop it, or give --out another"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def environment(run: RunConfig, backend: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -28,7 +28,13 @@ from ssmoe.training.checkpoint import (
     start_from,
 )
 from ssmoe.training.console import Reporter, Silent
-from ssmoe.training.folder import check_data, create_folder, read_environment, resolve_device
+from ssmoe.training.folder import (
+    check_data,
+    create_folder,
+    lock_folder,
+    read_environment,
+    resolve_device,
+)
 from ssmoe.training.journal import Diverged as Diverged
 from ssmoe.training.journal import Journal, Taken
 from ssmoe.training.metrics import MetricsFile, eval_record, truncate_metrics
@@ -64,8 +70,8 @@ def train(
     """Train `config` into `folder` (`check_folder` has allowed it); True when finished, False after Ctrl-C.
 
     Raises ValueError, before anything is written, for a tokenizer larger than the model's vocabulary, too
-    little text, or data other than those of the run to resume; Diverged for a loss that is not a number: the
-    last checkpoint then still stands.
+    little text, data other than those of the run to resume, or a folder that another process is training
+    into; Diverged for a loss that is not a number: the last checkpoint then still stands.
     """
     reporter = reporter or Silent()
     check_vocabulary(config.model, data.tokenizer)
@@ -91,20 +97,21 @@ def train(
     state = None
     if resume and config.train.tbptt is not None:
         state = restore_state(latest_checkpoint(folder), model, config.train.batch_size)
-    if resume:
-        truncate_metrics(folder, progress.step)
-        reporter.message(f"resuming {folder} after step {progress.step}")
-    else:
-        create_folder(folder, config, model.backend, data=_describe_data(data))
-    for line in groups.describe():
-        reporter.message(line)
     run = _Run(config, folder, data, model, optimizer, rows, evaluate, reporter)
-    metrics = MetricsFile(folder)
-    try:
-        with _threads(config.train.threads), _interruptible() as interrupted:
+    with lock_folder(folder):
+        if resume:
+            truncate_metrics(folder, progress.step)
+            reporter.message(f"resuming {folder} after step {progress.step}")
+        else:
+            create_folder(folder, config, model.backend, data=_describe_data(data))
+        for line in groups.describe():
+            reporter.message(line)
+        with (
+            closing(MetricsFile(folder)) as metrics,
+            _threads(config.train.threads),
+            _interruptible() as interrupted,
+        ):
             progress = _loop(run, progress, state, metrics, interrupted)
-    finally:
-        metrics.close()
     return progress.step == config.train.steps
 
 

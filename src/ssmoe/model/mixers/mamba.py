@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut
-from ssmoe.model.norm import Float32Module, Linear, use_products
+from ssmoe.model.norm import Float32Module, LayerNorm, Linear, RMSNorm, use_products
 from ssmoe.ops import Ops, Segments, load
 
 
@@ -96,6 +96,23 @@ class Mamba(nn.Module):
             x, self.delta_proj(delta), A, B, C, D, z, delta_bias, initial_state=ssm, segments=segments
         )
         return LayerOut(self.out_proj(y), MambaState(conv, ssm), None)
+
+    def step(
+        self, x: Tensor, norm: RMSNorm | LayerNorm, state: MambaState | None, dtype: torch.dtype
+    ) -> LayerOut:
+        """x + self(norm(x)) for a single position (b, 1, d_model), computed in `dtype`, in one op.
+
+        Inference only: raises ValueError where a gradient is wanted.
+        """
+        conv, ssm = self.init_state(x.shape[0], 0, dtype, x.device) if state is None else state
+        conv, ssm = conv.to(dtype), ssm.to(torch.promote_types(dtype, torch.float32))
+        y, conv, ssm = self.ops.mamba_step(
+            x.squeeze(1), norm.weight, self.in_proj.weight, self.conv.weight, self.conv.bias,
+            self.x_proj.weight, self.delta_proj.weight, self.ssm.A_log, self.ssm.D, self.ssm.delta_bias,
+            self.out_proj.weight, norm_eps=norm.eps,
+            norm_bias=norm.bias, conv_state=conv, ssm_state=ssm,
+        )  # fmt: skip
+        return LayerOut(y.unsqueeze(1), MambaState(conv, ssm), None)
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """The zero state; its size does not depend on `capacity`."""

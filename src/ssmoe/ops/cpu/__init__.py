@@ -13,6 +13,19 @@ from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.linear import linear
+from ssmoe.ops.cpu.mamba_step import mamba_step
 from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.cross_entropy import cross_entropy
+from ssmoe.ops.reference.residual_norm import residual_norm
 
-__all__ = ["causal_conv1d", "describe", "expert_linear", "expert_mlp", "linear", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "cross_entropy",
+    "describe",
+    "expert_linear",
+    "expert_mlp",
+    "linear",
+    "mamba_step",
+    "residual_norm",
+    "selective_scan",
+]

@@ -2,8 +2,20 @@
 
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
+from ssmoe.ops.triton.cross_entropy import cross_entropy
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
+from ssmoe.ops.triton.mamba_step import mamba_step
+from ssmoe.ops.triton.residual_norm import residual_norm
 from ssmoe.ops.triton.selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "expert_linear", "expert_mlp", "linear", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "cross_entropy",
+    "expert_linear",
+    "expert_mlp",
+    "linear",
+    "mamba_step",
+    "residual_norm",
+    "selective_scan",
+]

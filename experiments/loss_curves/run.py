@@ -1,0 +1,112 @@
+"""Do the GPU's kernels learn what the definitions learn? Loss curves of dropless moe-mamba-25m, side by side.
+
+    python experiments/loss_curves/run.py backends  [--out runs/curves] [key=value ...]
+    python experiments/loss_curves/run.py precision [--out runs/curves] [key=value ...]
+
+backends: 30 steps of 4 x 256 tokens in float32, once with the device's own kernels, once with the reference
+backend. The same seed and batches, so that only rounding differs: every step's loss must agree to 2e-3 nats.
+(A token near a router's tie may change its expert by rounding, which no bound on one product covers.)
+
+precision: 300 steps of 64 x 1024 tokens, the device's kernels, in bfloat16 with three seeds and in float32
+with the first of them. The float32 loss, averaged over windows of ten steps, must lie within the seeds' range
+widened by that range on either side.
+
+Text: the standard library's sources unless data.sources=... says otherwise. Any key=value changes all runs.
+Prints the figures, writes PAGE.json and PAGE.png (with matplotlib) into OUT and ends with 1 on a breach.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import ssmoe
+
+TOLERANCE = 2e-3
+WINDOW = 10
+DROPLESS = ["model.pattern.moe.capacity_factor=null", "train.eval_rows=8", "train.warmup_fraction=0.1"]
+
+
+def main() -> int:
+    """Train what the question needs, then answer it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("question", choices=["backends", "precision"])
+    parser.add_argument("changes", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, default=Path("runs/curves"))
+    given = parser.parse_intermixed_args()
+    ask = backends if given.question == "backends" else precision
+    curves, figures, held = ask(given.out, given.changes)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / f"{given.question}.json").write_text(json.dumps({**figures, "curves": curves}, indent=2))
+    draw(curves, given.out / f"{given.question}.png")
+    print("\n".join(f"{name}: {value}" for name, value in figures.items()))
+    return 0 if held else 1
+
+
+def backends(out: Path, changes: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, object], bool]:
+    """Curves of the device's kernels and of the reference, the largest difference, whether it is small."""
+    small = ["data.context=256", "train.batch_size=4", "train.precision=float32", *changes]
+    curves = {
+        backend: losses(out / backend, 30, [*small, f"train.backend={backend}"])
+        for backend in ("auto", "reference")
+    }
+    apart = [abs(ours - theirs) for ours, theirs in zip(*curves.values(), strict=True)]
+    figures = {"steps": len(apart), "largest difference (nats)": max(apart), "tolerance": TOLERANCE}
+    return curves, figures, max(apart) <= TOLERANCE
+
+
+def precision(out: Path, changes: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, object], bool]:
+    """Curves of three bfloat16 seeds and of float32, by how far the latter leaves the seeds' range."""
+    curves = {
+        f"bfloat16, seed {seed}": losses(
+            out / f"bfloat16-{seed}", 300, ["train.precision=bfloat16", f"train.seed={seed}", *changes]
+        )
+        for seed in range(3)
+    }
+    wide = losses(out / "float32", 300, ["train.precision=float32", "train.seed=0", *changes])
+    curves = {name: windows(curve) for name, curve in (curves | {"float32, seed 0": wide}).items()}
+    *seeds, exact = curves.values()
+    spread = [max(values) - min(values) for values in zip(*seeds, strict=True)]
+    outside = [
+        max(min(values) - loss, loss - max(values), 0.0)
+        for values, loss in zip(zip(*seeds, strict=True), exact, strict=True)
+    ]
+    figures = {
+        "mean spread of the seeds (nats)": fmean(spread),
+        "largest excess over their range": max(outside),
+        "windows outside the widened range": sum(o > s for o, s in zip(outside, spread, strict=True)),
+    }
+    return curves, figures, all(o <= s for o, s in zip(outside, spread, strict=True))
+
+
+def losses(folder: Path, steps: int, changes: Sequence[str]) -> list[float]:
+    """The language-model loss of every step of one run."""
+    cadence = [f"train.{key}={steps}" for key in ("steps", "eval_every", "checkpoint_every")]
+    run = ssmoe.preset("moe-mamba-25m", [*DROPLESS, *cadence, *changes])
+    ssmoe.train(run, folder, overwrite=folder.exists())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["lm_loss"] for line in lines if line["mode"] == "train"]
+
+
+def windows(curve: Sequence[float]) -> list[float]:
+    """Means of ten steps."""
+    return [fmean(curve[begin : begin + WINDOW]) for begin in range(0, len(curve) - WINDOW + 1, WINDOW)]
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """The curves in one picture, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="step, or window of ten steps", ylabel="loss (nats)")
+    for name, curve in curves.items():
+        axes.plot(curve, label=name, linewidth=1)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

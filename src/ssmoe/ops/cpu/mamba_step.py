@@ -1,0 +1,88 @@
+"""One token through a residual Mamba sub-layer on the CPU: `ssmoe.ops.reference.mamba_step` in one call.
+
+`csrc/mamba_step.h` has the kernels, `csrc/decode.cpp` their order. Many rows are left to the backend's ops.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
+from ssmoe.ops.cpu.linear import linear
+from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.mamba_step import by_parts, check
+
+_MOST = 16
+"""Rows from which matrix products that reuse the weights in registers are faster."""
+
+
+def mamba_step(
+    x: Tensor,
+    norm_weight: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    delta_proj: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    out_proj: Tensor,
+    *,
+    norm_eps: float,
+    norm_bias: Tensor | None = None,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    out_conv: Tensor | None = None,
+    out_ssm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, conv, ssm); the reference has shapes and meaning."""
+    if x.shape[0] > _MOST or x.dtype.itemsize > ssm_state.dtype.itemsize or torch.is_grad_enabled():
+        return by_parts(
+            linear, causal_conv1d, selective_scan,
+            x, norm_weight, in_proj, conv_weight, conv_bias, x_proj, delta_proj, A_log, D, delta_bias,
+            out_proj, norm_eps=norm_eps, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state,
+            out_conv=out_conv, out_ssm=out_ssm,
+        )  # fmt: skip
+    if x.dtype not in (conv_state.dtype, ssm_state.dtype):
+        x = x.to(conv_state.dtype)
+    weights = (
+        norm_weight, norm_bias, norm_eps, in_proj, conv_weight, conv_bias, x_proj, delta_proj, A_log, D,
+        delta_bias, out_proj,
+    )  # fmt: skip
+    try:
+        if out_conv is None and out_ssm is None:
+            return torch.ops.ssmoe.mamba_step(x, *weights, conv_state, ssm_state)
+        out_conv = torch.empty_like(conv_state) if out_conv is None else out_conv
+        out_ssm = torch.empty_like(ssm_state) if out_ssm is None else out_ssm
+        y = torch.ops.ssmoe.mamba_step_into(
+            x,
+            *weights,
+            None if conv_state is out_conv else conv_state,
+            None if ssm_state is out_ssm else ssm_state,
+            out_conv,
+            out_ssm,
+        )
+    except RuntimeError:
+        # the kernel's refusal, as the error that every backend gives
+        check(
+            x, norm_weight, in_proj, conv_weight, conv_bias, x_proj, delta_proj, A_log, D, delta_bias,
+            out_proj, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state, out_conv=out_conv,
+            out_ssm=out_ssm,
+        )  # fmt: skip
+        raise
+    return y, out_conv, out_ssm
+
+
+def _step_fake(x: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    conv, ssm = tensors[-2:]
+    return x.new_empty(x.shape), conv.new_empty(conv.shape), ssm.new_empty(ssm.shape)
+
+
+def _step_into_fake(x: Tensor, *tensors: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+torch.library.register_fake("ssmoe::mamba_step", _step_fake)
+torch.library.register_fake("ssmoe::mamba_step_into", _step_into_fake)

@@ -1,0 +1,152 @@
+"""Norm of the residual stream on a GPU: one pass forward, and one backward that adds the stream's gradient."""
+# Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, some
+
+WIDEST = 16384
+PROGRAMS = 528
+"""Of the backward, each with its own sum of the weight's gradient: four a multiprocessor of an H100 or H200."""
+
+
+def residual_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`ssmoe.ops.reference.residual_norm` for float32 and bfloat16, up to 16,384 channels; no atomics."""
+    check_activations(x=x)
+    d = x.shape[-1]
+    check_shape(weight=(weight, (d,)), bias=(bias, (d,)))
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}: the triton backend takes float32 and bfloat16")
+    if d > WIDEST:
+        raise ValueError(f"x has {d} channels: at most {WIDEST}, or build the model with backend='reference'")
+    return _ResidualNorm.apply(x, weight, bias, eps, dtype)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        return x.view_as(x), norm_forward(x, weight, bias, eps, dtype)
+
+    @staticmethod
+    def backward(ctx, dstream, dy):
+        x, weight, bias = ctx.saved_tensors
+        dx, sums = norm_backward(dstream, dy, x, weight, ctx.eps, bias is not None)
+        return dx, sums[0].to(weight.dtype), None if bias is None else sums[1].to(bias.dtype), None, None
+
+
+@torch.library.custom_op("ssmoe::norm_forward", mutates_args=())
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """norm(x) in `dtype`."""
+    d = x.shape[-1]
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, block = x.numel() // d, triton.next_power_of_2(d)
+    many = max(1, 2048 // block)
+    if rows:
+        with on_device(x):
+            norm_forward_kernel[(triton.cdiv(rows, many),)](
+                x, *some(x, weight, bias), y, rows, d, eps,
+                CENTRE=bias is not None, ROWS=many, BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+    return y
+
+
+@norm_forward.register_fake
+def _(x, weight, bias, eps, dtype):  # noqa: ARG001
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("ssmoe::norm_backward", mutates_args=())
+def norm_backward(
+    dstream: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: float, centre: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, the stream's own included, and those of weight and (with `centre`) bias, (1 or 2, d)."""
+    d = x.shape[-1]
+    dstream, dy, x = dstream.contiguous(), dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    rows, block = x.numel() // d, triton.next_power_of_2(d)
+    many = max(1, 2048 // block)
+    programs = max(1, min(PROGRAMS, triton.cdiv(rows, many)))
+    partial = torch.empty(2 if centre else 1, programs, d, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        norm_backward_kernel[(programs,)](
+            dstream, dy, x, weight.contiguous(), dx, partial, rows, d, eps,
+            CENTRE=centre, ROWS=many, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return dx, partial.sum(1)
+
+
+@norm_backward.register_fake
+def _(dstream, dy, x, weight, eps, centre):  # noqa: ARG001
+    d = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, dx.new_empty(2 if centre else 1, d, dtype=torch.float32)
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+@triton.jit
+def normalised(x, at, inside, d, eps, CENTRE: tl.constexpr):
+    """((x - mean) / deviation, 1 / deviation) of rows, the mean only with CENTRE."""
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if CENTRE:
+        mean = tl.sum(value, axis=1) / d
+        value = tl.where(inside, value - mean[:, None], 0.0)
+    scale = 1 / tl.sqrt(tl.sum(value * value, axis=1) / d + eps)
+    return value * scale[:, None], scale
+
+
+@triton.jit
+def norm_forward_kernel(
+    x, weight, bias, y, rows, d, eps, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (channel < d)[None, :]
+    at = row[:, None] * d + channel[None, :]
+    value, _ = normalised(x, at, inside, d, eps, CENTRE)
+    value *= tl.load(weight + channel, mask=channel < d, other=0.0).to(tl.float32)[None, :]
+    if CENTRE:
+        value += tl.load(bias + channel, mask=channel < d, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, value, mask=inside)
+
+
+@triton.jit
+def norm_backward_kernel(
+    dstream, dy, x, weight, dx, partial, rows, d, eps,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    channel = tl.arange(0, BLOCK)
+    factor = tl.load(weight + channel, mask=channel < d, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(program, tl.cdiv(rows, ROWS), programs):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (channel < d)[None, :]
+        at = row[:, None] * d + channel[None, :]
+        value, scale = normalised(x, at, inside, d, eps, CENTRE)
+        slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        dweight += tl.sum(slope * value, axis=0)
+        dbias += tl.sum(slope, axis=0)
+        slope *= factor
+        change = slope - value * (tl.sum(slope * value, axis=1) / d)[:, None]
+        if CENTRE:
+            change -= (tl.sum(slope, axis=1) / d)[:, None]
+        stream = tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, stream + change * scale[:, None], mask=inside)
+    tl.store(partial + program * d + channel, dweight, mask=channel < d)
+    if CENTRE:
+        tl.store(partial + (programs + program) * d + channel, dbias, mask=channel < d)

@@ -1,0 +1,127 @@
+"""The decode step of every backend on the CPU against the reference in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmoe.ops import BACKENDS, load, missing
+from ssmoe.ops.reference import mamba_step as reference
+from tests.ops.parity import Run, judge, rounded
+
+ON_CPU = [name for name in BACKENDS if name not in ("reference", "triton") and not missing(name)]
+SHAPES = [
+    # b, d_model, d_inner, d_state, d_conv, dt_rank
+    (1, 64, 128, 16, 4, 4),
+    (1, 33, 49, 5, 3, 3),
+    (2, 96, 192, 16, 4, 6),
+    (3, 24, 40, 4, 1, 2),
+    (8, 48, 96, 16, 4, 3),
+    (13, 16, 36, 24, 6, 1),
+    (1, 7, 9, 1, 2, 1),
+    (40, 24, 48, 64, 4, 2),
+]
+Shape = tuple[int, int, int, int, int, int]
+NARROW = ("in_proj", "x_proj", "delta_proj", "out_proj", "conv_state")
+"""What has the compute dtype; the rest is float32 or wider."""
+
+
+def inputs(
+    b: int, d: int, inner: int, n: int, k: int, rank: int, dtype: torch.dtype, *, bias: bool = False
+) -> dict[str, Tensor]:
+    """Float64 values that the narrow dtype holds exactly where it is used."""
+    drawn = {
+        "x": rounded(b, d, dtype=dtype),
+        "norm_weight": 1 + 0.1 * torch.randn(d).double(),
+        "in_proj": rounded(2 * inner, d, dtype=dtype) / 8,
+        "conv_weight": torch.randn(inner, k).double(),
+        "conv_bias": torch.randn(inner).double(),
+        "x_proj": rounded(rank + 2 * n, inner, dtype=dtype) / 8,
+        "delta_proj": rounded(inner, rank, dtype=dtype) / 8,
+        "A_log": torch.randn(inner, n).float().double(),
+        "D": torch.randn(inner).float().double(),
+        "delta_bias": torch.randn(inner).float().double(),
+        "out_proj": rounded(d, inner, dtype=dtype) / 8,
+        "conv_state": rounded(b, inner, k - 1, dtype=dtype),
+        "ssm_state": torch.randn(b, inner, n).float().double(),
+    }
+    if bias:
+        drawn["norm_bias"] = torch.randn(d).double()
+    return drawn
+
+
+def cast(drawn: dict[str, Tensor], narrow: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(narrow if name in NARROW else wide) for name, t in drawn.items()}
+
+
+def step(op: Any, tensors: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    with torch.no_grad():
+        found = op(**{"norm_eps": 1e-5, **tensors, **changes})
+    return {name: t for name, t in zip(("y", "conv", "ssm"), found, strict=True) if t.numel()}
+
+
+def random_step(shape: Shape, dtype: torch.dtype, residual: torch.dtype, *, bias: bool) -> Run:
+    tensors = inputs(*shape, dtype, bias=bias)
+
+    def run(op: Any, narrow: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
+        typed = cast(tensors, narrow, wide)
+        typed["x"] = typed["x"].to(torch.promote_types(residual, narrow) if narrow == dtype else wide)
+        return step(op, typed)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape: Shape, dtype: torch.dtype, residual: torch.dtype, bias: bool, backend: str) -> None:
+    judge(lambda: random_step(shape, dtype, residual, bias=bias), reference, load(backend).mamba_step, dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", *ON_CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_written_where_asked(dtype: torch.dtype, backend: str) -> None:
+    op = load(backend).mamba_step
+    tensors = cast(inputs(3, 32, 64, 16, 4, 2, dtype), dtype, torch.float32)
+    before = {name: t.clone() for name, t in tensors.items()}
+    expected = step(op, tensors)
+    for name, t in tensors.items():
+        assert torch.equal(t, before[name]), f"{name} was changed"
+    for fresh in (True, False):
+        out_conv = torch.empty_like(tensors["conv_state"]) if fresh else tensors["conv_state"]
+        out_ssm = torch.empty_like(tensors["ssm_state"]) if fresh else tensors["ssm_state"]
+        found = step(op, tensors, out_conv=out_conv, out_ssm=out_ssm)
+        assert found["conv"] is out_conv
+        assert found["ssm"] is out_ssm
+        for name, t in expected.items():
+            assert torch.equal(found[name], t), name
+
+
+@pytest.mark.parametrize("backend", ["reference", *ON_CPU])
+def test_what_it_cannot_do_is_named(backend: str) -> None:
+    op = load(backend).mamba_step
+    tensors = cast(inputs(2, 16, 32, 4, 4, 1, torch.float32), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="no gradient"):
+        op(**{**tensors, "x": tensors["x"].requires_grad_()}, norm_eps=1e-5)
+    tensors["x"] = tensors["x"].detach()
+    for name in set(tensors) - {"x"}:
+        wrong = tensors[name][..., :-1] if name != "ssm_state" else tensors[name][:, :-1]
+        with pytest.raises(ValueError, match="mamba_step"):
+            step(op, {**tensors, name: wrong})
+    with pytest.raises(ValueError, match="mamba_step"):
+        step(op, tensors, norm_bias=torch.zeros(3))
+    with pytest.raises(ValueError, match="out_conv"):
+        step(op, tensors, out_conv=torch.empty(2, 32, 3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="out_ssm"):
+        step(op, tensors, out_ssm=torch.empty(2, 32, 5))
