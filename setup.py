@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,6 +21,7 @@ WARNINGS = ["-Wall", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 COMMON = [
     "-std=c++17",
     "-O3",
+    "-g0",  # Python's own flags ask for debugging data, ten times the size of the code
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fvisibility=hidden",
@@ -74,14 +76,17 @@ class BuildKernels(build_ext):
         sources = [
             str(source) for source in sorted((HERE / "csrc").glob("*.cpp")) if source.name != "level.cpp"
         ]
-        objects = self.compiler.compile(sources, out, macros, include, extra_postargs=COMMON)
-        for level, flags in LEVELS.items():
-            objects += self.compiler.compile(
-                [str(HERE / "csrc/level.cpp")],
-                f"{out}/{level}",
-                [("SSMOE_LEVEL", level)],
-                extra_postargs=[*COMMON, *flags],
-            )
+        jobs = [([source], out, macros, include, COMMON) for source in sources]
+        source = str(HERE / "csrc/level.cpp")
+        jobs += [
+            ([source], f"{out}/{level}", [("SSMOE_LEVEL", level)], [], [*COMMON, *flags])
+            for level, flags in LEVELS.items()
+        ]
+        objects: list[str] = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # the levels take longest, so they begin first
+            for made in pool.map(self.compile, reversed(jobs)):
+                objects += made
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # libtorch is in the process already when the library is loaded
@@ -90,6 +95,10 @@ class BuildKernels(build_ext):
             objects, str(target), libraries=["torch_cpu", "torch", "c10"], library_dirs=[str(torch / "lib")],
             extra_postargs=undefined, target_lang="c++",
         )  # fmt: skip
+
+    def compile(self, job: tuple[list[str], str, list[tuple[str, str]], list[str], list[str]]) -> list[str]:
+        sources, out, macros, include, flags = job
+        return self.compiler.compile(sources, out, macros, include, extra_postargs=flags)
 
 
 setup(
