@@ -51,7 +51,7 @@ def test_a_dropped_state_is_named(monkeypatch):
     forward, step = mixer.forward, mixer.step
     forgetful = lambda x, state=None, segments=None: forward(x, None, segments)  # noqa: E731
     monkeypatch.setattr(mixer, "forward", forgetful)
-    monkeypatch.setattr(mixer, "step", lambda x, norm, state, dtype: step(x, norm, None, dtype))
+    monkeypatch.setattr(mixer, "step", lambda x, norm, state, dtype, **_: step(x, norm, None, dtype))
     found = failures(reference, others)
     assert found == {(name, "layer 4 (Mamba)", "chunks"), (name, "layer 4 (Mamba)", "one at a time")}
 

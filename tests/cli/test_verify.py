@@ -19,7 +19,9 @@ def test_a_trained_run_holds(trained, capsys):
 def test_a_planted_state_bug_fails_and_is_named(trained, capsys, monkeypatch):
     forward, step = Mamba.forward, Mamba.step
     monkeypatch.setattr(Mamba, "forward", lambda self, x, state=None, segments=None: forward(self, x))
-    monkeypatch.setattr(Mamba, "step", lambda self, x, norm, state, dtype: step(self, x, norm, None, dtype))
+    monkeypatch.setattr(
+        Mamba, "step", lambda self, x, norm, state, dtype, **_: step(self, x, norm, None, dtype)
+    )
     assert main(["verify", str(trained)]) == 1
     assert "FAILED reference float64, layer 0 (Mamba), one at a time" in capsys.readouterr().out
 

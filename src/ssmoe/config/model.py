@@ -127,7 +127,7 @@ class ModelConfig(Frozen):
             chosen = isinstance(layer, ExpertChoiceConfig) and layer.mode == "expert_choice"
             if mixes or chosen:
                 return (
-                    f"a {layer.kind} layer's output depends on the other rows of the batch: train on as "
+                    f"the output of {layer.kind} depends on the other rows of the batch: train on as "
                     f"token choice with the same weights, `ssmoe train RUN/config.json train.init_from=RUN "
                     f"model.pattern.{layer.kind}.mode=token_choice name=NEW`, and generate from that run"
                 )

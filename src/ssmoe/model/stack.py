@@ -85,7 +85,9 @@ def run(
             stats += [None] * count
             i += count
             continue
-        out: LayerOut = layers[i](x, None if state is None else state[i], segments, dtype, in_place=in_place)
+        before = None if state is None else state[i]
+        # whatever wraps a layer need only know the four
+        out: LayerOut = layers[i](x, before, segments, dtype, **({"in_place": True} if in_place else {}))
         x = out.x
         states.append(out.state)
         stats.append(out.stats)
