@@ -4,6 +4,7 @@ from hashlib import blake2b
 from math import inf
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +44,23 @@ def sample(
     its position, not on the other rows.
     """
     if sampling.temperature == 0:
-        return [int(token) for token in choose(logits, None, sampling).cpu()]
+        return _largest(logits[:, : sampling.num_tokens])
     draws = torch.tensor(uniforms(positions, sampling, seeds), dtype=torch.float64)
     return [int(token) for token in choose(logits.cpu(), draws, sampling)]
+
+
+def _largest(logits: Tensor) -> list[int]:
+    """The first largest of each row.
+
+    On a CPU by numpy, whose one thread takes 0.1 ms for eight rows of 50,000: where another process holds a
+    core, torch's threads wait up to 10 ms for one another.
+    """
+    if logits.device.type != "cpu":
+        return [int(token) for token in logits.argmax(dim=-1).cpu()]
+    if logits.dtype == torch.bfloat16:
+        bits = logits.contiguous().view(torch.int16).numpy().astype(np.int32) << 16
+        return [int(token) for token in bits.view(np.float32).argmax(axis=1)]
+    return [int(token) for token in logits.numpy().argmax(axis=1)]
 
 
 def uniforms(positions: list[int], sampling: Sampling, seeds: list[int] | None = None) -> list[float]:
