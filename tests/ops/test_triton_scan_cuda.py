@@ -160,6 +160,9 @@ def test_which_kernels_take_a_scan(
     monkeypatch.undo()
     monkeypatch.setattr(nvrtc, "available", lambda: True)
     x = mock.Mock(is_cuda=True, shape=shape)
+    monkeypatch.setattr(scan_cuda, "UNPROVEN", False)
+    assert not scan_cuda.covers(x, torch.zeros(1, n), save)
+    monkeypatch.setattr(scan_cuda, "UNPROVEN", True)
     assert scan_cuda.covers(x, torch.zeros(1, n), save) is taken
     assert not scan_cuda.covers(mock.Mock(is_cuda=False, shape=shape), torch.zeros(1, n), save)
 
