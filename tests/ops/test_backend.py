@@ -32,7 +32,6 @@ OPS = (
     "expert_mlp",
     "expert_linear",
     "linear",
-    "cross_entropy",
     "head_cross_entropy",
     "residual_norm",
     "mamba_step",

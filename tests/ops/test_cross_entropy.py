@@ -1,11 +1,12 @@
 """The definition against torch's own loss and autograd."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmoe.ops.reference import cross_entropy
-from ssmoe.ops.reference.cross_entropy import IGNORE
+from ssmoe.ops.reference.cross_entropy import IGNORE, cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -32,3 +33,8 @@ def test_nothing_to_predict_is_zero() -> None:
     assert gradient is not None
     assert not loss.any()
     assert not gradient.any()
+
+
+def test_the_triton_one_has_the_same_signature() -> None:
+    kernels = pytest.importorskip("ssmoe.ops.triton.cross_entropy", reason="needs triton")
+    assert inspect.signature(kernels.cross_entropy) == inspect.signature(cross_entropy)

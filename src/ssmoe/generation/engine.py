@@ -4,6 +4,7 @@ It knows tokens only; text, stop strings and files live above it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ def decode(
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
     runner = graphs.runner(model) if graph else None
+    reader, go_on = (model, partial(_go_on, model)) if runner is None else (runner.model, runner.go_on)
     group = 1 if batch_invariant else len(prompts)
     ends: list[State] = []
     counts: list[int] = []
@@ -74,34 +76,21 @@ def decode(
         if state is not None and batch_invariant:
             state = _alone(state, first)
         count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
-        reader = model if runner is None else runner.model
         logits, state = _prefill(reader, prompts[first : rows.stop], state)
         row_seeds = None if seeds is None else seeds[first : rows.stop]
 
         def accept_row(row: int, token: int, first: int = first) -> bool:
             return accept(first + row, token)
 
-        if runner is None:
-            found = _go_on(
-                model,
-                logits,
-                state,
-                count,
-                accept_row,
-                sampling=sampling,
-                max_new_tokens=max_new_tokens,
-                seeds=row_seeds,
-            )
-        else:
-            found = runner.go_on(
-                logits,
-                state,
-                count,
-                accept_row,
-                sampling=sampling,
-                max_new_tokens=max_new_tokens,
-                seeds=row_seeds,
-            )
+        found = go_on(
+            logits,
+            state,
+            count,
+            accept_row,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            seeds=row_seeds,
+        )
         ends += found[0]
         pending += found[1]
         counts += count

@@ -28,7 +28,6 @@ class Ops(NamedTuple):
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
-    cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -110,7 +109,6 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
         linear=module.linear,
-        cross_entropy=module.cross_entropy,
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         mamba_step=module.mamba_step,

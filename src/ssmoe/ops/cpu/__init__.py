@@ -17,11 +17,9 @@ from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
-from ssmoe.ops.reference.cross_entropy import cross_entropy
 
 __all__ = [
     "causal_conv1d",
-    "cross_entropy",
     "describe",
     "expert_linear",
     "expert_mlp",

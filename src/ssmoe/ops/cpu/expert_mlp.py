@@ -37,7 +37,7 @@ def expert_mlp(
         gate = None if gate is None else gate.to(x.dtype)
     weight = weight.to(wide)
     if x.shape[0] <= FEW and not torch.is_grad_enabled():
-        # a few rows of each bank are read, so a cast of it all would cost more than the products
+        # a wider bank is cast whole on every call; models that are loaded with a dtype hold theirs in it
         up, down = up.to(x.dtype), down.to(x.dtype)
         gate = None if gate is None else gate.to(x.dtype)
         return torch.ops.ssmoe.expert_step(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation))

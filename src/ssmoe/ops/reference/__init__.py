@@ -1,7 +1,6 @@
 """The definitions: slow, obvious, on any device, differentiable in every floating input."""
 
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
-from ssmoe.ops.reference.cross_entropy import cross_entropy
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
 from ssmoe.ops.reference.head_cross_entropy import head_cross_entropy
@@ -12,7 +11,6 @@ from ssmoe.ops.reference.selective_scan import selective_scan
 
 __all__ = [
     "causal_conv1d",
-    "cross_entropy",
     "expert_linear",
     "expert_mlp",
     "head_cross_entropy",

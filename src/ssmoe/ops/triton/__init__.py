@@ -2,7 +2,6 @@
 
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
-from ssmoe.ops.triton.cross_entropy import cross_entropy
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
 from ssmoe.ops.triton.head_cross_entropy import head_cross_entropy
@@ -12,7 +11,6 @@ from ssmoe.ops.triton.selective_scan import selective_scan
 
 __all__ = [
     "causal_conv1d",
-    "cross_entropy",
     "expert_linear",
     "expert_mlp",
     "head_cross_entropy",
