@@ -49,8 +49,13 @@ class TrainConfig(Frozen):
     learning_rate_ratios: LearningRateRatios = LearningRateRatios()
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """The way down after the warm-up. "wsd" stays at the peak and falls at the end, as one minus the square
+    root of the progress (arXiv 2405.18392); "constant" stays there."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps after the warm-up in which schedule = "wsd" falls."""
     final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The cosine ends at this fraction of the peak."""
+    """The schedule ends at this fraction of the peak; "constant" does not fall."""
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices only; never on norms, biases, A_log, D or the delta bias."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
