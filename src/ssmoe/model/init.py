@@ -45,10 +45,18 @@ def init_weights(
             rule = next(rule for pattern, rule in table if fnmatchcase(f".{full_name}", pattern))
             values = torch.empty(parameter.shape, dtype=torch.float32)
             rule(values, _Context(owner, init, num_layers), _generator(seed, full_name))
+            values.mul_(_factor(full_name, init))
             with torch.no_grad():
                 parameter.copy_(values)
         for buffer in owner.buffers(recurse=False):
             buffer.zero_()
+
+
+def _factor(name: str, init: InitConfig) -> float:
+    """What the configuration puts on top of the scheme."""
+    return next(
+        (getattr(init, field) for pattern, field in _FACTORS if fnmatchcase(f".{name}", pattern)), 1.0
+    )
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -138,6 +146,14 @@ def _delta_bias(values: Tensor, context: _Context, generator: torch.Generator) -
     values.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
+_FACTORS = (
+    ("*.router.weight", "router_factor"),
+    ("*.routers.*.weight", "router_factor"),
+    ("*.up", "expert_up_factor"),
+    ("*.gate", "expert_up_factor"),
+    ("*.down", "expert_down_factor"),
+)
+"""Experts' matrices are parameters of these names, a dense layer's are modules with a weight."""
 _MAMBA_MIXER: tuple[tuple[str, _Rule], ...] = (
     ("*.A_log", _a_log),
     ("*.A_imaginary", _a_imaginary),
