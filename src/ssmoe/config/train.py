@@ -56,8 +56,8 @@ class TrainConfig(Frozen):
     """Held-out rows an evaluation; 0 is all of them."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints; there is always one after the last step."""
-    keep_checkpoints: PositiveInt = 2
-    """Older checkpoints are removed."""
+    keep_checkpoints: NonNegativeInt = 2
+    """Older checkpoints are removed. 0 writes none at all: such a run leaves its metrics and no model."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -167,8 +167,8 @@ def _loop(
             journal.settle()
             journal.write(eval_record(step, tokens, journal.seconds, run.evaluate(run.model)))
         last = step == train.steps or interrupted()
-        saves = step % train.checkpoint_every == 0 or last
-        if saves:
+        saves = train.keep_checkpoints > 0 and (step % train.checkpoint_every == 0 or last)
+        if saves or last:
             journal.settle()
         progress = Progress(step, tokens, cursor, journal.seconds)
         if saves:
