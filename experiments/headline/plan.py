@@ -4,11 +4,15 @@
     evaluations = 40                  # held-out evaluations a run
     shared = ["train.eval_rows=256"]  # key=value of every run of the stage
 
+    [recipes]                         # key=value that both sides may be trained with
+    modern = ["model.norm=rmsnorm"]
+
     [[run]]
     name = "mamba"
     side = "mamba"                    # the side that sets the target; any other word is a challenger
     preset = "mamba-25m"
-    set = ["key=value"]
+    recipe = "modern"                 # optional, or several: a run each, the recipe in its name
+    set = ["key=value"]               # this run's own
     learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
     seeds = [0, 1, 2]                 # optional: initial weights and order of the data
     tokens = 100e6                    # optional: instead of the stage's
@@ -25,7 +29,7 @@ from ssmoe.config.load import RunConfig, load_run
 
 BASELINE = "mamba"
 KEYS = {
-    "name", "side", "preset", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided", "note",
+    "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided", "note",
 }  # fmt: skip
 
 
@@ -53,7 +57,7 @@ class Try(NamedTuple):
 def read_stage(path: Path, extra: tuple[str, ...] = ()) -> list[Try]:
     """Every run of a stage file; `extra` is set last, for all. Raises ValueError for a key that is unknown."""
     table = tomllib.loads(path.read_text())
-    if unknown := table.keys() - {"tokens", "evaluations", "shared", "baseline", "run"}:
+    if unknown := table.keys() - {"tokens", "evaluations", "shared", "recipes", "baseline", "run"}:
         raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}")
     tries = [made for entry in table["run"] for made in _expand(entry, table, path, extra)]
     names = [made.name for made in tries]
@@ -65,16 +69,18 @@ def read_stage(path: Path, extra: tuple[str, ...] = ()) -> list[Try]:
 def _expand(entry: dict[str, Any], table: dict[str, Any], path: Path, extra: tuple[str, ...]) -> list[Try]:
     if unknown := entry.keys() - KEYS:
         raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r} in run {entry.get('name')!r}")
-    rates, seeds = entry.get("learning_rates", [None]), entry.get("seeds", [None])
+    rates, seeds, recipes = (entry.get(key, [None]) for key in ("learning_rates", "seeds", "recipe"))
     found: list[Try] = []
-    for rate, seed in product(rates, seeds):
+    for recipe, rate, seed in product([recipes] if isinstance(recipes, str) else recipes, rates, seeds):
         name = entry["name"]
         own = list(entry.get("set", ()))
         seeded: list[str] = []
+        if recipe is not None:
+            name, seeded = f"{name}-{recipe}", list(table["recipes"][recipe])
         if rate is not None:
             name, own = f"{name}-lr{rate:g}", [*own, f"train.learning_rate={rate}"]
         if seed is not None:
-            name, seeded = f"{name}-s{seed}", [f"train.seed={seed}", f"data.seed={seed}"]
+            name, seeded = f"{name}-s{seed}", [*seeded, f"train.seed={seed}", f"data.seed={seed}"]
         shared = [*table.get("shared", ()), *seeded]
         tokens = float(entry.get("tokens", table["tokens"]))
         reference = _load(table.get("baseline", "mamba-25m"), shared, tokens, table, extra)

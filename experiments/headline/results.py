@@ -64,24 +64,25 @@ def match(run: Result, baseline: Result) -> Match | None:
     return Match(*theirs, own[0] / theirs[0], own[1] / theirs[1])
 
 
-def baselines(found: list[Result]) -> dict[int, Result]:
-    """For each number of steps the tuned Mamba: of the side "mamba", the run that ends lowest."""
-    best: dict[int, Result] = {}
-    for run in found:
-        if run["side"] == "mamba" and run["status"] == "done" and not run["one_sided"]:
-            known = best.get(run["steps"])
-            if known is None or final(run) < final(known):
-                best[run["steps"]] = run
-    return best
+def tuned(run: Result, found: list[Result]) -> Result | None:
+    """The Mamba that ends lowest among those that read the same number of tokens in as many steps."""
+    same = [
+        other
+        for other in found
+        if other["side"] == "mamba"
+        and other["status"] == "done"
+        and not other["one_sided"]
+        and (other["steps"], other["tokens"]) == (run["steps"], run["tokens"])
+    ]
+    return min(same, key=final, default=None)
 
 
 def table(found: list[Result]) -> list[str]:
     """A line a run, the best of each budget first."""
-    best = baselines(found)
     lines = [f"{'run':44} {'status':8} {'steps':>6} {'active':>7} {'loss':>8} {'tok/s':>9} {'match':>6} {'steps x':>8} {'time x':>7}"]
     ended = [run for run in found if run["evaluations"]]
     for run in sorted(ended, key=lambda run: (run["steps"], final(run))):
-        baseline = best.get(run["steps"])
+        baseline = tuned(run, found)
         matched = match(run, baseline) if baseline else None
         cells = ("-", "-", "-")
         if matched:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from ssmoe.config.count import count_parameters
 from ssmoe.config.load import RunConfig
-from ssmoe.training.compare import differences
+from ssmoe.config.differences import differences
 
 MAY_DIFFER = {
     "model.pattern": "the layers",

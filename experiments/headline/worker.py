@@ -50,10 +50,10 @@ class Watch:
         self.router: dict[str, float] | None = None
 
     def message(self, text: str) -> None:
-        """Notes of the loop, such as an unbalanced layer, kept short."""
-        notes = self.head.setdefault("messages", [])
-        if len(notes) < 12 and not text.startswith(("weight decay", "no weight decay")):
-            notes.append(text)
+        """Notes of the loop, such as an unbalanced layer: how many, and the last."""
+        if not text.startswith(("weight decay", "no weight decay")):
+            self.head["messages"] = self.head.get("messages", 0) + 1
+            self.head["last_message"] = text
 
     def record(self, record: Record) -> None:
         """Raise OutOfTime past the deadline."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from ssmoe.config.count import count_parameters
 from ssmoe.config.load import RunConfig
-from ssmoe.config.model import LayerConfig
 from ssmoe.training.folder import read_run
 from ssmoe.training.metrics import Record, read_metrics
 from ssmoe.training.report import Curve, draw_curves
@@ -91,33 +90,6 @@ def compare_runs(folders: Sequence[Path], baseline: str) -> Comparison:
         for name, records in evaluations.items()
     ]
     return Comparison(baseline, target, rows, curves)
-
-
-def differences(run: RunConfig, other: RunConfig) -> dict[str, tuple[str, str]]:
-    """Every key that differs, "train.learning_rate" and so on, with both values in words.
-
-    Layers are one key, model.pattern, each in brackets with what is not its default. Names, descriptions and
-    where the data is cached say nothing about a run.
-    """
-    mine, theirs = _flatten(run), _flatten(other)
-    return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
-
-
-def _flatten(run: RunConfig) -> dict[str, str]:
-    model, init = run.model, run.model.init.model_dump()
-    found = {f"model.{key}": str(value) for key, value in model.model_dump(exclude={"pattern", "init"}).items()}
-    found["model.pattern"] = " ".join(_layer(layer) for layer in model.pattern)
-    found |= {f"model.init.{key}": str(value) for key, value in init.items()}
-    for section in ("data", "train"):
-        found |= {f"{section}.{key}": str(value) for key, value in getattr(run, section).model_dump().items()}
-    del found["data.cache_dir"]
-    return found
-
-
-def _layer(layer: LayerConfig) -> str:
-    values = layer.model_dump(exclude_defaults=True)
-    values.pop("kind", None)
-    return f"[{' '.join([layer.kind, *(f'{key}={value}' for key, value in values.items())])}]"
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
