@@ -32,7 +32,8 @@ from ssmoe.training.metrics import Record
 
 COMPILING = 10
 """First steps, whose time is replaced by that of as many median ones."""
-COLUMNS = ("step", "tokens", "held_out_loss", "seconds", "training_loss")
+COLUMNS = ("step", "tokens", "held_out_loss", "seconds", "training_loss", "held_out_loss_last")
+"""The last is of the last weights, where averaged ones are evaluated."""
 
 
 class OutOfTime(RuntimeError):
@@ -46,7 +47,7 @@ class Watch:
         self.path, self.head, self.deadline = path, head, deadline
         self.times = [0.0]
         self.losses: list[float] = []
-        self.rows: list[list[float]] = []
+        self.rows: list[list[Any]] = []
         self.router: dict[str, float] | None = None
 
     def message(self, text: str) -> None:
@@ -59,8 +60,9 @@ class Watch:
         """Raise OutOfTime past the deadline."""
         if record["mode"] == "eval":
             loss = round(fmean(self.losses), 4) if self.losses else float("nan")
-            row = [record["step"], record["tokens"], round(record["held_out_loss"], 5), len(self.times) - 1, loss]
-            self.rows.append(row)
+            held_out, last = (record.get(key) for key in ("held_out_loss", "held_out_loss_last"))
+            row = [record["step"], record["tokens"], held_out, len(self.times) - 1, loss, last]
+            self.rows.append([round(value, 5) if isinstance(value, float) else value for value in row])
             self.losses = []
             self.write("running")
             return
@@ -77,7 +79,7 @@ class Watch:
     def write(self, status: str, **more: Any) -> None:
         """The whole file anew, under a name that is always complete."""
         seconds = self.seconds()
-        rows = [[*row[:3], round(seconds[int(row[3])], 3), row[4]] for row in self.rows]
+        rows = [[*row[:3], round(seconds[row[3]], 3), *row[4:]] for row in self.rows]
         tokens = rows[-1][1] if rows else 0
         trained = {"seconds": rows[-1][3], "tokens_per_second": round(tokens / rows[-1][3])} if rows else {}
         values = {**self.head, "status": status, **trained, "raw_seconds": self.times[-1], **more}

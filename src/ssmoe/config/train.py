@@ -36,6 +36,10 @@ class TrainConfig(Frozen):
     adam_eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat = 0.5
     """Gradients are scaled down to at most this global norm."""
+    average: float = Field(default=0.0, ge=0, le=0.5)
+    """Evaluate, and keep as the checkpoint's weights, a running average of the weights whose mean age is this
+    share of the steps so far (arXiv 2312.02696); 0 is the last weights themselves. Training goes on from the
+    last weights either way."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, optimiser and recurrent state are float32 in both."""
     seed: int = 0
