@@ -65,6 +65,10 @@ class TrainConfig(Frozen):
     """With optimizer = "muon": the decay of the gradients' mean, used as Nesterov does."""
     clip_norm: PositiveFloat = 0.5
     """Gradients are scaled down to at most this global norm."""
+    average: float = Field(default=0.0, ge=0, le=0.5)
+    """Evaluate, and keep as the checkpoint's weights, a running average of the weights whose mean age is this
+    share of the steps so far (arXiv 2312.02696); 0 is the last weights themselves. Training goes on from the
+    last weights either way."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, optimiser and recurrent state are float32 in both."""
     seed: int = 0
@@ -85,8 +89,8 @@ class TrainConfig(Frozen):
     """Held-out rows an evaluation; 0 is all of them."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints; there is always one after the last step."""
-    keep_checkpoints: PositiveInt = 2
-    """Older checkpoints are removed."""
+    keep_checkpoints: NonNegativeInt = 2
+    """Older checkpoints are removed. 0 writes none at all: such a run leaves its metrics and no model."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
