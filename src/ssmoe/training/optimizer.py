@@ -34,17 +34,35 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
 
 
 def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the groups; the learning rate is set by the schedule at each step."""
-    return torch.optim.AdamW(
+    """AdamW over the groups; `set_rate` gives it the schedule's learning rate at each step.
+
+    On a GPU the rate is a float32 on the device, so that a captured step can be told another one.
+    """
+    device = next(iter((groups.decayed or groups.not_decayed).values())).device
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
         [
             {"params": list(groups.decayed.values()), "weight_decay": train.weight_decay},
             {"params": list(groups.not_decayed.values()), "weight_decay": 0.0},
         ],
-        lr=train.learning_rate,
+        lr=torch.tensor(train.learning_rate, device=device) if cuda else train.learning_rate,
         betas=(train.beta1, train.beta2),
         eps=train.adam_eps,
         fused=True,
+        capturable=cuda,
     )
+    # steps that are not captured are no mistake that torch need warn of
+    optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportPrivateUsage]
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; where it is a tensor, by a launch that waits for nothing."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
