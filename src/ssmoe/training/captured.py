@@ -18,7 +18,7 @@ from ssmoe.model.feedforwards.router import Router
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
-from ssmoe.training.optimizer import set_rate
+from ssmoe.training.optimizer import set_learning_rate
 from ssmoe.training.step import Inputs, StepResult, inputs_of, update
 
 CAPTURED = (Mamba, Attention, Dense, MoE, ExpertChoice, MixtureOfTokens)
@@ -68,7 +68,7 @@ class CapturedStep:
 
     def __call__(self, batch: Batch, rate: float) -> StepResult:
         """One step of `batch` at the learning rate `rate`."""
-        set_rate(self._optimizer, rate)
+        set_learning_rate(self._optimizer, rate)
         inputs = inputs_of(batch, self._device, isolate=self._isolate)
         self._taken += 1
         if self._taken <= BEFORE:

@@ -34,30 +34,34 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
 
 
 def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the groups; `set_rate` gives it the schedule's learning rate at each step.
-
-    On a GPU the rate is a float32 on the device, so that a captured step can be told another one.
-    """
-    device = next(iter((groups.decayed or groups.not_decayed).values())).device
-    cuda = device.type == "cuda"
+    """AdamW over the groups; `set_learning_rate` gives it the schedule's rate at each step."""
     optimizer = torch.optim.AdamW(
         [
             {"params": list(groups.decayed.values()), "weight_decay": train.weight_decay},
             {"params": list(groups.not_decayed.values()), "weight_decay": 0.0},
         ],
-        lr=torch.tensor(train.learning_rate, device=device) if cuda else train.learning_rate,
+        lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
         eps=train.adam_eps,
         fused=True,
-        capturable=cuda,
     )
-    # steps that are not captured are no mistake that torch need warn of
-    optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportPrivateUsage]
+    _make_capturable(optimizer)
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next step; where it is a tensor, by a launch that waits for nothing."""
+def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """On a GPU, put each group's learning rate there, so that a captured step can be told another one."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if device.type == "cuda":
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+            group["capturable"] = True
+    # torch would warn of steps that are not captured
+    optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportPrivateUsage]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; into the tensor that holds it, where there is one."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

@@ -13,7 +13,7 @@ from ssmoe.model.layer import RouterStats, State
 from ssmoe.model.lm import LM, ModelOut
 from ssmoe.model.state import concatenate, detach, select
 from ssmoe.ops import Segments
-from ssmoe.training.optimizer import set_rate
+from ssmoe.training.optimizer import set_learning_rate
 
 
 class StepResult(NamedTuple):
@@ -62,7 +62,7 @@ def train_step(
     batch. isolate: documents do not see each other. With train.tbptt the rows are that many windows, read one
     after another from `state` on.
     """
-    set_rate(optimizer, rate)
+    set_learning_rate(optimizer, rate)
     inputs = inputs_of(batch, model.embedding.weight.device, isolate=isolate)
     return update(model, optimizer, inputs, train, state=state)
 
