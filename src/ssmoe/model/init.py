@@ -61,7 +61,8 @@ def init_weights(
             buffer.zero_()
     # each parameter has a generator of its own, so that threads change nothing but the time
     with ThreadPoolExecutor(_THREADS if values_in_all > _WORTH_THREADS else 1) as pool:
-        list(pool.map(lambda task: task(), tasks))
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
 
 
 def _fill(
