@@ -2,6 +2,7 @@
 
     tokens = 25e6                     # a run; steps are tokens / (batch size * context), rounded
     evaluations = 40                  # held-out evaluations a run
+    baseline = "mamba-25m"            # the preset that a run's configuration is held against
     shared = ["train.eval_rows=256"]  # key=value of every run of the stage
 
     [recipes]                         # key=value that both sides may be trained with
@@ -11,26 +12,38 @@
     name = "mamba"
     side = "mamba"                    # the side that sets the target; any other word is a challenger
     preset = "mamba-25m"
-    recipe = "modern"                 # optional, or several: a run each, the recipe in its name
+    recipe = "modern"                 # optional, or several: a run each, the recipe in its name;
+                                      # "best" waits for side mamba and takes the recipe that ended lowest
     set = ["key=value"]               # this run's own
     learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
     seeds = [0, 1, 2]                 # optional: initial weights and order of the data
     tokens = 100e6                    # optional: instead of the stage's
     priority = 1                      # smaller is started earlier; 5 where it is not given
     one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
+    note = "what is tried"
+
+    [[promote]]                       # once the stage's runs have ended, the best of a side at more tokens
+    side = "mamba"
+    top = 1
+    tokens = 100e6
+    priority = 0
+    distinct = true                   # of runs that differ only in the learning rate, the best alone
 """
 
 import tomllib
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssmoe.config.load import RunConfig, load_run
 
-BASELINE = "mamba"
-KEYS = {
+BASELINE, BEST = "mamba", "best"
+STAGE_KEYS = {"tokens", "evaluations", "shared", "recipes", "baseline", "run", "promote"}
+RUN_KEYS = {
     "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided", "note",
 }  # fmt: skip
+PROMOTE_KEYS = {"side", "top", "tokens", "priority", "distinct"}
 
 
 class Try(NamedTuple):
@@ -38,14 +51,11 @@ class Try(NamedTuple):
 
     name: str
     stage: str
-    side: str
-    preset: str
+    entry: dict[str, Any]
+    recipe: str | None
     overrides: tuple[str, ...]
     config: RunConfig
     reference: RunConfig
-    priority: int
-    one_sided: bool
-    note: str
 
     @property
     def tokens(self) -> int:
@@ -53,52 +63,97 @@ class Try(NamedTuple):
         train = self.config.train
         return train.steps * train.batch_size * self.config.data.context
 
+    @property
+    def side(self) -> str:
+        return self.entry["side"]
 
-def read_stage(path: Path, extra: tuple[str, ...] = ()) -> list[Try]:
-    """Every run of a stage file; `extra` is set last, for all. Raises ValueError for a key that is unknown."""
-    table = tomllib.loads(path.read_text())
-    if unknown := table.keys() - {"tokens", "evaluations", "shared", "recipes", "baseline", "run"}:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}")
-    tries = [made for entry in table["run"] for made in _expand(entry, table, path, extra)]
-    names = [made.name for made in tries]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: two runs are called {sorted(twice)[0]!r}")
-    return tries
+    @property
+    def priority(self) -> int:
+        return self.entry.get("priority", 5)
+
+    @property
+    def one_sided(self) -> bool:
+        return self.entry.get("one_sided", False)
 
 
-def _expand(entry: dict[str, Any], table: dict[str, Any], path: Path, extra: tuple[str, ...]) -> list[Try]:
-    if unknown := entry.keys() - KEYS:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r} in run {entry.get('name')!r}")
-    rates, seeds, recipes = (entry.get(key, [None]) for key in ("learning_rates", "seeds", "recipe"))
-    found: list[Try] = []
-    for recipe, rate, seed in product([recipes] if isinstance(recipes, str) else recipes, rates, seeds):
-        name = entry["name"]
-        own = list(entry.get("set", ()))
-        seeded: list[str] = []
+class Stage:
+    """A stage file; `extra` is set last, for all runs. Raises ValueError for a key that is unknown."""
+
+    def __init__(self, path: Path, extra: tuple[str, ...] = ()) -> None:
+        self.name, self.extra = path.stem, extra
+        self.table: dict[str, Any] = tomllib.loads(path.read_text())
+        self.promotions: list[dict[str, Any]] = self.table.get("promote", [])
+        entries: list[dict[str, Any]] = self.table["run"]
+        for keys, valid in [
+            (self.table, STAGE_KEYS),
+            *((entry, RUN_KEYS) for entry in entries),
+            *((entry, PROMOTE_KEYS) for entry in self.promotions),
+        ]:
+            if unknown := keys.keys() - valid:
+                raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}")
+        self.waiting = [entry for entry in entries if entry.get("recipe") == BEST]
+        self.tries = [made for entry in entries if entry not in self.waiting for made in self._expand(entry)]
+        names = [made.name for made in self.tries]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{path}: two runs are called {sorted(twice)[0]!r}")
+
+    def with_recipe(self, recipe: str | None) -> list[Try]:
+        """The runs that have waited for the best recipe."""
+        return [made for entry in self.waiting for made in self._expand({**entry, "recipe": recipe or []})]
+
+    def promote(self, losses: Mapping[str, float], recipe: str | None) -> list[Try]:
+        """The best of finished runs (name -> final loss) at the tokens of [[promote]].
+
+        Challengers count only with the recipe that was best for the baseline's side.
+        """
+        found: list[Try] = []
+        known = [*self.tries, *self.with_recipe(recipe)]
+        for entry in self.promotions:
+            ranked = sorted(
+                (made for made in known if made.name in losses and made.side == entry["side"] and not made.one_sided),
+                key=lambda made: losses[made.name],
+            )
+            if entry["side"] != BASELINE:
+                ranked = [made for made in ranked if made.recipe == recipe]
+            if entry.get("distinct", True):
+                first: dict[str, Try] = {}
+                for made in ranked:
+                    first.setdefault(f"{made.entry['name']} {made.recipe}", made)
+                ranked = list(first.values())
+            found += [self._longer(made, entry) for made in ranked[: entry["top"]]]
+        return found
+
+    def _longer(self, made: Try, entry: dict[str, Any]) -> Try:
+        tokens = float(entry["tokens"])
+        changed = {**made.entry, "tokens": tokens, "priority": entry.get("priority", 0)}
+        seed = made.config.train.seed if "seeds" in made.entry else None
+        rate = made.config.train.learning_rate if "learning_rates" in made.entry else None
+        longer = self._make(changed, made.recipe, rate, seed)
+        return longer._replace(name=f"{longer.name}-{tokens / 1e6:g}m")
+
+    def _expand(self, entry: dict[str, Any]) -> list[Try]:
+        rates, seeds, recipes = (entry.get(key) or [None] for key in ("learning_rates", "seeds", "recipe"))
+        recipes = [recipes] if isinstance(recipes, str) else recipes
+        return [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
+
+    def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
+        name, own = entry["name"], list(entry.get("set", ()))
+        shared = list(self.table.get("shared", ()))
         if recipe is not None:
-            name, seeded = f"{name}-{recipe}", list(table["recipes"][recipe])
+            name, shared = f"{name}-{recipe}", [*shared, *self.table["recipes"][recipe]]
         if rate is not None:
             name, own = f"{name}-lr{rate:g}", [*own, f"train.learning_rate={rate}"]
         if seed is not None:
-            name, seeded = f"{name}-s{seed}", [*seeded, f"train.seed={seed}", f"data.seed={seed}"]
-        shared = [*table.get("shared", ()), *seeded]
-        tokens = float(entry.get("tokens", table["tokens"]))
-        reference = _load(table.get("baseline", "mamba-25m"), shared, tokens, table, extra)
-        config = _load(entry["preset"], [*shared, *own], tokens, table, extra)
-        config = config.model_copy(update={"name": name})
-        note, one_sided = entry.get("note", ""), entry.get("one_sided", False)
-        head = (name, path.stem, entry["side"], entry["preset"], (*shared, *own))
-        found.append(Try(*head, config, reference, entry.get("priority", 5), one_sided, note))
-    return found
+            name, shared = f"{name}-s{seed}", [*shared, f"train.seed={seed}", f"data.seed={seed}"]
+        tokens = float(entry.get("tokens", self.table["tokens"]))
+        reference = self._load(self.table.get("baseline", "mamba-25m"), shared, tokens)
+        config = self._load(entry["preset"], [*shared, *own], tokens).model_copy(update={"name": name})
+        return Try(name, self.name, entry, recipe, (*shared, *own), config, reference)
 
-
-def _load(
-    preset: str, overrides: list[str], tokens: float, table: dict[str, Any], extra: tuple[str, ...]
-) -> RunConfig:
-    """Stage-wide lengths come before the run's own settings, so that both may be overridden."""
-    bare = load_run(preset, [*overrides, *extra])
-    steps = max(1, round(tokens / (bare.train.batch_size * bare.data.context)))
-    every = max(1, round(steps / table.get("evaluations", 40)))
-    lengths = [f"train.steps={steps}", f"train.eval_every={every}"]
-    never = ["train.keep_checkpoints=0"]
-    return load_run(preset, [*lengths, *never, *overrides, *extra])
+    def _load(self, preset: str, overrides: list[str], tokens: float) -> RunConfig:
+        """Lengths come before the run's own settings, so that they may be overridden."""
+        bare = load_run(preset, [*overrides, *self.extra])
+        steps = max(1, round(tokens / (bare.train.batch_size * bare.data.context)))
+        every = max(1, round(steps / self.table.get("evaluations", 40)))
+        lengths = [f"train.steps={steps}", f"train.eval_every={every}", "train.keep_checkpoints=0"]
+        return load_run(preset, [*lengths, *overrides, *self.extra])

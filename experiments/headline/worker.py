@@ -142,7 +142,14 @@ def run(made: Try, data: Prepared, path: Path, *, deadline: float = float("inf")
 def _head(made: Try) -> dict[str, Any]:
     config, count = made.config, count_parameters(made.config.model)
     return {
-        **{key: getattr(made, key) for key in ("name", "stage", "side", "preset", "overrides", "one_sided", "note")},
+        "name": made.name,
+        "stage": made.stage,
+        "side": made.side,
+        "preset": made.entry["preset"],
+        "recipe": made.recipe,
+        "overrides": made.overrides,
+        "one_sided": made.one_sided,
+        "note": made.entry.get("note", ""),
         "differs": describe(config, made.reference),
         "breaks": violations(config, made.reference),
         "active": count.active,
@@ -158,9 +165,8 @@ def _head(made: Try) -> dict[str, Any]:
     }
 
 
-def serve(connection: Connection, gpu: str, prepare: tuple[Any, ...], deadline: float) -> None:
-    """A worker on one GPU: receives (try, path), trains, sends the status; ends with None or a failure."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "cpu" else gpu
+def serve(connection: Connection, prepare: tuple[Any, ...], deadline: float) -> None:
+    """A worker: receives (try, path), trains, sends the status; ends with None or a failure."""
     loader, *arguments = prepare
     data = loader(*arguments)
     while (task := connection.recv()) is not None:
