@@ -13,6 +13,12 @@ from ssmoe.config.train import TrainConfig
         ({"precision": "float16"}, "float32"),
         ({"learning_rate": 0}, "greater than 0"),
         ({"warmup_fraction": 1}, "less than 1"),
+        ({"schedule": "step"}, "'wsd' or 'constant'"),
+        ({"decay_fraction": 0}, "greater than 0"),
+        ({"optimizer": "sgd"}, "'adamw' or 'muon'"),
+        ({"muon_momentum": 1}, "less than 1"),
+        ({"learning_rate_ratios": {"expert": 2}}, "expert"),
+        ({"learning_rate_ratios": {"experts": 0}}, "greater than 0"),
     ],
 )
 def test_refusals(values: dict[str, object], message: str) -> None:

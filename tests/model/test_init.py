@@ -2,6 +2,7 @@
 
 from math import sqrt
 
+import pytest
 import torch
 
 from ssmoe.config.model import InitConfig, MambaConfig, ModelConfig, MoEConfig
@@ -44,6 +45,24 @@ def test_the_papers_truncated_normals() -> None:
 def test_the_fan_in_of_one_expert_is_an_option() -> None:
     down = build(paper(expert_fan_in="expert")).state_dict()["layers.1.layer.experts.down"]
     assert abs(float(down.std()) / sqrt(0.1 / 96) - 1) < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["mamba", "moe_mamba"])
+@pytest.mark.parametrize("name", ["moe-fine", "inner-moe", "parallel", "hybrid"])
+def test_factors_reach_experts_and_routers_alone(scheme: str, name: str) -> None:
+    factors = {"expert_up_factor": 2.0, "expert_down_factor": 0.5, "router_factor": 0.25}
+    plain = build(small(name, init={"scheme": scheme}))
+    scaled = build(small(name, init={"scheme": scheme, **factors})).state_dict()
+    seen = set[float]()
+    for key, values in plain.named_parameters():
+        factor, last = 1.0, key.rpartition(".")[2]
+        if values.ndim == 3:
+            factor = 0.5 if last == "down" else 2.0
+        elif "router" in key:
+            factor = 0.25
+        seen.add(factor)
+        torch.testing.assert_close(scaled[key], values.detach() * factor, rtol=0, atol=0)
+    assert seen == {1.0, 2.0, 0.5, 0.25}
 
 
 def test_mamba_scales_outputs_by_depth() -> None:

@@ -63,7 +63,15 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("overrides", [(), ("train.precision=bfloat16",), ("train.micro_batch_size=null",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.precision=bfloat16",),
+        ("train.micro_batch_size=null",),
+        ("train.optimizer=muon", "train.learning_rate_ratios.experts=2"),
+    ],
+)
 def test_resuming_equals_never_having_stopped(tiny_run, tmp_path, monkeypatch, overrides):
     run = tiny_run(*overrides)
     data = prepare(run.data)

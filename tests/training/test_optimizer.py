@@ -1,13 +1,15 @@
 import pytest
 import torch
 
-from ssmoe.config.train import TrainConfig
+from ssmoe.config.train import LearningRateRatios, TrainConfig
 from ssmoe.model.build import build
 from ssmoe.training.optimizer import (
     build_optimizer,
     optimizer_tensors,
     parameter_groups,
     restore_optimizer,
+    role,
+    set_learning_rate,
 )
 from tests.model.zoo import PATTERNS, small
 
@@ -52,24 +54,118 @@ def test_description_names_what_does_not_decay():
     assert "experts.up" in lines[0]
 
 
-def _stepped(seed):
-    model = build(small("moe-mamba"), seed=seed)
+def _named(optimizer, model, key):
+    """The groups' value of `key` for every parameter."""
+    values = {p: group[key] for group in optimizer.param_groups for p in group["params"]}
+    return {name: values[parameter] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", MODELS, ids=list(PATTERNS))
+def test_every_parameter_has_a_role(config):
+    model = build(config, device="meta")
+    found = {name: role(name, parameter) for name, parameter in model.named_parameters()}
+    assert set(found.values()) <= LearningRateRatios.model_fields.keys()
+    assert found.pop("embedding.weight") == "embedding"
+    assert {name for name in found if name.startswith("head.")} == {
+        n for n, r in found.items() if r == "head"
+    }
+    assert {name for name in found if "router" in name} == {n for n, r in found.items() if r == "router"}
+    for name, parameter in model.named_parameters():
+        if found.get(name) in ("experts", "matrices"):
+            assert parameter.ndim == (3 if found[name] == "experts" else 2)
+            assert any(word in name for word in ("proj", "up", "gate", "down")), name
+        if found.get(name) == "other":
+            assert any(word in name for word in ("norm", ".conv.", ".ssm.")), name
+
+
+@pytest.mark.parametrize("config", MODELS, ids=list(PATTERNS))
+def test_muon_has_every_projection_and_expert_and_nothing_else(config):
+    model = build(config, device="meta")
+    optimizer = build_optimizer(parameter_groups(model), TrainConfig(optimizer="muon"))
+    for name, parts in _named(optimizer, model, "parts").items():
+        hidden = role(name, model.get_parameter(name)) in ("experts", "matrices")
+        several = {"in_proj.weight": 2, "qkv_proj.weight": 3}
+        fused = several.get(".".join(name.split(".")[-2:]), 1)
+        assert parts == (fused if hidden else 0), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ratios_reach_their_parameters_at_every_rate(optimizer):
+    ratios = {"experts": 2.0, "router": 3.0, "embedding": 0.5, "head": 0.25, "matrices": 4.0, "other": 5.0}
+    train = TrainConfig(learning_rate_ratios=LearningRateRatios(**ratios), optimizer=optimizer)
+    model = build(small("moe-mamba", tied_embeddings=False), device="meta")
+    built = build_optimizer(parameter_groups(model), train)
+    for rate in (train.learning_rate, 0.3):
+        for name, found in _named(built, model, "lr").items():
+            assert found == pytest.approx(rate * ratios[role(name, model.get_parameter(name))]), name
+        set_learning_rate(built, 0.3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_ratio_is_a_learning_rate(optimizer):
+    """Experts at twice the rate move as in a run of twice the rate, all else as in one of the rate itself."""
+    once, twice = 0.01, 0.02
+    moved = {}
+    for key, rate, ratio in (("both", once, 2.0), ("once", once, 1.0), ("twice", twice, 1.0)):
+        model = build(small("moe-mamba"))
+        train = TrainConfig(
+            learning_rate=rate, optimizer=optimizer, learning_rate_ratios=LearningRateRatios(experts=ratio)
+        )
+        built = build_optimizer(parameter_groups(model), train)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        built.step()
+        moved[key] = dict(model.named_parameters())
+    for name, parameter in moved["both"].items():
+        other = "twice" if role(name, parameter) == "experts" else "once"
+        torch.testing.assert_close(parameter, moved[other][name])
+    assert not torch.equal(
+        moved["once"]["layers.1.layer.experts.up"], moved["twice"]["layers.1.layer.experts.up"]
+    )
+
+
+def test_a_rate_held_in_a_tensor_stays_that_tensor():
+    model = build(small("moe-mamba"))
     optimizer = build_optimizer(parameter_groups(model), TrainConfig())
+    held = torch.tensor(0.0)
+    optimizer.param_groups[0]["lr"] = held
+    set_learning_rate(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] is held
+    assert float(held) == 0.5
+
+
+def _stepped(seed, optimizer="adamw"):
+    model = build(small("moe-mamba"), seed=seed)
+    optimizer = build_optimizer(parameter_groups(model), TrainConfig(optimizer=optimizer))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return model, optimizer
 
 
-def test_state_round_trips():
-    model, optimizer = _stepped(0)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_round_trips(name):
+    model, optimizer = _stepped(0, name)
     tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, model).items()}
-    other, fresh = build(small("moe-mamba")), None
-    fresh = build_optimizer(parameter_groups(other), TrainConfig())
+    other = build(small("moe-mamba"))
+    fresh = build_optimizer(parameter_groups(other), TrainConfig(optimizer=name))
     restore_optimizer(fresh, other, tensors)
     restored = optimizer_tensors(fresh, other)
     assert restored.keys() == tensors.keys()
     assert all(torch.equal(restored[name], tensors[name]) for name in tensors)
+    for parameter in (*model.parameters(), *other.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    other.load_state_dict(model.state_dict())
+    optimizer.step()
+    fresh.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    model, optimizer = _stepped(0, "muon")
+    fresh = build_optimizer(parameter_groups(model), TrainConfig())
+    with pytest.raises(ValueError, match="another model or optimiser"):
+        restore_optimizer(fresh, model, optimizer_tensors(optimizer, model))
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])

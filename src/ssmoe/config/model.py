@@ -64,6 +64,13 @@ class InitConfig(Frozen):
     expert_fan_in: Literal["bank", "expert"] = "bank"
     """Fan-in of the experts' second matrix in scheme "moe_mamba": the authors' num_experts * d_expert, or
     d_expert alone."""
+    expert_up_factor: PositiveFloat = 1.0
+    """On the standard deviation that the scheme gives to the experts' first matrices, up and gate."""
+    expert_down_factor: PositiveFloat = 1.0
+    """On that of their second matrices. 1 / sqrt(k) with expert_fan_in = "expert" is the fan-in of the k
+    experts that are added up."""
+    router_factor: PositiveFloat = 1.0
+    """On that of the router's weights: a small one begins with even scores."""
 
 
 class ModelConfig(Frozen):

@@ -7,6 +7,24 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from ssmoe.config.model import Frozen
 
 
+class LearningRateRatios(Frozen):
+    """Factors on the learning rate, by what a parameter is; weight decay follows, as in AdamW.
+
+    A model without such parameters is trained as if the factor were not there, so that the two sides of a
+    comparison can have the same settings. A tied head is the embedding.
+    """
+
+    experts: PositiveFloat = 1.0
+    """Banks of experts."""
+    router: PositiveFloat = 1.0
+    embedding: PositiveFloat = 1.0
+    head: PositiveFloat = 1.0
+    matrices: PositiveFloat = 1.0
+    """Other projections, shared experts included."""
+    other: PositiveFloat = 1.0
+    """Norms, biases, convolutions, A, C, D, the delta bias and learned states."""
+
+
 class TrainConfig(Frozen):
     """The training side of a run. A step is one optimiser step."""
 
@@ -23,17 +41,28 @@ class TrainConfig(Frozen):
     recompute: bool = False
     """Keep of every layer only its input for the backward pass and compute the rest again there: much less
     memory for one more forward pass."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" (arXiv 2502.16982): orthogonalised momentum for the projections and every expert's matrices,
+    AdamW for the rest, the router included. Learning rate and weight decay mean the same in both."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
+    learning_rate_ratios: LearningRateRatios = LearningRateRatios()
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """The way down after the warm-up. "wsd" stays at the peak and falls at the end, as one minus the square
+    root of the progress (arXiv 2405.18392); "constant" stays there."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps after the warm-up in which schedule = "wsd" falls."""
     final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The cosine ends at this fraction of the peak."""
+    """The schedule ends at this fraction of the peak; "constant" does not fall."""
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices only; never on norms, biases, A_log, D or the delta bias."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_eps: PositiveFloat = 1e-8
+    muon_momentum: float = Field(default=0.95, gt=0, lt=1)
+    """With optimizer = "muon": the decay of the gradients' mean, used as Nesterov does."""
     clip_norm: PositiveFloat = 0.5
     """Gradients are scaled down to at most this global norm."""
     average: float = Field(default=0.0, ge=0, le=0.5)

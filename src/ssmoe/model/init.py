@@ -54,7 +54,8 @@ def init_weights(
             full_name = f"{path}.{name}" if path else name
             rule = next(rule for pattern, rule in table if fnmatchcase(f".{full_name}", pattern))
             context = _Context(owner, init, num_layers)
-            tasks.append(partial(_fill, parameter, rule, context, _generator(seed, full_name)))
+            fill = partial(_fill, parameter, rule, context, _generator(seed, full_name))
+            tasks.append(partial(fill, _factor(full_name, init)))
             values_in_all += parameter.numel()
         for buffer in owner.buffers(recurse=False):
             buffer.zero_()
@@ -63,11 +64,21 @@ def init_weights(
         list(pool.map(lambda task: task(), tasks))
 
 
-def _fill(parameter: nn.Parameter, rule: _Rule, context: _Context, generator: torch.Generator) -> None:
+def _fill(
+    parameter: nn.Parameter, rule: _Rule, context: _Context, generator: torch.Generator, factor: float
+) -> None:
     values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     rule(values, context, generator)
+    values.mul_(factor)
     with torch.no_grad():
         parameter.copy_(values)
+
+
+def _factor(name: str, init: InitConfig) -> float:
+    """What the configuration puts on top of the scheme."""
+    return next(
+        (getattr(init, field) for pattern, field in _FACTORS if fnmatchcase(f".{name}", pattern)), 1.0
+    )
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -157,6 +168,14 @@ def _delta_bias(values: Tensor, context: _Context, generator: torch.Generator) -
     values.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
+_FACTORS = (
+    ("*.router.weight", "router_factor"),
+    ("*.routers.*.weight", "router_factor"),
+    ("*.up", "expert_up_factor"),
+    ("*.gate", "expert_up_factor"),
+    ("*.down", "expert_down_factor"),
+)
+"""Experts' matrices are parameters of these names, a dense layer's are modules with a weight."""
 _MAMBA_MIXER: tuple[tuple[str, _Rule], ...] = (
     ("*.A_log", _a_log),
     ("*.A_imaginary", _a_imaginary),

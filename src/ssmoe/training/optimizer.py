@@ -1,14 +1,30 @@
-"""AdamW with explicit parameter groups: matrices decay, everything else does not."""
+"""AdamW or Muon with explicit parameter groups: what decays, what is a matrix, and at which rate."""
 
-from typing import NamedTuple
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
+from ssmoe.training.muon import Muon
 
 NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias", "initial_state")
-_STATE = ("step", "exp_avg", "exp_avg_sq")
+Role = Literal["experts", "router", "embedding", "head", "matrices", "other"]
+"""The fields of `LearningRateRatios`."""
+_ROLES: tuple[tuple[str, Role], ...] = (
+    ("*.ssm.*", "other"),
+    ("*.conv.*", "other"),
+    ("*norm.*", "other"),
+    ("*.embedding.weight", "embedding"),
+    ("*.head.*", "head"),
+    ("*.router.*", "router"),
+    ("*.routers.*", "router"),
+)
+_FUSED = {"in_proj.weight": 2, "qkv_proj.weight": 3}
+"""Projections of one input to several outputs of equal width, stacked: separate matrices to Muon, so that
+none takes the other's share of the update. Of x_proj's rows, delta, B and C differ in number: one matrix."""
+_STATE = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 
 
 class ParameterGroups(NamedTuple):
@@ -33,18 +49,67 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
     return groups
 
 
+def role(name: str, parameter: Tensor) -> Role:
+    """What a parameter of this name is: the field of `LearningRateRatios` that applies to it."""
+    for pattern, found in _ROLES:
+        if fnmatchcase(f".{name}", pattern):
+            return found
+    if parameter.ndim < 2:
+        return "other"
+    return "experts" if parameter.ndim == 3 else "matrices"
+
+
 def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the groups; the learning rate is set by the schedule at each step."""
-    return torch.optim.AdamW(
-        [
-            {"params": list(groups.decayed.values()), "weight_decay": train.weight_decay},
-            {"params": list(groups.not_decayed.values()), "weight_decay": 0.0},
-        ],
-        lr=train.learning_rate,
-        betas=(train.beta1, train.beta2),
-        eps=train.adam_eps,
-        fused=True,
-    )
+    """AdamW or Muon over the groups; `set_learning_rate` sets the rate at each step."""
+    collected: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    for decay, parameters in ((train.weight_decay, groups.decayed), (0.0, groups.not_decayed)):
+        for name, parameter in parameters.items():
+            kind = role(name, parameter)
+            ratio: float = getattr(train.learning_rate_ratios, kind)
+            muon = train.optimizer == "muon" and kind in ("experts", "matrices")
+            key = (decay, ratio, _parts(name) if muon else 0)
+            collected.setdefault(key, []).append(parameter)
+    options: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay, "ratio": ratio, "parts": parts}
+        for (decay, ratio, parts), parameters in collected.items()
+    ]
+    betas = (train.beta1, train.beta2)
+    if train.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(
+            options, lr=train.learning_rate, betas=betas, eps=train.adam_eps, fused=True
+        )
+    else:
+        optimizer = Muon(
+            options,
+            lr=train.learning_rate,
+            betas=betas,
+            eps=train.adam_eps,
+            momentum=train.muon_momentum,
+        )
+    set_learning_rate(optimizer, train.learning_rate)
+    _make_capturable(optimizer)
+    return optimizer
+
+
+def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """On a GPU, put each group's learning rate there, so that a captured step can be told another one."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if device.type == "cuda":
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+            group["capturable"] = True
+    # torch would warn of steps that are not captured
+    optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportPrivateUsage]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its ratio; into the tensor that holds it, where there is one."""
+    for group in optimizer.param_groups:
+        value = rate * group.get("ratio", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -58,14 +123,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave. Raises ValueError for the tensors of another model."""
+    keys = {
+        parameter: _STATE["muon" if group["parts"] else "adamw"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     slots = {
         f"{key}:{name}": (parameter, key)
         for name, parameter in model.named_parameters()
-        for key in _STATE
-        if parameter.requires_grad
+        for key in keys.get(parameter, ())
     }
     if wrong := sorted(slots.keys() ^ tensors.keys()):
-        raise ValueError(f"the optimiser's state is of another model: {wrong[0]} is missing or unexpected")
+        raise ValueError(
+            f"the optimiser's state is of another model or optimiser: {wrong[0]} is missing or unexpected"
+        )
     for name, (parameter, key) in slots.items():
         shape = () if key == "step" else parameter.shape
         if tensors[name].shape != shape:
@@ -74,6 +145,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
                 f"instead of {tuple(shape)}"
             )
         optimizer.state[parameter][key] = tensors[name]
+
+
+def _parts(name: str) -> int:
+    return _FUSED.get(".".join(name.split(".")[-2:]), 1)
 
 
 def _describe(title: str, group: dict[str, nn.Parameter]) -> str:

@@ -13,6 +13,7 @@ from ssmoe.model.layer import RouterStats, State
 from ssmoe.model.lm import LM, ModelOut
 from ssmoe.model.state import concatenate, detach, select
 from ssmoe.ops import Segments
+from ssmoe.training.optimizer import set_learning_rate
 
 
 class StepResult(NamedTuple):
@@ -57,8 +58,7 @@ def train_step(
         past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
         results.append(_accumulate(model, micro, share, isolate, past, train.tbptt))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}
