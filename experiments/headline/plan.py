@@ -20,6 +20,8 @@
     tokens = 100e6                    # optional: instead of the stage's
     priority = 1                      # smaller is started earlier; 5 where it is not given
     one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
+    on = "fine"                       # optional: another run's preset and `set` come before this one's,
+    group = "gates"                   # which is then a factor; of a group the best one is taken
     note = "what is tried"
 
     [[promote]]                       # once the stage's runs have ended, the best of a side at more tokens
@@ -27,14 +29,17 @@
     top = 1
     tokens = 100e6
     priority = 0
-    distinct = true                   # of runs that differ only in the learning rate, the best alone
+    combine = "fine"                  # instead of the best runs: that run with every factor that made it
+                                      # better (held-out loss), with half of them, with the best alone ...
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rules import violations
 
 from ssmoe.config.load import RunConfig, load_run
 
@@ -42,8 +47,9 @@ BASELINE, BEST = "mamba", "best"
 STAGE_KEYS = {"tokens", "evaluations", "shared", "recipes", "baseline", "run", "promote"}
 RUN_KEYS = {
     "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided", "note",
+    "on", "group",
 }  # fmt: skip
-PROMOTE_KEYS = {"side", "top", "tokens", "priority", "distinct"}
+PROMOTE_KEYS = {"side", "top", "tokens", "priority", "combine"}
 
 
 class Try(NamedTuple):
@@ -91,6 +97,8 @@ class Stage:
         ]:
             if unknown := keys.keys() - valid:
                 raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}")
+        by_name = {entry["name"]: entry for entry in entries}
+        entries = [_on(entry, by_name) for entry in entries]
         self.waiting = [entry for entry in entries if entry.get("recipe") == BEST]
         self.tries = [made for entry in entries if entry not in self.waiting for made in self._expand(entry)]
         names = [made.name for made in self.tries]
@@ -104,23 +112,29 @@ class Stage:
     def promote(self, losses: Mapping[str, float], recipe: str | None) -> list[Try]:
         """The best of finished runs (name -> final loss) at the tokens of [[promote]].
 
-        Challengers count only with the recipe that was best for the baseline's side.
+        Challengers count only with the recipe that was best for the baseline's side. Of runs that differ only
+        in the learning rate the best alone is taken.
         """
         found: list[Try] = []
-        known = [*self.tries, *self.with_recipe(recipe)]
         for entry in self.promotions:
             ranked = sorted(
-                (made for made in known if made.name in losses and made.side == entry["side"] and not made.one_sided),
+                (
+                    made
+                    for made in [*self.tries, *self.with_recipe(recipe)]
+                    if made.name in losses
+                    and made.side == entry["side"]
+                    and not made.one_sided
+                    and (made.side == BASELINE or made.recipe == recipe)
+                ),
                 key=lambda made: losses[made.name],
             )
-            if entry["side"] != BASELINE:
-                ranked = [made for made in ranked if made.recipe == recipe]
-            if entry.get("distinct", True):
-                first: dict[str, Try] = {}
-                for made in ranked:
-                    first.setdefault(f"{made.entry['name']} {made.recipe}", made)
-                ranked = list(first.values())
-            found += [self._longer(made, entry) for made in ranked[: entry["top"]]]
+            if "combine" in entry:
+                found += combinations(ranked, losses, entry, self._longer)
+                continue
+            first: dict[str, Try] = {}
+            for made in ranked:
+                first.setdefault(f"{made.entry['name']} {made.recipe}", made)
+            found += [self._longer(made, entry) for made in list(first.values())[: entry["top"]]]
         return found
 
     def _longer(self, made: Try, entry: dict[str, Any]) -> Try:
@@ -137,7 +151,7 @@ class Stage:
         return [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
-        name, own = entry["name"], list(entry.get("set", ()))
+        name, own = entry["name"], [*entry.get("below", ()), *entry.get("set", ())]
         shared = list(self.table.get("shared", ()))
         if recipe is not None:
             name, shared = f"{name}-{recipe}", [*shared, *self.table["recipes"][recipe]]
@@ -157,3 +171,49 @@ class Stage:
         every = max(1, round(steps / self.table.get("evaluations", 40)))
         lengths = [f"train.steps={steps}", f"train.eval_every={every}", "train.keep_checkpoints=0"]
         return load_run(preset, [*lengths, *overrides, *self.extra])
+
+
+def _on(entry: dict[str, Any], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entry with what it is built on."""
+    if "on" not in entry:
+        return entry
+    base = by_name[entry["on"]]
+    return {"preset": base["preset"], "side": base["side"], "below": base.get("set", []), **entry}
+
+
+def combinations(
+    ranked: list[Try],
+    losses: Mapping[str, float],
+    entry: dict[str, Any],
+    longer: Callable[[Try, dict[str, Any]], Try],
+) -> list[Try]:
+    """Runs of `entry["combine"]` with the factors that helped: all, half of them, ... the best alone.
+
+    A factor is measured against the base at the same learning rate, where that was run. A combination that
+    breaks the rules, for its active parameters, loses its weakest factor.
+    """
+    bases = [made for made in ranked if made.entry["name"] == entry["combine"]]
+    if not bases:
+        return []
+    rates = {made.config.train.learning_rate: losses[made.name] for made in reversed(bases)}
+    gains: dict[str, tuple[float, Try]] = {}
+    for made in ranked:
+        gain = rates.get(made.config.train.learning_rate, losses[bases[0].name]) - losses[made.name]
+        group = made.entry.get("group")
+        if group and made.entry.get("on") == entry["combine"] and gain > gains.get(group, (0.0, made))[0]:
+            gains[group] = gain, made
+    factors = [made.entry for _, made in sorted(gains.values(), key=lambda pair: -pair[0])]
+    found: dict[str, Try] = {}
+    for size in [*(round(len(factors) / 2**i) for i in range(10)), 0]:
+        for count in range(size, -1, -1):
+            chosen = factors[:count]
+            changed = {
+                **bases[0].entry,
+                "name": "+".join([bases[0].entry["name"], *(factor["name"] for factor in chosen)]),
+                "set": [*bases[0].entry.get("set", ()), *(v for factor in chosen for v in factor.get("set", ()))],
+            }
+            made = longer(bases[0]._replace(entry=changed), entry)
+            if not violations(made.config, made.reference):
+                found.setdefault(made.name, made)
+                break
+    return list(found.values())[: entry["top"]]

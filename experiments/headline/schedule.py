@@ -71,7 +71,8 @@ class Queue:
         return time() + self.seconds(made) <= self.deadline
 
     def _add(self, tries: list[Try]) -> None:
-        adapted = [self.adapt(made) for made in tries]
+        known = {(made.stage, made.name) for made in [*self.left, *self.running]}
+        adapted = [self.adapt(made) for made in tries if (made.stage, made.name) not in known]
         self.left += [made for made in adapted if not results.finished(self.path(made), made.config)]
         self.left.sort(key=lambda made: (made.priority, -made.tokens))
 
