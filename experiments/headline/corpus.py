@@ -43,7 +43,7 @@ def prepare(
     corpora = [read_corpus(path) for path in paths]
     if None in corpora:
         cache.mkdir(parents=True, exist_ok=True)
-        _tokenise(files, paths, tokenizer, loaded, processes or os.cpu_count() or 1, piece)
+        _tokenise(files, paths, tokenizer, loaded, processes or min(32, os.cpu_count() or 1), piece)
         corpora = [read_corpus(path) for path in paths]
     train, held_out = corpora
     assert train is not None
