@@ -143,6 +143,7 @@ def _head(made: Try) -> dict[str, Any]:
     config, count = made.config, count_parameters(made.config.model)
     return {
         "name": made.name,
+        "entry": made.entry["name"],
         "stage": made.stage,
         "side": made.side,
         "preset": made.entry["preset"],
