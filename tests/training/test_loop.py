@@ -152,7 +152,10 @@ def test_what_cannot_be_trained_leaves_the_old_run_alone(tiny_run, tmp_path, ove
 
 def test_averaged_weights_are_evaluated_saved_and_resumed(tiny_run, tmp_path):
     run = tiny_run("train.average=0.2", "train.checkpoint_every=2", "train.eval_every=2", "train.steps=6")
-    data, plain = prepare(run.data), tiny_run("train.checkpoint_every=2", "train.steps=6", "train.eval_every=2")
+    data, plain = (
+        prepare(run.data),
+        tiny_run("train.checkpoint_every=2", "train.steps=6", "train.eval_every=2"),
+    )
     train(run, tmp_path / "whole", data, evaluate=evaluate)
     train(plain, tmp_path / "plain", data, evaluate=evaluate)
     found, last = (

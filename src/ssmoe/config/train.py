@@ -44,6 +44,10 @@ class TrainConfig(Frozen):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """"muon" (arXiv 2502.16982): orthogonalised momentum for the projections and every expert's matrices,
     AdamW for the rest, the router included. Learning rate and weight decay mean the same in both."""
+    cuda_graph: bool = True
+    """On a GPU, record the launches of one step and replay them from then on, which spares the host; the
+    values are the same. Where a step cannot be recorded (train.tbptt, layers that wait for the host) a
+    message says why."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
     learning_rate_ratios: LearningRateRatios = LearningRateRatios()

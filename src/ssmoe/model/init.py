@@ -54,14 +54,15 @@ def init_weights(
             full_name = f"{path}.{name}" if path else name
             rule = next(rule for pattern, rule in table if fnmatchcase(f".{full_name}", pattern))
             context = _Context(owner, init, num_layers)
-            fill = partial(_fill, parameter, rule, context, _generator(seed, full_name))
-            tasks.append(partial(fill, _factor(full_name, init)))
+            generator, factor = _generator(seed, full_name), _factor(full_name, init)
+            tasks.append(partial(_fill, parameter, rule, context, generator, factor))
             values_in_all += parameter.numel()
         for buffer in owner.buffers(recurse=False):
             buffer.zero_()
     # each parameter has a generator of its own, so that threads change nothing but the time
     with ThreadPoolExecutor(_THREADS if values_in_all > _WORTH_THREADS else 1) as pool:
-        list(pool.map(lambda task: task(), tasks))
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
 
 
 def _fill(

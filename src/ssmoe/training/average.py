@@ -27,7 +27,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
         kept = (1 - 1 / step) ** self._exponent
-        torch._foreach_lerp_(list(self._values.values()), list(self._parameters.values()), 1 - kept)
+        for name, value in self._values.items():
+            value.lerp_(self._parameters[name], 1 - kept)
 
     @contextmanager
     def applied(self) -> Generator[None]:
