@@ -81,9 +81,7 @@ def _submit(pool: ProcessPoolExecutor, path: Path, piece: int) -> list[Future[En
 
 def _results(waiting: list[list[Future[Encoded]]], held_out: bool) -> Iterator[Encoded]:
     for pieces in waiting:
-        yield from (
-            future.result() for i, future in enumerate(pieces) if (i % EVERY == FIRST) == held_out
-        )
+        yield from (future.result() for i, future in enumerate(pieces) if (i % EVERY == FIRST) == held_out)
 
 
 def _start(tokenizer: Path) -> None:

@@ -14,11 +14,16 @@ def draw(runs: Sequence[Result], path: Path) -> None:
     """PNG of the final runs at the most tokens; seeds of one model share a colour."""
     finals = [run for run in runs if run["stage"] == "final" and run["status"] == "done"]
     most = max((run["tokens"] for run in finals), default=0)
-    finals = sorted((run for run in finals if run["tokens"] == most), key=lambda run: (final(run), run["seed"]))
+    finals = sorted(
+        (run for run in finals if run["tokens"] == most), key=lambda run: (final(run), run["seed"])
+    )
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, column, scale, label in ((panels[0], 1, 1e-6, "million tokens"), (panels[1], 3, 1.0, "seconds of training")):
+    for axes, column, scale, label in (
+        (panels[0], 1, 1e-6, "million tokens"),
+        (panels[1], 3, 1.0, "seconds of training"),
+    ):
         seen: set[str] = set()
         for run in finals:
             rows = run["evaluations"]

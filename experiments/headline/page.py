@@ -78,12 +78,16 @@ def tables(runs: Sequence[Result]) -> dict[str, list[str]]:
 
 def of(runs: Sequence[Result], entry: str, tokens: float | None = None) -> list[Result]:
     """The finished runs of an entry of the final stage, by seed; those of the most tokens if none are given."""
-    found = [run for run in runs if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done"]
+    found = [
+        run for run in runs if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done"
+    ]
     most = max((run["tokens"] for run in found), default=0) if tokens is None else tokens
     return sorted((run for run in found if run["tokens"] == most), key=lambda run: run["seed"])
 
 
-def pairs(runs: Sequence[Result], entry: str, baseline: str, tokens: float | None = None) -> list[tuple[Result, Result]]:
+def pairs(
+    runs: Sequence[Result], entry: str, baseline: str, tokens: float | None = None
+) -> list[tuple[Result, Result]]:
     """(run, baseline) of equal seed and length."""
     return [
         (run, other)
@@ -103,7 +107,9 @@ def headline(runs: Sequence[Result]) -> list[str]:
     run, baseline = found[0]
     tokens = f"{run['tokens'] / 1e6:.0f} M tokens"
     if len(reached) < len(found):
-        return [f"At {tokens} MoE-Mamba reached the tuned Mamba's final loss in {len(reached)} of {len(found)} seeds."]
+        return [
+            f"At {tokens} MoE-Mamba reached the tuned Mamba's final loss in {len(reached)} of {len(found)} seeds."
+        ]
     steps = spread([each.fewer_steps for each in reached])
     time = spread([each.less_time for each in reached])
     losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
@@ -190,7 +196,9 @@ def rules(runs: Sequence[Result]) -> list[str]:
     if not found:
         return ["No pair yet."]
     run, baseline = found[0]
-    lines = [f"  Mamba: {line}" for line in baseline["differs"]] + [f"  MoE-Mamba: {line}" for line in run["differs"]]
+    lines = [f"  Mamba: {line}" for line in baseline["differs"]] + [
+        f"  MoE-Mamba: {line}" for line in run["differs"]
+    ]
     broken = [f"  breaks the rules: {line}" for line in [*run["breaks"], *baseline["breaks"]]]
     return ["```", "against the preset mamba-25m with the settings of both sides", *lines, *broken, "```"]
 

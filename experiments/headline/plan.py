@@ -1,40 +1,41 @@
 """A stage file to the runs that it asks for.
 
-    tokens = 25e6                     # a run; steps are tokens / (batch size * context), rounded
-    evaluations = 40                  # held-out evaluations a run
-    baseline = "mamba-25m"            # the preset that a run's configuration is held against
-    shared = ["train.eval_rows=256"]  # key=value of every run of the stage
+tokens = 25e6                     # a run; steps are tokens / (batch size * context), rounded
+evaluations = 40                  # held-out evaluations a run
+baseline = "mamba-25m"            # the preset that a run's configuration is held against
+shared = ["train.eval_rows=256"]  # key=value of every run of the stage
 
-    [recipes]                         # key=value that both sides may be trained with
-    modern = ["model.norm=rmsnorm"]
+[recipes]                         # key=value that both sides may be trained with
+modern = ["model.norm=rmsnorm"]
 
-    [[run]]
-    name = "mamba"
-    side = "mamba"                    # the side that sets the target; any other word is a challenger
-    preset = "mamba-25m"
-    recipe = "modern"                 # optional, or several: a run each, the recipe in its name;
-                                      # "best" waits for side mamba and takes the recipe that ended lowest
-    set = ["key=value"]               # this run's own
-    learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
-    seeds = [0, 1, 2]                 # optional: initial weights and order of the data
-    tokens = 100e6                    # optional: instead of the stage's
-    priority = 1                      # smaller is started earlier; 5 where it is not given
-    one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
-    on = "fine"                       # optional: another run's preset and `set` come before this one's,
-    group = "gates"                   # which is then a factor; of a group the best one is taken
-    note = "what is tried"
+[[run]]
+name = "mamba"
+side = "mamba"                    # the side that sets the target; any other word is a challenger
+preset = "mamba-25m"
+recipe = "modern"                 # optional, or several: a run each, the recipe in its name;
+                                  # "best" waits for side mamba and takes the recipe that ended lowest
+set = ["key=value"]               # this run's own
+learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
+seeds = [0, 1, 2]                 # optional: initial weights and order of the data
+tokens = 100e6                    # optional: instead of the stage's
+priority = 1                      # smaller is started earlier; 5 where it is not given
+one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
+on = "fine"                       # optional: another run's preset and `set` come before this one's,
+group = "gates"                   # which is then a factor; of a group the best one is taken
+note = "what is tried"
 
-    [[promote]]                       # once the stage's runs have ended, the best of a side at more tokens
-    side = "mamba"
-    top = 1
-    tokens = 100e6
-    priority = 0
-    combine = "fine"                  # instead of the best runs: that run with every factor that made it
-                                      # better (held-out loss), with half of them, with the best alone ...
+[[promote]]                       # once the stage's runs have ended, the best of a side at more tokens
+side = "mamba"
+top = 1
+tokens = 100e6
+priority = 0
+combine = "fine"                  # instead of the best runs: that run with every factor that made it
+                                  # better (held-out loss), with half of them, with the best alone ...
 """
 
 import tomllib
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +84,13 @@ class Try(NamedTuple):
 
 
 class Stage:
-    """A stage file; `extra` is set last, for all runs. Raises ValueError for a key that is unknown."""
+    """A stage file; `extra` is set last, for all runs; `only` is a glob of names.
 
-    def __init__(self, path: Path, extra: tuple[str, ...] = ()) -> None:
-        self.name, self.extra = path.stem, extra
+    Raises ValueError for a key that is unknown.
+    """
+
+    def __init__(self, path: Path, extra: tuple[str, ...] = (), only: str = "*") -> None:
+        self.name, self.extra, self.only = path.stem, extra, only
         self.table: dict[str, Any] = tomllib.loads(path.read_text())
         self.promotions: list[dict[str, Any]] = self.table.get("promote", [])
         entries: list[dict[str, Any]] = self.table["run"]
@@ -96,7 +100,9 @@ class Stage:
             *((entry, PROMOTE_KEYS) for entry in self.promotions),
         ]:
             if unknown := keys.keys() - valid:
-                raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}")
+                raise ValueError(
+                    f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}"
+                )
         by_name = {entry["name"]: entry for entry in entries}
         entries = [_on(entry, by_name) for entry in entries]
         self.waiting = [entry for entry in entries if entry.get("recipe") == BEST]
@@ -148,7 +154,8 @@ class Stage:
     def _expand(self, entry: dict[str, Any]) -> list[Try]:
         rates, seeds, recipes = (entry.get(key) or [None] for key in ("learning_rates", "seeds", "recipe"))
         recipes = [recipes] if isinstance(recipes, str) else recipes
-        return [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
+        made = [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
+        return [one for one in made if fnmatch(one.name, self.only)]
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
         name, own = entry["name"], [*entry.get("below", ()), *entry.get("set", ())]
@@ -210,7 +217,10 @@ def combinations(
             changed = {
                 **bases[0].entry,
                 "name": "+".join([bases[0].entry["name"], *(factor["name"] for factor in chosen)]),
-                "set": [*bases[0].entry.get("set", ()), *(v for factor in chosen for v in factor.get("set", ()))],
+                "set": [
+                    *bases[0].entry.get("set", ()),
+                    *(v for factor in chosen for v in factor.get("set", ())),
+                ],
             }
             made = longer(bases[0]._replace(entry=changed), entry)
             if not violations(made.config, made.reference):

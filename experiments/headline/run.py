@@ -11,7 +11,6 @@ is cut. Each run leaves RESULTS/STAGE/NAME.json and no weights. --dry-run prints
 import argparse
 import os
 import sys
-from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
@@ -34,12 +33,10 @@ TOKENIZER = "tokenizers/gpt2.json"
 def main() -> int:
     """1 if a run failed."""
     given = arguments()
-    stages = [Stage(path, tuple(given.overrides)) for path in given.stages]
+    stages = [Stage(path, tuple(given.overrides), given.only) for path in given.stages]
     adapt = _with_corpus if given.corpus else _as_it_is
     tries = [adapt(made) for stage in stages for made in [*stage.tries, *stage.with_recipe(None)]]
     check(tries)
-    for stage in stages:
-        stage.tries = [made for made in stage.tries if fnmatch(made.name, given.only)]
     deadline = time() + given.deadline if given.deadline else float("inf")
     queue = Queue(stages, given.out, adapt, deadline=deadline, speed=given.speed)
     for made in queue.left:
@@ -90,7 +87,9 @@ def check(tries: list[Try]) -> None:
     for made in tries:
         found = violations(made.config, made.reference)
         if found and not made.one_sided:
-            raise ValueError(f"{made.name}: {'; '.join(found)} (say one_sided = true to run it out of competition)")
+            raise ValueError(
+                f"{made.name}: {'; '.join(found)} (say one_sided = true to run it out of competition)"
+            )
 
 
 def work(queue: Queue, gpu: str, loader: tuple[Any, ...], failed: list[str]) -> None:
@@ -104,7 +103,7 @@ def work(queue: Queue, gpu: str, loader: tuple[Any, ...], failed: list[str]) -> 
             process.start()
             theirs.close()
         begin, path = time(), queue.path(made)
-        status = _ask(connection, (made, path))
+        status, leaves = _ask(connection, (made, path))
         queue.done(made)
         found = results.read(path)
         loss = results.final(found) if found.get("evaluations") else float("nan")
@@ -116,6 +115,7 @@ def work(queue: Queue, gpu: str, loader: tuple[Any, ...], failed: list[str]) -> 
         )
         if status in ("failed", "died"):
             failed.append(made.name)
+        if leaves:
             process.join(20)
             process = None
     if process is not None and process.is_alive():
@@ -131,12 +131,13 @@ def _serve(connection: Any, gpu: str, loader: tuple[Any, ...], deadline: float) 
     worker.serve(connection, loader, deadline)
 
 
-def _ask(connection: Any, task: object) -> str:
+def _ask(connection: Any, task: object) -> tuple[str, bool]:
+    """The worker's answer: how the run ended, and whether the process ends with it."""
     try:
         connection.send(task)
         return connection.recv()
     except (EOFError, OSError):
-        return "died"
+        return "died", True
 
 
 def _as_it_is(made: Try) -> Try:
@@ -158,6 +159,7 @@ def _loader(given: argparse.Namespace, made: Try) -> tuple[Any, ...]:
     if given.corpus:
         return (corpus.prepare, given.corpus, given.cache, given.corpus / TOKENIZER)
     return (prepare, made.config.data)
+
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
