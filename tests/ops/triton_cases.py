@@ -115,6 +115,61 @@ def norm_errors(
     return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
 
 
+def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """A router's product."""
+    normal = normals(device)
+    return errors("wide_linear", {"x": normal(t, d).to(dtype), "weight": normal(e, d)})
+
+
+def route_errors(
+    t: int,
+    e: int,
+    k: int,
+    device: str = "cpu",
+    *,
+    score: str = "softmax",
+    normalise: bool = False,
+    bias: bool = False,
+) -> Errors:
+    """Weights, sums and the gradient of the logits; experts and loads must be equal. A fifth is padding."""
+    normal = normals(device)
+    logits, real = normal(t, e) * 2, torch.arange(t, device=device) % 5 != 4
+    # so far apart that float32 and float64 choose alike
+    logits += torch.argsort(normal(t, e), dim=1) * 1e-3
+    lead = normal(e) * 0.3 if bias else None
+    weights = [normal(t, k), normal(e), normal(1).squeeze()]
+
+    def run(name: str, dtype: torch.dtype) -> list[Tensor]:
+        leaf = logits.to(dtype).requires_grad_()
+        given = None if lead is None else lead.to(dtype)
+        out = load(name).route(leaf, real, given, top_k=k, score=score, normalise=normalise)
+        kept = (out.weight, out.shares, out.z)
+        total = torch.stack([(a * b.to(dtype)).sum() for a, b in zip(kept, weights, strict=True)]).sum()
+        values = [*out[:1], *out[2:3], *kept, out.entropy, out.confidence, *torch.autograd.grad(total, leaf)]
+        return [value.detach() for value in values]
+
+    truth, eager = run("reference", torch.float64), run("reference", torch.float32)
+    with poisoned():
+        found = run("triton", torch.float32)
+    result: Errors = {}
+    for name, true, ours, theirs in zip(
+        ("expert", "load", "weight", "shares", "z", "entropy", "confidence", "gradient"),
+        truth,
+        found,
+        eager,
+        strict=True,
+    ):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        if not true.is_floating_point():
+            assert torch.equal(true, ours), name
+            continue
+        scale = true.norm().clamp(min=1e-30)
+        distances = ((value.double() - true).norm() / scale for value in (ours, theirs))
+        first, second = (float(distance) for distance in distances)
+        result[name] = (first, second)
+    return result
+
+
 def cross_entropy_errors(
     t: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, truncated: bool = False
 ) -> Errors:
@@ -230,6 +285,13 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "norm, layer": lambda: norm_errors((3, 5, 33), F32, F32),
     "norm, root mean square": lambda: norm_errors((7, 2100), F32, F32, centre=False),
     "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
+    "wide product": lambda: wide_errors(70, 33, 20, F32),
+    "wide product, bfloat16": lambda: wide_errors(140, 70, 20, BF16),
+    "wide product, bfloat16, few rows": lambda: wide_errors(3, 64, 150, BF16),
+    "routes, one of few": lambda: route_errors(150, 5, 1),
+    "routes, sigmoid, all": lambda: route_errors(23, 12, 8, score="sigmoid", normalise=True, bias=True),
+    "routes, several": lambda: route_errors(9, 700, 3, normalise=True),
+    "routes, more than the kernels take": lambda: route_errors(9, 40, 17, score="sigmoid"),
     "cross-entropy": lambda: cross_entropy_errors(9, 37, F32),
     "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
     "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16, truncated=True),

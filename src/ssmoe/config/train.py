@@ -41,6 +41,10 @@ class TrainConfig(Frozen):
     recompute: bool = False
     """Keep of every layer only its input for the backward pass and compute the rest again there: much less
     memory for one more forward pass."""
+    cuda_graph: bool = True
+    """On a GPU, record the launches of one step and replay them from then on, which spares the host; the
+    values are the same. Where a step cannot be recorded (train.tbptt, layers that wait for the host) a
+    message says why."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """"muon" (arXiv 2502.16982): orthogonalised momentum for the projections and every expert's matrices,
     AdamW for the rest, the router included. Learning rate and weight decay mean the same in both."""

@@ -90,7 +90,7 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
         case ExpertChoiceConfig():
             return ExpertChoice(
                 d_model,
-                router=_router(layer, d_model, layer.bank[0], layer.bank[2]),
+                router=_router(layer, d_model, layer.bank[0], layer.bank[2], ops),
                 experts=_experts(layer, d_model, ops),
                 output_norm=layer.output_norm,
                 group=layer.group,
@@ -98,7 +98,7 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
             )
         case MoTConfig():
             return MixtureOfTokens(
-                router=_router(layer, d_model, layer.bank[0], layer.bank[2]),
+                router=_router(layer, d_model, layer.bank[0], layer.bank[2], ops),
                 experts=_experts(layer, d_model, ops),
                 group=layer.group,
                 axis=layer.axis,
@@ -159,13 +159,13 @@ def _mamba_experts(layer: MambaExpertsConfig, d_model: int, ops: Ops) -> MambaEx
     )
     routers: dict[str, Router] = {}
     if layer.routing == "shared":
-        routers["shared"] = _router(layer, d_model, layer.num_experts, layer.top_k)
+        routers["shared"] = _router(layer, d_model, layer.num_experts, layer.top_k, ops)
     for name, d_in, d_out in ends:
         if name not in layer.projections:
             projections[name] = Linear(d_in, d_out)
             continue
         if layer.routing == "separate":
-            routers[f"for_{name}"] = _router(layer, d_in, layer.num_experts, layer.top_k)
+            routers[f"for_{name}"] = _router(layer, d_in, layer.num_experts, layer.top_k, ops)
         if layer.expert == "linear":
             projections[name] = LinearExperts(d_in, d_out, num_experts=layer.num_experts, ops=ops)
         else:
@@ -195,7 +195,7 @@ def _experts(layer: ExpertChoiceConfig | MoTConfig, d_model: int, ops: Ops) -> E
     return Experts(d_model, num_experts=num_experts, d_expert=width, activation=layer.activation, ops=ops)
 
 
-def _router(layer: RoutingConfig, d_model: int, num_experts: int, num_choices: int) -> Router:
+def _router(layer: RoutingConfig, d_model: int, num_experts: int, num_choices: int, ops: Ops) -> Router:
     return Router(
         d_model,
         num_experts=num_experts,
@@ -209,6 +209,7 @@ def _router(layer: RoutingConfig, d_model: int, num_experts: int, num_choices: i
         bias_rate=layer.bias_rate,
         z_coefficient=layer.z_coefficient,
         jitter=layer.jitter,
+        ops=ops,
     )
 
 

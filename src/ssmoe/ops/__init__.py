@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmoe.ops import extension
+from ssmoe.ops.reference.route import Routed
 from ssmoe.ops.segments import Segments
 
 __all__ = ["BACKENDS", "Ops", "Segments", "describe", "load", "missing", "resolve", "settled"]
@@ -30,6 +31,8 @@ class Ops(NamedTuple):
     linear: Callable[..., Tensor]
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
+    wide_linear: Callable[..., Tensor]
+    route: Callable[..., Routed]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
 
@@ -111,6 +114,8 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         linear=module.linear,
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
+        wide_linear=module.wide_linear,
+        route=module.route,
         mamba_step=module.mamba_step,
         mamba_steps=module.mamba_steps,
     )

@@ -19,6 +19,7 @@ from ssmoe.data.tokenizer import Tokenizer
 from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
+from ssmoe.training.captured import CapturedStep, why_not
 from ssmoe.training.checkpoint import (
     Progress,
     latest_checkpoint,
@@ -41,7 +42,7 @@ from ssmoe.training.metrics import MetricsFile, eval_record, truncate_metrics
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.recompute import recompute_layers
 from ssmoe.training.schedule import learning_rate
-from ssmoe.training.step import train_step
+from ssmoe.training.step import StepResult, train_step
 
 Evaluate = Callable[[LM], Mapping[str, float]]
 """The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
@@ -146,7 +147,8 @@ def _loop(
     metrics: MetricsFile,
     interrupted: Callable[[], bool],
 ) -> Progress:
-    train, isolate = run.config.train, run.config.data.isolate_documents
+    train = run.config.train
+    take = _stepper(run)
     journal = Journal(
         metrics,
         run.reporter,
@@ -159,7 +161,7 @@ def _loop(
         journal.begin()
         batch, cursor = _next(run, progress.cursor)
         rate = learning_rate(train, step - 1)
-        result = train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate, state=state)
+        result = take(batch, rate, state)
         state = result.state
         tokens += batch.ids.size
         journal.add(Taken(step, tokens, batch.ids.size, rate), result)
@@ -185,6 +187,22 @@ def _loop(
         if last:
             break
     return progress
+
+
+def _stepper(run: _Run) -> Callable[[Batch, float, State | None], StepResult]:
+    """A step of the run: replayed as a CUDA graph where it can be, otherwise launched kernel by kernel."""
+    train, isolate = run.config.train, run.config.data.isolate_documents
+
+    def take(batch: Batch, rate: float, state: State | None) -> StepResult:
+        return train_step(run.model, run.optimizer, batch, train, rate, isolate=isolate, state=state)
+
+    if not train.cuda_graph or run.model.embedding.weight.device.type != "cuda":
+        return take
+    if (reason := why_not(run.model, train, isolate=isolate)) is not None:
+        run.reporter.message(f"steps are launched kernel by kernel: {reason}")
+        return take
+    captured = CapturedStep(run.model, run.optimizer, train, isolate=isolate)
+    return lambda batch, rate, _: captured(batch, rate)
 
 
 def _next(run: _Run, cursor: Cursor) -> tuple[Batch, Cursor]:

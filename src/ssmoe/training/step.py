@@ -31,6 +31,20 @@ class StepResult(NamedTuple):
     state: State | None
 
 
+class Inputs(NamedTuple):
+    """A batch on the device. ids, targets: (b, l) int64. segments: where documents are kept apart."""
+
+    ids: Tensor
+    targets: Tensor
+    segments: Segments | None
+
+    def rows(self, begin: int, end: int) -> "Inputs":
+        """The rows begin to end."""
+        apart = self.segments
+        part = None if apart is None else Segments(apart.ids[begin:end], apart.starts[begin:end])
+        return Inputs(self.ids[begin:end], self.targets[begin:end], part)
+
+
 def train_step(
     model: LM,
     optimizer: torch.optim.Optimizer,
@@ -48,17 +62,35 @@ def train_step(
     batch. isolate: documents do not see each other. With train.tbptt the rows are that many windows, read one
     after another from `state` on.
     """
-    rows = batch.ids.shape[0]
+    set_learning_rate(optimizer, rate)
+    inputs = inputs_of(batch, model.embedding.weight.device, isolate=isolate)
+    return update(model, optimizer, inputs, train, state=state)
+
+
+def inputs_of(batch: Batch, device: torch.device, *, isolate: bool) -> Inputs:
+    """The batch on `device`, with its document structure if `isolate`."""
+    segments = segments_of(batch, device) if isolate else None
+    return Inputs(_to(batch.ids, device), _to(batch.targets, device), segments)
+
+
+def update(
+    model: LM,
+    optimizer: torch.optim.Optimizer,
+    inputs: Inputs,
+    train: TrainConfig,
+    *,
+    state: State | None = None,
+) -> StepResult:
+    """`train_step` where the batch and the learning rate have reached the device."""
+    rows = inputs.ids.shape[0]
     size = train.micro_batch_size or rows
     results: list[StepResult] = []
     for begin in range(0, rows, size):
-        part = slice(begin, begin + size)
-        micro = Batch(batch.ids[part], batch.targets[part], batch.documents[part], batch.starts[part])
+        micro = inputs.rows(begin, min(begin + size, rows))
         share = micro.ids.shape[0] / rows
         past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
-        results.append(_accumulate(model, micro, share, isolate, past, train.tbptt))
+        results.append(_accumulate(model, micro, share, past, train.tbptt))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
-    set_learning_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}
@@ -86,12 +118,10 @@ def _to(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _accumulate(
-    model: LM, batch: Batch, share: float, isolate: bool, state: State | None, tbptt: int | None
+    model: LM, inputs: Inputs, share: float, state: State | None, tbptt: int | None
 ) -> StepResult:
     """Every target counts, so a micro-batch's share of rows is its share of targets."""
-    device = model.embedding.weight.device
-    ids, targets = _to(batch.ids, device), _to(batch.targets, device)
-    segments = segments_of(batch, device) if isolate else None
+    ids, targets, segments = inputs
     outs: list[ModelOut] = []
     size = ids.shape[1] // (tbptt or 1)
     for begin in range(0, ids.shape[1], size):

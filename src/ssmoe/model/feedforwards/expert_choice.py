@@ -82,13 +82,15 @@ class ExpertChoice(nn.Module):
         expert = torch.arange(e, device=x.device).expand(num_groups, most, e).masked_fill(~there, -1)
         weight = grouped.gather(1, order) * self.router.weight_scale
         token = tokens.unsqueeze(-1).expand(-1, -1, e).gather(1, order).flatten()
-        stats = self._statistics(logits.flatten(0, 1), real.flatten(), token, there)
+        stats = self._statistics(logits, real, token, there)
         return token, Routing(expert.reshape(-1, 1).to(torch.int32), weight.reshape(-1, 1), stats)
 
     def _statistics(self, logits: Tensor, real: Tensor, token: Tensor, there: Tensor) -> RouterStats:
         load = there.sum((0, 1))
-        times_taken = torch.zeros_like(real, dtype=torch.int64).scatter_add_(0, token, there.flatten().long())
-        stats = self.router.statistics(logits, real, load, (real & (times_taken == 0)).sum())
+        times_taken = torch.zeros_like(real.flatten(), dtype=torch.int64)
+        times_taken = times_taken.scatter_add_(0, token, there.flatten().long())
+        dropped = (real.flatten() & (times_taken == 0)).sum()
+        stats = self.router.statistics(self.router.sums(logits, real), real, load, dropped)
         return stats._replace(balance=torch.zeros_like(stats.balance))
 
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> tuple[()]:

@@ -91,6 +91,7 @@ class MoE(nn.Module):
             bias_rate=bias_rate,
             z_coefficient=z_coefficient,
             jitter=jitter,
+            ops=ops,
         )
         self.experts = Experts(d_model, num_experts=bank, d_expert=width, activation=activation, ops=ops)
         self.norm = LayerNorm(d_model, 1e-5) if output_norm else None

@@ -10,17 +10,14 @@ z-loss: mean of logsumexp(W x)^2 (ST-MoE, arXiv 2202.08906, equation 5).
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmoe.config.model import Balance, BiasUpdate, Score
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import RouterStats
 from ssmoe.model.norm import Float32Module
-from ssmoe.ops import Segments
-
-_FEW = 16
-"""Up to so many choices, taking the best one by one is quicker than sorting."""
+from ssmoe.ops import Ops, Segments, load
+from ssmoe.ops.reference.route import Routed, count, scores_of
 
 
 class Routing(NamedTuple):
@@ -34,7 +31,8 @@ class Routing(NamedTuple):
 class Router(Float32Module):
     """Token choice, scored in float32 or wider. Dropless in eval mode and without a `capacity_factor`.
 
-    The arguments are those of `MoEConfig`; num_experts and top_k are the bank's.
+    The arguments are those of `MoEConfig`; num_experts and top_k are the bank's. ops: by default the
+    definitions.
     """
 
     bias: Tensor | None
@@ -55,8 +53,10 @@ class Router(Float32Module):
         bias_rate: float = 1e-3,
         z_coefficient: float = 0.0,
         jitter: float = 0.0,
+        ops: Ops | None = None,
     ) -> None:
         super().__init__()
+        self.ops = ops or load("reference")
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
         self.score, self.normalise_weights, self.weight_scale = score, normalise_weights, weight_scale
         self.balance_coefficient = balance_coefficient if balance == "auxiliary" else 0.0
@@ -74,30 +74,34 @@ class Router(Float32Module):
     def choose(self, logits: Tensor, real: Tensor) -> Routing:
         """logits: (b, l, e). real: (b, l) bool, false on padding."""
         b, length, _ = logits.shape
-        logits = logits.reshape(b * length, -1)
-        scores = self.scores(logits)
-        choice = scores if self.bias is None else scores + self.bias
-        expert = _top_k(choice.detach(), self.top_k).masked_fill(~real.reshape(-1, 1), -1)  # (t, k)
-        weight = scores.gather(1, expert.clamp(min=0))
-        if self.normalise_weights:
-            weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        kept = expert
+        routed = self.sums(logits, real)
+        expert = kept = routed.expert  # (t, k)
         if self.training and self.capacity_factor is not None:
-            kept = self._drop(expert, b, length, real)
-        load = count(expert.flatten() + 1, self.num_experts + 1)[1:]
-        stats = self.statistics(logits, real.reshape(-1), load, (expert != kept).sum())
-        return Routing(kept.to(torch.int32), weight * self.weight_scale, stats)
+            kept = self._drop(expert.long(), b, length, real).to(torch.int32)
+        stats = self.statistics(routed, real, routed.load, (expert != kept).sum())
+        return Routing(kept, routed.weight * self.weight_scale, stats)
+
+    def sums(self, logits: Tensor, real: Tensor) -> Routed:
+        """logits: (b, l, e). real: (b, l). The choices and what `statistics` needs."""
+        return self.ops.route(
+            logits.reshape(-1, logits.shape[-1]),
+            real.reshape(-1),
+            self.bias,
+            top_k=self.top_k,
+            score=self.score,
+            normalise=self.normalise_weights,
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """x: (..., d_model) -> (..., e) in float32 or wider, with jitter in training."""
-        x = x.to(self.weight.dtype)
         if self.training and self.jitter > 0:
+            x = x.to(self.weight.dtype)
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        return F.linear(x, self.weight)
+        return self.ops.wide_linear(x, self.weight)
 
     def scores(self, logits: Tensor) -> Tensor:
         """(..., e) -> (..., e), positive."""
-        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
+        return scores_of(logits, self.score)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
@@ -128,50 +132,24 @@ class Router(Float32Module):
         claims = claims.masked_fill(place >= capacity, -1)
         return claims.view(length, b, self.top_k).transpose(0, 1).reshape(-1, self.top_k)
 
-    def statistics(self, logits: Tensor, real: Tensor, load: Tensor, dropped: Tensor) -> RouterStats:
-        """What happened to logits (t, e) where real (t,), of which the experts got `load` (e,)."""
-        scores = self.scores(logits)
-        # sigmoid scores become a distribution
-        shares = scores if self.score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
+    def statistics(self, routed: Routed, real: Tensor, load: Tensor, dropped: Tensor) -> RouterStats:
+        """What happened to tokens that are real (...), of which the experts got `load` (e,)."""
         tokens = real.sum().clamp(min=1)
-        masked = shares * real.unsqueeze(-1)
-        fraction = load.to(masked.dtype) / (tokens * self.top_k)
-        balance = self.num_experts * (fraction * (masked.sum(0) / tokens)).sum()
-        z = (logits.logsumexp(dim=-1).square() * real).sum() / tokens
-        with torch.no_grad():
-            entropy = -(masked * shares.clamp(min=1e-30).log()).sum() / tokens
-            confidence = masked.amax(dim=-1).sum() / tokens
+        fraction = load.to(routed.shares.dtype) / (tokens * self.top_k)
+        balance = self.num_experts * (fraction * (routed.shares / tokens)).sum()
         return RouterStats(
             balance=self.balance_coefficient * balance,
-            z=self.z_coefficient * z,
+            z=self.z_coefficient * (routed.z / tokens),
             load=load,
             dropped=dropped,
-            confidence=confidence,
-            entropy=entropy,
+            confidence=routed.confidence / tokens,
+            entropy=routed.entropy / tokens,
         )
 
 
 def real_tokens(x: Tensor, segments: Segments | None) -> Tensor:
     """(b, l) bool, false on padding."""
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if segments is None else segments.real
-
-
-def count(values: Tensor, size: int) -> Tensor:
-    """How often each of 0 to size - 1 occurs, without waiting for the device as bincount does."""
-    ones = torch.ones_like(values)
-    return torch.zeros(size, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)
-
-
-def _top_k(scores: Tensor, k: int) -> Tensor:
-    """(t, e) -> (t, k) experts by falling score; ties go to the lower expert number."""
-    if k > _FEW:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    first = scores.argmax(dim=-1, keepdim=True)  # of equal ones the first
-    chosen = [first]
-    for _ in range(k - 1):
-        scores = scores.scatter(1, chosen[-1], float("-inf"))
-        chosen.append(scores.argmax(dim=-1, keepdim=True))
-    return torch.cat(chosen, dim=-1)
 
 
 def rebalance(layer: nn.Module, load: Tensor) -> None:

@@ -17,6 +17,8 @@ from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.route import route
+from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
     "causal_conv1d",
@@ -28,5 +30,7 @@ __all__ = [
     "mamba_step",
     "mamba_steps",
     "residual_norm",
+    "route",
     "selective_scan",
+    "wide_linear",
 ]

@@ -7,7 +7,9 @@ from ssmoe.ops.reference.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.reference.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.reference.residual_norm import residual_norm
+from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.selective_scan import selective_scan
+from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
     "causal_conv1d",
@@ -18,5 +20,7 @@ __all__ = [
     "mamba_step",
     "mamba_steps",
     "residual_norm",
+    "route",
     "selective_scan",
+    "wide_linear",
 ]

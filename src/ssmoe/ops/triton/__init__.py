@@ -7,7 +7,9 @@ from ssmoe.ops.triton.expert_mlp import expert_mlp
 from ssmoe.ops.triton.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.triton.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.triton.residual_norm import residual_norm
+from ssmoe.ops.triton.route import route
 from ssmoe.ops.triton.selective_scan import selective_scan
+from ssmoe.ops.triton.wide_linear import wide_linear
 
 __all__ = [
     "causal_conv1d",
@@ -18,5 +20,7 @@ __all__ = [
     "mamba_step",
     "mamba_steps",
     "residual_norm",
+    "route",
     "selective_scan",
+    "wide_linear",
 ]
