@@ -82,7 +82,7 @@ def train(
     if config.train.init_from is not None and not resume:
         start_from(model, config.train.init_from)
     groups = parameter_groups(model)
-    optimizer = build_optimizer(groups, config.train)
+    optimizer = build_optimizer(groups, config.train, model.ops)
     progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
     if resume:
         progress = restore_checkpoint(latest_checkpoint(folder), model, optimizer)

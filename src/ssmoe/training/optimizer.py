@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
-from ssmoe.training.muon import Muon
+from ssmoe.ops import Ops, load
+from ssmoe.training.muon import ITERATIONS, Muon
 
 NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias", "initial_state")
 Role = Literal["experts", "router", "embedding", "head", "matrices", "other"]
@@ -59,8 +60,11 @@ def role(name: str, parameter: Tensor) -> Role:
     return "experts" if parameter.ndim == 3 else "matrices"
 
 
-def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW or Muon over the groups; `set_learning_rate` sets the rate at each step."""
+def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None = None) -> torch.optim.AdamW:
+    """AdamW or Muon over the groups; `set_learning_rate` sets the rate at each step.
+
+    ops: of the model; None is the fastest backend of the device.
+    """
     collected: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for decay, parameters in ((train.weight_decay, groups.decayed), (0.0, groups.not_decayed)):
         for name, parameter in parameters.items():
@@ -85,6 +89,8 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.
             betas=betas,
             eps=train.adam_eps,
             momentum=train.muon_momentum,
+            iteration=ITERATIONS[train.muon_iteration],
+            update=(ops or _fastest(groups)).muon_step,
         )
     set_learning_rate(optimizer, train.learning_rate)
     _make_capturable(optimizer)
@@ -145,6 +151,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
                 f"instead of {tuple(shape)}"
             )
         optimizer.state[parameter][key] = tensors[name]
+
+
+def _fastest(groups: ParameterGroups) -> Ops:
+    cuda = any(parameter.is_cuda for parameter in groups.decayed.values())
+    return load("auto", "cuda" if cuda else "cpu")
 
 
 def _parts(name: str) -> int:
