@@ -50,8 +50,10 @@ def train(
     data = prepare(run.data, tokenizer=tokenizer, log=lambda line: _print(console, line))
     with open_reporter(console, run.train.steps) as reporter:
         finished = train_loop(
-            run, folder, data, evaluate=_evaluator(run, data), resume=resume, reporter=reporter
+            run, folder, data, evaluate=evaluator(run, data), resume=resume, reporter=reporter
         )
+    if not finished and not run.train.keep_checkpoints:
+        raise Interrupted("stopped; nothing is saved, because train.keep_checkpoints=0")
     if not finished:
         command = f"ssmoe train {shlex.quote(str(folder))} --resume"
         raise Interrupted(f"stopped; the checkpoint is saved: go on with `{command}`")
@@ -106,7 +108,8 @@ def _rules(folder: Path, *, resume: bool, overwrite: bool) -> _Rules:
     return _Rules(resume=False, overwrite=folder.exists())
 
 
-def _evaluator(run: RunConfig, data: Prepared) -> Evaluate:
+def evaluator(run: RunConfig, data: Prepared) -> Evaluate:
+    """What scores a model on the held-out text as `run` says, always in eval mode."""
     batch_size = run.train.micro_batch_size or run.train.batch_size
 
     def score(model: LM) -> HeldOut:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,6 +148,33 @@ def test_what_cannot_be_trained_leaves_the_old_run_alone(tiny_run, tmp_path, ove
     with pytest.raises(ValueError, match=r"set (model\.vocab_size=257|data\.context to)"):
         train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
     assert steady(tmp_path / "r") == before
+
+
+def test_averaged_weights_are_evaluated_saved_and_resumed(tiny_run, tmp_path):
+    run = tiny_run("train.average=0.2", "train.checkpoint_every=2", "train.eval_every=2", "train.steps=6")
+    data, plain = (
+        prepare(run.data),
+        tiny_run("train.checkpoint_every=2", "train.steps=6", "train.eval_every=2"),
+    )
+    train(run, tmp_path / "whole", data, evaluate=evaluate)
+    train(plain, tmp_path / "plain", data, evaluate=evaluate)
+    found, last = (
+        [r for r in read_metrics(tmp_path / name) if r["mode"] == "eval"] for name in ("whole", "plain")
+    )
+    assert [r["held_out_loss_last"] for r in found] == [r["held_out_loss"] for r in last]
+    assert all(r["held_out_loss"] != r["held_out_loss_last"] for r in found)
+    assert evaluate(load(tmp_path / "whole")[0])["held_out_loss"] == found[-1]["held_out_loss"]
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-6")
+    whole = steady(tmp_path / "whole")
+    assert train(run, tmp_path / "whole", data, evaluate=evaluate, resume=True)
+    assert steady(tmp_path / "whole") == whole
+
+
+def test_a_run_without_checkpoints_leaves_its_metrics(tiny_run, tmp_path):
+    run = tiny_run("train.keep_checkpoints=0")
+    assert train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    assert not (tmp_path / "r" / "checkpoints").exists()
+    assert read_metrics(tmp_path / "r")[-1]["mode"] == "eval"
 
 
 def test_changed_data_are_not_resumed(tiny_run, tmp_path, text_folder):

@@ -2,13 +2,14 @@
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from math import exp, log1p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssmoe.check import plain
 from ssmoe.ops import BACKENDS, Ops, describe, load, missing, resolve
 
 PACKAGES = ("ssmoe", "torch", "numpy", "triton", "safetensors", "tokenizers", "pydantic", "matplotlib")
@@ -79,81 +80,54 @@ def self_check(ops: Ops, device: str) -> list[Check]:
     mixed = ops.expert_mlp(tokens, up, down, expert=placed, weight=share, activation="relu")
     mapped = ops.expert_linear(tokens, up, expert=placed, weight=share)
     return [
-        Check(ops.name, "selective_scan", _error(scan[0], _scan(x[0], delta[0], A, B[0], C[0]))),
-        Check(ops.name, "causal_conv1d", _error(conv[0], _conv(x[0], weight))),
-        Check(ops.name, "expert_mlp", _error(mixed, _experts(tokens, up, down, expert, share))),
-        Check(ops.name, "expert_linear", _error(mapped, _maps(tokens, up, expert, share))),
-        Check(ops.name, "linear", _error(ops.linear(tokens, up[0]), _linear(tokens, up[0]))),
+        Check(ops.name, "selective_scan", _error(scan[0], plain.scan(x[0], delta[0], A, B[0], C[0]))),
+        Check(ops.name, "causal_conv1d", _error(conv[0], plain.conv(x[0], weight))),
+        Check(ops.name, "expert_mlp", _error(mixed, plain.experts(tokens, up, down, expert, share))),
+        Check(ops.name, "expert_linear", _error(mapped, plain.maps(tokens, up, expert, share))),
+        Check(ops.name, "linear", _error(ops.linear(tokens, up[0]), plain.linear(tokens, up[0]))),
+        *_check_norm_and_head(ops, tokens, up[0], draw(6), draw(5)),
+        _check_step(ops, draw),
     ]
+
+
+def _check_norm_and_head(ops: Ops, x: Tensor, matrix: Tensor, scale: Tensor, shift: Tensor) -> list[Check]:
+    _, normed = ops.residual_norm(x, scale, scale, eps=1e-5, dtype=torch.float32)
+    targets = torch.arange(x.shape[0], device=x.device) % matrix.shape[0]
+    loss = ops.head_cross_entropy(x, matrix, shift, targets)
+    return [
+        Check(ops.name, "residual_norm", _error(normed, plain.norm(x, scale, scale, 1e-5))),
+        Check(
+            ops.name,
+            "head_cross_entropy",
+            _error(loss.view(1, 1), plain.cross_entropy(x, matrix, shift, targets)),
+        ),
+    ]
+
+
+def _check_step(ops: Ops, draw: Callable[..., Tensor]) -> Check:
+    """Two rows through a layer of 8 channels, 16 inside, 4 states: the sizes every backend has a path for."""
+    d, inner, n, rank = 8, 16, 4, 2
+    weights = {
+        "norm_weight": draw(d),
+        "in_proj": draw(2 * inner, d),
+        "conv_weight": draw(inner, 4),
+        "conv_bias": draw(inner),
+        "x_proj": draw(rank + 2 * n, inner),
+        "delta_proj": draw(inner, rank),
+        "A_log": draw(inner, n),
+        "D": draw(inner),
+        "delta_bias": draw(inner),
+        "out_proj": draw(d, inner),
+    }
+    x, window, state = draw(2, d), draw(2, inner, 3), draw(2, inner, n)
+    with torch.no_grad():
+        y, _, _ = ops.mamba_step(x, **weights, norm_eps=1e-5, conv_state=window, ssm_state=state)
+    return Check(ops.name, "mamba_step", _error(y, plain.step(x, weights, window, state, 1e-5)))
 
 
 def _error(found: Tensor, expected: list[list[float]]) -> float:
     wanted = torch.tensor(expected, dtype=torch.float64)
     return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
-
-
-def _scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[list[float]]:
-    """(l, d): the recurrence, one number at a time."""
-    d, n = A.shape
-    h = [[0.0] * n for _ in range(d)]
-    rows: list[list[float]] = []
-    for t in range(x.shape[0]):
-        row: list[float] = []
-        for i in range(d):
-            step = log1p(exp(float(delta[t, i])))
-            for j in range(n):
-                h[i][j] = exp(step * float(A[i, j])) * h[i][j] + step * float(B[t, j]) * float(x[t, i])
-            row.append(sum(float(C[t, j]) * h[i][j] for j in range(n)))
-        rows.append(row)
-    return rows
-
-
-def _conv(x: Tensor, weight: Tensor) -> list[list[float]]:
-    """(l, d): each tap in turn, then SiLU."""
-    taps = weight.shape[1]
-    rows: list[list[float]] = []
-    for t in range(x.shape[0]):
-        sums = [
-            sum(
-                float(weight[i, j]) * float(x[t - taps + 1 + j, i])
-                for j in range(taps)
-                if t - taps + 1 + j >= 0
-            )
-            for i in range(x.shape[1])
-        ]
-        rows.append([value / (1 + exp(-value)) for value in sums])
-    return rows
-
-
-def _experts(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, share: Tensor) -> list[list[float]]:
-    """(t, d): each token through its one expert."""
-    rows: list[list[float]] = []
-    for t in range(x.shape[0]):
-        e = int(expert[t, 0])
-        if e < 0:
-            rows.append([0.0] * x.shape[1])
-            continue
-        hidden = (up[e].double() @ x[t].double()).clamp(min=0)
-        output = float(share[t, 0]) * (down[e].double() @ hidden)
-        rows.append([float(value) for value in output])
-    return rows
-
-
-def _maps(x: Tensor, bank: Tensor, expert: Tensor, share: Tensor) -> list[list[float]]:
-    """(t, d_out): each token through its one matrix."""
-    rows: list[list[float]] = []
-    for t in range(x.shape[0]):
-        e = int(expert[t, 0])
-        output = float(share[t, 0]) * (bank[e].double() @ x[t].double()) * (e >= 0)
-        rows.append([float(value) for value in output])
-    return rows
-
-
-def _linear(x: Tensor, weight: Tensor) -> list[list[float]]:
-    """(t, d_out): one product after another."""
-    return [
-        [sum(float(a) * float(b) for a, b in zip(row, column, strict=True)) for column in weight] for row in x
-    ]
 
 
 def _device(backend: str) -> str:

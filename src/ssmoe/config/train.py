@@ -41,13 +41,13 @@ class TrainConfig(Frozen):
     recompute: bool = False
     """Keep of every layer only its input for the backward pass and compute the rest again there: much less
     memory for one more forward pass."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" (arXiv 2502.16982): orthogonalised momentum for the projections and every expert's matrices,
+    AdamW for the rest, the router included. Learning rate and weight decay mean the same in both."""
     cuda_graph: bool = True
     """On a GPU, record the launches of one step and replay them from then on, which spares the host; the
     values are the same. Where a step cannot be recorded (train.tbptt, layers that wait for the host) a
     message says why."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """"muon" (arXiv 2502.16982): orthogonalised momentum for the projections and every expert's matrices,
-    AdamW for the rest, the router included. Learning rate and weight decay mean the same in both."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
     learning_rate_ratios: LearningRateRatios = LearningRateRatios()
@@ -72,6 +72,10 @@ class TrainConfig(Frozen):
     bound on the largest singular value, or in Jordan's five, as torch.optim.Muon does it."""
     clip_norm: PositiveFloat = 0.5
     """Gradients are scaled down to at most this global norm."""
+    average: float = Field(default=0.0, ge=0, le=0.5)
+    """Evaluate, and keep as the checkpoint's weights, a running average of the weights whose mean age is this
+    share of the steps so far (arXiv 2312.02696); 0 is the last weights themselves. Training goes on from the
+    last weights either way."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, optimiser and recurrent state are float32 in both."""
     seed: int = 0
@@ -92,8 +96,8 @@ class TrainConfig(Frozen):
     """Held-out rows an evaluation; 0 is all of them."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints; there is always one after the last step."""
-    keep_checkpoints: PositiveInt = 2
-    """Older checkpoints are removed."""
+    keep_checkpoints: NonNegativeInt = 2
+    """Older checkpoints are removed. 0 writes none at all: such a run leaves its metrics and no model."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -6,8 +6,11 @@ mixer as in mamba-ssm); scheme "mamba" is mamba-ssm's language model (arXiv 2312
 embedding, torch's default Linear, the last projection of a layer divided by sqrt(number of layers).
 """
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from hashlib import blake2b
 from math import log, pi, sqrt
 from typing import NamedTuple, cast
@@ -16,6 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmoe.config.model import InitConfig
+
+
+_THREADS = min(16, os.cpu_count() or 1)
+_WORTH_THREADS = 1 << 24
+"""Values of a model from which on several threads fill them."""
 
 
 class _Context(NamedTuple):
@@ -37,19 +45,34 @@ def init_weights(
     """
     init = init or InitConfig()
     table = _TABLES[init.scheme]
+    tasks: list[Callable[[], None]] = []
+    values_in_all = 0
     for path, owner in cast(Iterable[tuple[str, nn.Module]], module.named_modules()):
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
                 continue
             full_name = f"{path}.{name}" if path else name
             rule = next(rule for pattern, rule in table if fnmatchcase(f".{full_name}", pattern))
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            rule(values, _Context(owner, init, num_layers), _generator(seed, full_name))
-            values.mul_(_factor(full_name, init))
-            with torch.no_grad():
-                parameter.copy_(values)
+            context = _Context(owner, init, num_layers)
+            generator, factor = _generator(seed, full_name), _factor(full_name, init)
+            tasks.append(partial(_fill, parameter, rule, context, generator, factor))
+            values_in_all += parameter.numel()
         for buffer in owner.buffers(recurse=False):
             buffer.zero_()
+    # each parameter has a generator of its own, so that threads change nothing but the time
+    with ThreadPoolExecutor(_THREADS if values_in_all > _WORTH_THREADS else 1) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+
+
+def _fill(
+    parameter: nn.Parameter, rule: _Rule, context: _Context, generator: torch.Generator, factor: float
+) -> None:
+    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    rule(values, context, generator)
+    values.mul_(factor)
+    with torch.no_grad():
+        parameter.copy_(values)
 
 
 def _factor(name: str, init: InitConfig) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,14 @@ from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.state_file import state_from_tensors, state_tensors
 from ssmoe.model.weights import WEIGHTS, differences, load_weights, save_weights
+from ssmoe.training.average import Average
 from ssmoe.training.optimizer import optimizer_tensors, restore_optimizer
 
 CHECKPOINTS = "checkpoints"
 _OPTIMIZER = "optimizer.safetensors"
 _PROGRESS = "progress.json"
 _RNG = "rng"
+_LAST = "last"
 _STATE = "state.safetensors"
 
 
@@ -49,10 +52,12 @@ def save_checkpoint(
     *,
     keep: int,
     state: State | None = None,
+    average: Average | None = None,
 ) -> Path:
     """Write the checkpoint of `progress.step` into the run folder and remove all but the `keep` newest.
 
-    state: what a run with train.tbptt carries from step to step.
+    state: what a run with train.tbptt carries from step to step. average: of a run with train.average, whose
+    averaged weights are the checkpoint's; the last ones are kept for resuming.
     """
     final = folder / CHECKPOINTS / f"step-{progress.step}"
     for unfinished in final.parent.glob(".step-*.new"):
@@ -60,9 +65,12 @@ def save_checkpoint(
     temporary = final.with_name(f".{final.name}.new")
     (temporary / "weights").mkdir(parents=True)
     (temporary / "trainer").mkdir()
-    save_weights(model, temporary / "weights")
-    tokenizer.save(temporary / "weights")
     tensors = {**optimizer_tensors(optimizer, model), _RNG: torch.get_rng_state()}
+    with average.applied() if average else nullcontext():
+        save_weights(model, temporary / "weights")
+        if average:
+            tensors |= {f"{_LAST}:{name}": value.clone() for name, value in average.tensors().items()}
+    tokenizer.save(temporary / "weights")
     safetensors.torch.save_file(tensors, temporary / "trainer" / _OPTIMIZER)
     (temporary / "trainer" / _PROGRESS).write_text(
         json.dumps({**progress._asdict(), "cursor": progress.cursor._asdict()}) + "\n"
@@ -93,8 +101,12 @@ def latest_checkpoint(folder: Path) -> Path:
     return checkpoints[-1]
 
 
-def restore_checkpoint(checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer) -> Progress:
+def restore_checkpoint(
+    checkpoint: Path, model: LM, optimizer: torch.optim.Optimizer, average: Average | None = None
+) -> Progress:
     """Load weights, optimiser and random state into `model` and `optimizer`; return how far the run was.
+
+    average: of a run with train.average, restored too.
 
     Raises ValueError for a checkpoint that is damaged or of another model.
     """
@@ -103,8 +115,12 @@ def restore_checkpoint(checkpoint: Path, model: LM, optimizer: torch.optim.Optim
     if saved.config != model.config:
         raise ValueError(f"{checkpoint} is of another model than the run: {_remedy(checkpoint)}")
     tensors, rng, progress = _read_trainer(checkpoint)
+    weights, prefix = saved.state_dict(), f"{_LAST}:"
+    last = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
     restore_optimizer(optimizer, model, {name: tensor.to(device) for name, tensor in tensors.items()})
-    model.load_state_dict(saved.state_dict())
+    if average:
+        average.load(weights)
+    model.load_state_dict({**weights, **last})
     torch.set_rng_state(rng)
     return progress
 

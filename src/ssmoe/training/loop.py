@@ -19,6 +19,7 @@ from ssmoe.data.tokenizer import Tokenizer
 from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
+from ssmoe.training.average import Average
 from ssmoe.training.captured import CapturedStep, why_not
 from ssmoe.training.checkpoint import (
     Progress,
@@ -54,6 +55,7 @@ class _Run(NamedTuple):
     data: Prepared
     model: LM
     optimizer: torch.optim.Optimizer
+    average: Average | None
     rows: Iterator[tuple[Batch, Cursor]]
     evaluate: Evaluate
     reporter: Reporter
@@ -83,9 +85,10 @@ def train(
         start_from(model, config.train.init_from)
     groups = parameter_groups(model)
     optimizer = build_optimizer(groups, config.train, model.ops)
+    average = Average(model, config.train.average) if config.train.average else None
     progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
     if resume:
-        progress = restore_checkpoint(latest_checkpoint(folder), model, optimizer)
+        progress = restore_checkpoint(latest_checkpoint(folder), model, optimizer, average)
     windows = config.train.tbptt or 1
     rows = batches(
         data.train,
@@ -98,7 +101,7 @@ def train(
     state = None
     if resume and config.train.tbptt is not None:
         state = restore_state(latest_checkpoint(folder), model, config.train.batch_size)
-    run = _Run(config, folder, data, model, optimizer, rows, evaluate, reporter)
+    run = _Run(config, folder, data, model, optimizer, average, rows, evaluate, reporter)
     with lock_folder(folder):
         if resume:
             truncate_metrics(folder, progress.step)
@@ -163,14 +166,16 @@ def _loop(
         rate = learning_rate(train, step - 1)
         result = take(batch, rate, state)
         state = result.state
+        if run.average is not None:
+            run.average.update(step)
         tokens += batch.ids.size
         journal.add(Taken(step, tokens, batch.ids.size, rate), result)
         if step % train.eval_every == 0 or step == train.steps:
             journal.settle()
-            journal.write(eval_record(step, tokens, journal.seconds, run.evaluate(run.model)))
+            journal.write(eval_record(step, tokens, journal.seconds, _evaluate(run)))
         last = step == train.steps or interrupted()
-        saves = step % train.checkpoint_every == 0 or last
-        if saves:
+        saves = train.keep_checkpoints > 0 and (step % train.checkpoint_every == 0 or last)
+        if saves or last:
             journal.settle()
         progress = Progress(step, tokens, cursor, journal.seconds)
         if saves:
@@ -182,11 +187,21 @@ def _loop(
                 progress,
                 keep=train.keep_checkpoints,
                 state=state,
+                average=run.average,
             )
             journal.saved = step
         if last:
             break
     return progress
+
+
+def _evaluate(run: _Run) -> Mapping[str, float]:
+    """Of the averaged weights where there are any, the loss of the last ones beside it."""
+    found = run.evaluate(run.model)
+    if run.average is None:
+        return found
+    with run.average.applied():
+        return {**run.evaluate(run.model), "held_out_loss_last": found["held_out_loss"]}
 
 
 def _stepper(run: _Run) -> Callable[[Batch, float, State | None], StepResult]:

@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
+import os
 from collections.abc import Sequence
 from math import sqrt
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from ssmoe.ops.reference.muon_step import MATCH_ADAMW, SMALLEST, Iteration
 from ssmoe.ops.reference.muon_step import muon_step as definition
-from ssmoe.ops.triton.launch import UNPROVEN, on_device
+from ssmoe.ops.triton.launch import on_device
 
+UNPROVEN = os.environ.get("SSMOE_UNPROVEN_GPU") == "1"
+"""Take the kernels, which have not been seen right on a GPU; otherwise the definition serves."""
 DTYPE = torch.bfloat16
 """Of the products; the interpreter, which cannot multiply bfloat16, sets float32."""
 BLOCK = 4096
@@ -32,7 +35,7 @@ def muon_step(
     mu: float,
     iteration: Iteration,
 ) -> None:
-    """`ssmoe.ops.reference.muon_step` for float32 parameters; `launch.UNPROVEN` must ask for the kernels."""
+    """`ssmoe.ops.reference.muon_step` for float32 parameters; `UNPROVEN` must ask for the kernels."""
     first = parameters[0]
     if first.is_cuda and not UNPROVEN:
         return definition(parameters, gradients, momenta, rate=rate, decay=decay, mu=mu, iteration=iteration)

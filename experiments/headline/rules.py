@@ -1,0 +1,46 @@
+"""What makes a comparison fair, checked before anything is trained and printed with every result.
+
+Both sides share optimiser, schedule, data, order, batch, number of steps and evaluations. They may differ in
+their layers, in what only experts have, and in the learning rate, which each side chooses from its own sweep.
+"""
+
+from fnmatch import fnmatchcase
+
+from ssmoe.config.count import count_parameters
+from ssmoe.config.load import RunConfig
+from ssmoe.config.differences import differences
+
+MAY_DIFFER = {
+    "model.pattern": "the layers",
+    "model.repeat": "the layers",
+    "model.init.expert_*": "the initial values of experts",
+    "train.expert_*": "the experts' own learning rate",
+    "train.learning_rate": "from each side's own sweep",
+}
+ACTIVE_TOLERANCE = 0.05
+"""Active parameters outside embedding and head may differ by this share of the baseline's."""
+
+
+def violations(run: RunConfig, baseline: RunConfig) -> list[str]:
+    """What keeps `run` from being compared with `baseline`; empty where nothing does."""
+    found = [
+        f"{key} is {mine} here and {theirs} in the baseline"
+        for key, (mine, theirs) in differences(run, baseline).items()
+        if not any(fnmatchcase(key, pattern) for pattern in MAY_DIFFER)
+    ]
+    active, target = (count_parameters(each.model).active for each in (run, baseline))
+    if abs(active / target - 1) > ACTIVE_TOLERANCE:
+        found.append(f"active parameters: {active / 1e6:.2f}M here and {target / 1e6:.2f}M in the baseline")
+    return found
+
+
+def describe(run: RunConfig, baseline: RunConfig) -> list[str]:
+    """A line for each thing in which two runs differ, then the active parameters of both."""
+    lines = [f"{key}: {theirs} -> {mine}" for key, (mine, theirs) in differences(run, baseline).items()]
+    mine, theirs = (count_parameters(each.model) for each in (run, baseline))
+    share = mine.active / theirs.active
+    lines.append(
+        f"active parameters: {theirs.active / 1e6:.2f}M -> {mine.active / 1e6:.2f}M ({share:.3f} of it), "
+        f"of {mine.non_embedding / 1e6:.1f}M"
+    )
+    return lines
