@@ -108,7 +108,7 @@ def train(
             reporter.message(f"resuming {folder} after step {progress.step}")
         else:
             create_folder(folder, config, model.backend, data=_describe_data(data))
-        for line in groups.describe():
+        for line in groups.describe(config.train):
             reporter.message(line)
         with (
             closing(MetricsFile(folder)) as metrics,

@@ -34,9 +34,11 @@ class ParameterGroups(NamedTuple):
     decayed: dict[str, nn.Parameter]
     not_decayed: dict[str, nn.Parameter]
 
-    def describe(self) -> list[str]:
-        """A line a group: how many tensors and values, and which kinds of parameter."""
-        return [_describe("weight decay", self.decayed), _describe("no weight decay", self.not_decayed)]
+    def describe(self, train: TrainConfig) -> list[str]:
+        """A line a group: how many tensors and values, and which kinds of parameter; one more for Muon's."""
+        lines = [_describe("weight decay", self.decayed), _describe("no weight decay", self.not_decayed)]
+        muon = {name: p for name, p in self.decayed.items() if _by_muon(role(name, p), train)}
+        return [*lines, _describe("Muon", muon)] if muon else lines
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
@@ -70,8 +72,7 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None
         for name, parameter in parameters.items():
             kind = role(name, parameter)
             ratio: float = getattr(train.learning_rate_ratios, kind)
-            muon = train.optimizer == "muon" and kind in ("experts", "matrices")
-            key = (decay, ratio, _parts(name) if muon else 0)
+            key = (decay, ratio, _parts(name) if _by_muon(kind, train) else 0)
             collected.setdefault(key, []).append(parameter)
     options: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": decay, "ratio": ratio, "parts": parts}
@@ -156,6 +157,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
 def _fastest(groups: ParameterGroups) -> Ops:
     cuda = any(parameter.is_cuda for parameter in groups.decayed.values())
     return load("auto", "cuda" if cuda else "cpu")
+
+
+def _by_muon(kind: Role, train: TrainConfig) -> bool:
+    """The router's rows compete as the head's do, so that it is AdamW's as well."""
+    return train.optimizer == "muon" and kind in ("experts", "matrices")
 
 
 def _parts(name: str) -> int:
