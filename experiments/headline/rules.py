@@ -14,7 +14,9 @@ MAY_DIFFER = {
     "model.pattern": "the layers",
     "model.repeat": "the layers",
     "model.init.expert_*": "the initial values of experts",
-    "train.expert_*": "the experts' own learning rate",
+    "model.init.router_factor": "the initial values of routers",
+    "train.learning_rate_ratios.experts": "the experts' own learning rate",
+    "train.learning_rate_ratios.router": "the routers' own learning rate",
     "train.learning_rate": "from each side's own sweep",
 }
 ACTIVE_TOLERANCE = 0.05
