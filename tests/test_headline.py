@@ -1,4 +1,4 @@
-"""The headline experiment: its rules, its bookkeeping, its runner on a CPU, pages that say what was measured."""
+"""The headline experiment: its rules, its bookkeeping, its runner on a CPU, and its pages."""
 
 import json
 import os
