@@ -19,7 +19,7 @@ from results import Match, Result, collect, final, match
 ROOT = Path(__file__).parents[2]
 DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
 MAMBA, FINE, PAPER = "mamba", "fine", "paper"
-"""Entries of final.toml: the tuned Mamba and the winner. "paper" and "paper-mamba" are the paper's recipes."""
+"""Entries of final.toml: the tuned Mamba, the winner, the paper's recipe, whose Mamba is "paper-mamba"."""
 DROPPED = ("configuration", "columns", "trace", "last_message", "raw_seconds", "overrides")
 
 
@@ -77,7 +77,7 @@ def tables(runs: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def of(runs: Sequence[Result], entry: str, tokens: float | None = None) -> list[Result]:
-    """The finished runs of an entry of the final stage, by seed; those of the most tokens if none are given."""
+    """The finished runs of an entry of the final stage, by seed; without `tokens` those of the most."""
     found = [
         run for run in runs if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done"
     ]
@@ -108,16 +108,17 @@ def headline(runs: Sequence[Result]) -> list[str]:
     tokens = f"{run['tokens'] / 1e6:.0f} M tokens"
     if len(reached) < len(found):
         return [
-            f"At {tokens} MoE-Mamba reached the tuned Mamba's final loss in {len(reached)} of {len(found)} seeds."
+            f"At {tokens} MoE-Mamba reached the tuned Mamba's final loss with {len(reached)} of "
+            f"{len(found)} seeds."
         ]
     steps = spread([each.fewer_steps for each in reached])
     time = spread([each.less_time for each in reached])
     losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
     return [
-        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time} times "
-        f"less time** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and {baseline['active'] / 1e6:.1f} M "
-        f"active parameters, {len(found)} {'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, "
-        f"{run['environment']['device']}.",
+        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time} "
+        f"times less time** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
+        f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
+        f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
     ]
 
 
@@ -130,7 +131,7 @@ def spread(values: Sequence[float]) -> str:
 def seeds_table(runs: Sequence[Result]) -> list[str]:
     """A row a seed, then mean and standard deviation."""
     lines = [
-        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at step | of | fewer steps | less time |",
+        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time |",
         "|---|---|---|---|---|---|---|",
     ]
     rows: list[tuple[Result, Result, Match | None]] = [

@@ -47,8 +47,8 @@ from ssmoe.config.load import RunConfig, load_run
 BASELINE, BEST = "mamba", "best"
 STAGE_KEYS = {"tokens", "evaluations", "shared", "recipes", "baseline", "run", "promote"}
 RUN_KEYS = {
-    "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided", "note",
-    "on", "group",
+    "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided",
+    "note", "on", "group",
 }  # fmt: skip
 PROMOTE_KEYS = {"side", "top", "tokens", "priority", "combine"}
 

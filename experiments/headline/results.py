@@ -96,9 +96,8 @@ def table(found: Sequence[Result]) -> list[str]:
         name = f"{'*' if baseline is run else ' '}{run['stage']}/{run['name']}"
         numbers = (f"{run['active'] / 1e6:.2f}M", f"{final(run):.4f}", f"{run.get('tokens_per_second', 0):,}")
         lines.append(_line(name, run["status"], str(run["steps"]), *numbers, *cells))
-    for run in found:
-        if not run["evaluations"]:
-            lines.append(f" {run['stage']}/{run['name']}: {run['status']} {run.get('error', '')}")
+    empty = [run for run in found if not run["evaluations"]]
+    lines += [f" {run['stage']}/{run['name']}: {run['status']} {run.get('error', '')}" for run in empty]
     return [*lines, "* the tuned Mamba of its number of steps, whose final loss is to be matched"]
 
 

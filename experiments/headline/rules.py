@@ -7,8 +7,8 @@ their layers, in what only experts have, and in the learning rate, which each si
 from fnmatch import fnmatchcase
 
 from ssmoe.config.count import count_parameters
-from ssmoe.config.load import RunConfig
 from ssmoe.config.differences import differences
+from ssmoe.config.load import RunConfig
 
 MAY_DIFFER = {
     "model.pattern": "the layers",

@@ -17,8 +17,8 @@ ROOM = 1.05
 class Queue:
     """The runs of some stages, shared by the threads that wait for them.
 
-    adapt: what is done to a run before anything else, such as naming its data. speed: tokens a second of a run
-    of which nothing is known.
+    adapt: what is done to a run before anything else, such as naming its data. speed: tokens a second of a
+    run of which nothing is known.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Queue:
             self._add(stage.tries)
 
     def take(self) -> Try | None:
-        """The next run that would end before the deadline, waiting for what depends on others; None for none."""
+        """The next run that would end in time, waiting for what depends on others; None for none."""
         with self.changed:
             while True:
                 self._grow()

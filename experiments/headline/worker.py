@@ -1,7 +1,7 @@
 """One run of the experiment in this process, and what is kept of it: a JSON file of some kilobytes.
 
-A worker process trains one run after another, so that kernels are loaded once. Seconds are of training alone:
-evaluations are not counted, and the first steps, in which kernels are compiled, count as much as steps do later.
+A worker process trains one run after another, so that kernels are loaded once. Seconds are of training
+alone: evaluations are not counted, and the first steps, in which kernels are compiled, count as later ones.
 """
 
 import gc
@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
@@ -93,8 +94,8 @@ class Watch:
 
 
 def without_compiling(times: Sequence[float]) -> list[float]:
-    """Cumulated seconds (`times`[0] is 0) in which the first steps took as long as the median of the others."""
-    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    """Cumulated seconds (`times`[0] is 0) in which the first steps took as long as the others' median."""
+    steps = [after - before for before, after in pairwise(times)]
     if len(steps) < 2 * COMPILING:
         return list(times)
     usual = median(steps[COMPILING:])
