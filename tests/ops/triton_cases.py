@@ -170,12 +170,30 @@ def route_errors(
     return result
 
 
+def head_errors(
+    t: int, d: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True
+) -> Errors:
+    """The head's loss and gradients, some targets ignored."""
+    normal = normals(device)
+    targets = (normal(t, vocab)).argmax(1)
+    targets[::4] = IGNORE
+    inputs = {
+        "x": normal(t, d).to(dtype),
+        "weight": normal(vocab, d),
+        "bias": normal(vocab) if bias else None,
+    }
+    given = {key: value for key, value in inputs.items() if value is not None}
+    fixed: dict[str, object] = {"targets": targets} if bias else {"targets": targets, "bias": None}
+    return errors("head_cross_entropy", given, **fixed)
+
+
 def cross_entropy_errors(
-    t: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, truncated: bool = False
+    t: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, truncated: bool = False, late: float = 0.0
 ) -> Errors:
     """Losses and their gradient, some rows ignored, some almost certain, a column at -inf.
 
-    truncated: the kernels' gradient is held against the truth cut to bfloat16, as the interpreter cuts.
+    late: how far the last columns lie above the others. truncated: hold the kernels' gradient against the truth
+    cut to bfloat16, as the interpreter cuts.
     """
     # not at the top: the names of the cases are read where there is no triton
     from ssmoe.ops.triton.cross_entropy import cross_entropy as triton_cross_entropy
@@ -184,6 +202,7 @@ def cross_entropy_errors(
     logits, targets = normal(t, vocab) * 3, (normal(t, vocab) * 3).argmax(1)
     logits[::3].scatter_(1, targets[::3].unsqueeze(1), 25.0)
     logits[:, 0] = float("-inf")
+    logits[:, -3:] += late
     targets = targets.clamp(min=1)
     targets[::4] = IGNORE
     narrow = logits.to(dtype)
@@ -293,6 +312,10 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "routes, several": lambda: route_errors(9, 700, 3, normalise=True),
     "routes, more than the kernels take": lambda: route_errors(9, 40, 17, score="sigmoid"),
     "cross-entropy": lambda: cross_entropy_errors(9, 37, F32),
+    "cross-entropy, a later block far above the first": lambda: cross_entropy_errors(5, 9000, F32, late=90.0),
+    "head": lambda: head_errors(21, 12, 77, F32),
+    "head, no bias": lambda: head_errors(7, 5, 64, F32, bias=False),
+    "head, bfloat16": lambda: head_errors(40, 33, 130, BF16),
     "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
     "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16, truncated=True),
     "experts, one token": lambda: errors(

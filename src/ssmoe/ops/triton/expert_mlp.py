@@ -45,8 +45,6 @@ def expert_mlp(
         raise ValueError(f"{expert.shape[-1]} experts a token of {e}: at least 1, of at most 4095")
     if t == 0:
         return x.clone()
-    up, down = up.to(x.dtype), down.to(x.dtype)
-    gate = None if gate is None else gate.to(x.dtype)
     return expert_forward(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
 
 
@@ -147,10 +145,15 @@ def _slots(x: Tensor, count: int) -> Tensor:
 @torch.library.custom_op("ssmoe::expert_forward", mutates_args=())
 def expert_forward(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, inner values, inner values of the gate, then `_Routes`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, up, down and gate in x's dtype, inner values, inner values of the gate, then `_Routes`).
+
+    The weights are returned where they had to be cast, else empty; their gradients come in their own dtype.
+    """
     t, top_k = expert.shape
     tiling = _tiling(x, up, top_k)
+    narrow = tuple(_cast(w, x) for w in (up, down, gate))
+    up, down, gate = _pick(narrow, (up, down, gate))
     x, up, down, weight = row_major(x), up.contiguous(), down.contiguous(), weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     with on_device(x):
@@ -168,7 +171,19 @@ def expert_forward(
         _rows(active, down, slots, routes, weight, tiling, transposed=False, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, weighted=True)  # fmt: skip
         y = _gather_output(slots, routes, t, top_k)
-    return y, inner, inner2, *routes
+    return y, *narrow, inner, inner2, *routes
+
+
+def _cast(weight: Tensor | None, x: Tensor) -> Tensor:
+    """In x's dtype; empty where it is already, or where there is none."""
+    if weight is None or weight.dtype == x.dtype:
+        return x.new_empty(0)
+    return weight.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def _pick(narrow, own):
+    """The weights that were cast, and those that had no need to be."""
+    return tuple(cast if cast.numel() else weight for cast, weight in zip(narrow, own, strict=True))
 
 
 @expert_forward.register_fake
@@ -185,15 +200,27 @@ def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
     inner = x.new_empty(num_tiles * tiling.m, f)
     inner2 = x.new_empty(inner.shape if gate is not None else (0,))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, inner, inner2, index(count), index(num_tiles * tiling.m), index(num_tiles), index(e + 1)
+    narrow = tuple(
+        x.new_empty(w.shape if w is not None and w.dtype != x.dtype else (0,)) for w in (up, down, gate)
+    )
+    return (
+        y,
+        *narrow,
+        inner,
+        inner2,
+        index(count),
+        index(num_tiles * tiling.m),
+        index(num_tiles),
+        index(e + 1),
+    )
 
 
 @torch.library.custom_op("ssmoe::expert_backward", mutates_args=())
 def expert_backward(
     dy: Tensor, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, weight: Tensor, activation: str,
-    inner: Tensor, inner2: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
+    dtype: torch.dtype, inner: Tensor, inner2: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, up, down, gate (empty without one) and weight."""
+    """Gradients of x, up, down, gate (empty without one), those three in `dtype`, and of weight."""
     t, top_k = weight.shape
     tiling = _tiling(x, up, top_k)
     routes = _Routes(rows, assignments, tiles, offsets)
@@ -214,17 +241,17 @@ def expert_backward(
         _rows(dinner, up, slots, routes, weight, tiling, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
-        dup = _weights(dinner, x, up, routes, tiling, top_k, gather_a=False)
-        dgate = (
-            _weights(dgate_inner, x, up, routes, tiling, top_k, gather_a=False) if gated else x.new_empty(0)
-        )
-        ddown = _weights(dy, active, down, routes, tiling, top_k, gather_a=True)
+        dup = _weights(dinner, x, up, dtype, routes, tiling, top_k, gather_a=False)
+        dgate = x.new_empty(0, dtype=dtype)
+        if gated:
+            dgate = _weights(dgate_inner, x, up, dtype, routes, tiling, top_k, gather_a=False)
+        ddown = _weights(dy, active, down, dtype, routes, tiling, top_k, gather_a=True)
         dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
     return dx, dup, ddown, dgate, dweight
 
 
-def _weights(a, b, like, routes, tiling, top_k, *, gather_a):
-    out = torch.empty_like(like)
+def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a):
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
     e, m, n = like.shape
     bm = 128 if tiling.m == 128 else 64
     kernels.weights_kernel[(e * triton.cdiv(m, bm) * triton.cdiv(n, tiling.n),)](
@@ -236,16 +263,18 @@ def _weights(a, b, like, routes, tiling, top_k, *, gather_a):
 
 
 @expert_backward.register_fake
-def _(dy, x, up, down, gate, weight, activation, inner, inner2, rows, assignments, tiles, offsets):  # noqa: ARG001
-    def like(t):
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+def _(dy, x, up, down, gate, weight, activation, dtype, inner, inner2, rows, assignments, tiles, offsets):  # noqa: ARG001
+    def like(t, dtype):
+        return torch.empty((0,) if t is None else t.shape, dtype=dtype, device=x.device)
 
-    return like(x), like(up), like(down), x.new_empty(0) if gate is None else like(gate), like(weight)
+    return like(x, x.dtype), *(like(w, dtype) for w in (up, down, gate)), like(weight, weight.dtype)
 
 
 def _save(ctx, inputs, output):
     x, up, down, gate, _, weight, activation = inputs
-    ctx.save_for_backward(x, up, down, gate, weight, *output[1:])
+    weights = _pick(output[1:4], (up, down, gate))
+    ctx.save_for_backward(x, *weights, weight, *output[4:])
+    ctx.dtype = up.dtype
     ctx.activation = activation
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -254,7 +283,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     x, up, down, gate, weight, *kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dup, ddown, dgate, dweight = expert_backward(dy, x, up, down, gate, weight, ctx.activation, *kept)
+    given = (dy, x, up, down, gate, weight, ctx.activation, ctx.dtype, *kept)
+    dx, dup, ddown, dgate, dweight = expert_backward(*given)
     return dx, dup, ddown, None if gate is None else dgate, None, dweight, None
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, some
 
 WIDEST = 16384
-PROGRAMS = 528
-"""Of the backward, each with its own sum of the weight's gradient: four a multiprocessor of an H100 or H200."""
+WARPS = 4224
+"""Of the backward at most, each program with its own sum of the weight's gradient: 32 a multiprocessor of an
+H100 or H200."""
 
 
 def residual_norm(
@@ -75,13 +76,14 @@ def norm_backward(
     dstream, dy, x = dstream.contiguous(), dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     rows, block = x.numel() // d, triton.next_power_of_2(d)
-    many = max(1, 2048 // block)
-    programs = max(1, min(PROGRAMS, triton.cdiv(rows, many)))
+    # a warp has whole rows, so that their sums stay inside it
+    many, warps = max(1, 1024 // block), max(1, min(16, block // 1024))
+    programs = max(1, min(WARPS // warps, triton.cdiv(rows, many)))
     partial = torch.empty(2 if centre else 1, programs, d, dtype=torch.float32, device=x.device)
     with on_device(x):
         norm_backward_kernel[(programs,)](
             dstream, dy, x, weight.contiguous(), dx, partial, rows, d, eps,
-            CENTRE=centre, ROWS=many, BLOCK=block, num_warps=_warps(block),
+            CENTRE=centre, ROWS=many, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dx, partial.sum(1)
 
