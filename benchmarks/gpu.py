@@ -120,11 +120,11 @@ def scan(b: int, length: int, d: int, *, backward: bool) -> float:
     D, bias = normal(d, dtype=torch.float32), normal(d, dtype=torch.float32)
     inputs = (x, delta, A, normal(b, length, 16), normal(b, length, 16), D)
     if not backward:
-        if scan_cuda.covers(x, A, save=False):
+        if scan_cuda.covers(x, A):
             return graphed(lambda: scan_cuda.scan_cuda(*inputs, None, bias, None, None, False))
         return graphed(lambda: scan_forward(*inputs, None, bias, None, None, False, False))
     dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
-    if scan_cuda.covers(x, A, save=True):
+    if scan_cuda.covers(x, A):
 
         def run_cuda() -> None:
             _, _, saved = scan_cuda.scan_cuda(*inputs, None, bias, None, None, True)

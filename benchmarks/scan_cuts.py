@@ -1,6 +1,6 @@
 """One GPU: the CUDA C++ scan under other cuts (lanes, channels, warps, chunks), each checked, then timed.
 
-    python benchmarks/scan_cuts.py [--forward] [--backward] [--shapes B8 B64 B1] [--few]
+    python benchmarks/scan_cuts.py [--forward] [--backward] [--shapes B8 B64 B1]
 
 bfloat16 activations, N = 16, no gate (as in `gpu.py`); milliseconds a launch, median over CUDA-graph replays.
 A cut is K lanes a channel, CH channels a lane, W warps a block, TILE positions staged, SUB in hand, blocks a
@@ -8,7 +8,8 @@ multiprocessor asked of the compiler, and chunks of the length.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 
 import torch
@@ -45,30 +46,33 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS in place of the list")
     parser.add_argument("--chunks", nargs="*", type=int, default=[])
+    parser.add_argument("--every", nargs="*", type=int, default=[0], help="positions between saved states")
     args = parser.parse_args()
     given = [Cut(*map(int, cut.split(","))) for cut in args.cuts]
-    if args.forward:
-        compile_all([m for cut in given or FORWARD for m in macros(cut, True)])
-        for shape in args.shapes:
-            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True])
-    if args.backward:
-        compile_all([m for cut in given or BACKWARD for m in macros(cut, False)])
-        for shape in args.shapes:
+    wanted = [macros(cut, True, every) for cut in given or FORWARD for every in args.every if args.forward]
+    compile_all(wanted + [macros(cut, False) for cut in given or BACKWARD if args.backward])
+    for shape in args.shapes:
+        if args.forward:
+            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True], args.every)
+        if args.backward:
             backward(shape, given or BACKWARD, args.chunks or CHUNKS[shape, False])
 
 
-def macros(cut: Cut, forward: bool) -> list[nvrtc.Macros]:
+def macros(cut: Cut, forward: bool, every: int = 0) -> nvrtc.Macros:
     """What `run_forward` and `run_backward` compile for these inputs."""
     types = dict.fromkeys(("XT", "DT"), "bf16") | {"ZT": "float"} | dict.fromkeys(("BT", "CT"), "bf16")
     common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": False, **types}
     if not forward:
-        return [scan_cuda._macros(cut, 16, BACKWARD=1, **common)]
-    return [scan_cuda._macros(cut, 16, FORWARD=1, CKPT=0, **common)]
+        return scan_cuda._macros(cut, 16, BACKWARD=1, **common)
+    return scan_cuda._macros(cut, 16, FORWARD=1, CKPT=every, **common)
 
 
 def compile_all(wanted: list[nvrtc.Macros]) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda m: nvrtc.compile_source(scan_cuda.SOURCE, m, "sm_90"), wanted))
+    compile_one = partial(nvrtc.compile_source, scan_cuda.SOURCE, architecture="sm_90")
+    with ProcessPoolExecutor(12) as pool:
+        binaries = dict(zip(wanted, pool.map(compile_one, wanted), strict=True))
+    ordinary = nvrtc.compile_source
+    nvrtc.compile_source = lambda source, m, target: binaries.get(m) or ordinary(source, m, target)
 
 
 def time(run: object) -> float:
@@ -104,17 +108,19 @@ def apart(found: Tensor, expected: Tensor) -> float:
     )
 
 
-def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
+def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], saved: list[int]) -> None:
     given = inputs(*SHAPES[shape])
     y, final, _ = scan_forward(*given, None, None, False, False)
-    for cut, c in product(cuts, chunks):
+    for cut, c, every in product(cuts, chunks, saved):
+        name = f"forward {shape:4} {tuple(cut)} chunks {c:3} saved every {every:2}"
         try:
-            out = scan_cuda.run_forward(cut, c, *given, None, None, 0)
+            out = scan_cuda.run_forward(cut, c, *given, None, None, every)
             wrong = f"y {apart(out[0], y):.0e} final {apart(out[1], final):.0e}"
-            ms = time(lambda k=cut, c=c: scan_cuda.run_forward(k, c, *given, None, None, 0))
-            print(f"forward {shape:4} {tuple(cut)} chunks {c:3}: {ms:7.4f}   {wrong}", flush=True)
+            del out
+            ms = time(lambda k=cut, c=c, e=every: scan_cuda.run_forward(k, c, *given, None, None, e))
+            print(f"{name}: {ms:7.4f}   {wrong}", flush=True)
         except RuntimeError as error:
-            print(f"forward {shape:4} {tuple(cut)} chunks {c:3}: {str(error)[:200]}", flush=True)
+            print(f"{name}: {str(error)[:200]}", flush=True)
 
 
 def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:

@@ -29,14 +29,14 @@ CAPTURED = [
 ]
 
 
-def run(model, prompts, count, *, sampling=GREEDY, stop_at=None, **options):
+def run(model, prompts, count, *, sampling=GREEDY, stop_at=None, graph=False, **options):
     made = [[] for _ in prompts]
 
     def accept(row, token):
         made[row].append(token)
         return stop_at is None or len(made[row]) < stop_at[row]
 
-    end = decode(model, prompts, accept, sampling=sampling, max_new_tokens=count, **options)
+    end = decode(model, prompts, accept, sampling=sampling, max_new_tokens=count, graph=graph, **options)
     return made, end
 
 

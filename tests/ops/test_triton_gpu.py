@@ -140,6 +140,7 @@ def test_pooled_states_are_written_in_place() -> None:
     assert (pool[[0, 2, 4]] == 7).all()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiles_as_one_graph() -> None:
     ops = load("triton")
     scan = scan_inputs(2, 64, 64, 16, torch.bfloat16, "cuda")

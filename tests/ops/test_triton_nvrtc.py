@@ -25,5 +25,5 @@ def test_without_a_gpu_nothing_is_available() -> None:
 def test_a_wrong_source_says_why(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.cu"
     wrong.write_text("nonsense")
-    with pytest.raises(RuntimeError, match=r"wrong\.cu with .* does not compile:\n.*nonsense"):
+    with pytest.raises(RuntimeError, match=r"(?s)wrong\.cu with .* does not compile:\n.*nonsense"):
         nvrtc.compile_source(wrong, (), "sm_80")

@@ -55,7 +55,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
 @pytest.fixture(autouse=True)
 def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "launch", emulated)
-    monkeypatch.setattr(scan_cuda, "covers", lambda x, A, save: A.shape[-1] in scan_cuda.WIDTHS)
+    monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int) -> None:
@@ -145,36 +145,26 @@ def test_the_choice_of_kernels_is_compiled_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "n", "save", "taken"),
-    [
-        ((8, 2048, 1536), 16, False, True),
-        ((64, 1024, 1024), 16, False, False),
-        ((64, 1024, 1024), 16, True, True),
-        ((8, 2048, 1536), 17, True, False),
-        ((1, 2**31, 1), 16, True, False),
-    ],
+    ("shape", "n", "taken"),
+    [((8, 2048, 1536), 16, True), ((8, 2048, 1536), 17, False), ((1, 2**31, 1), 16, False)],
 )
 def test_which_kernels_take_a_scan(
-    shape: tuple[int, int, int], n: int, save: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], n: int, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(nvrtc, "available", lambda: True)
     x = mock.Mock(is_cuda=True, shape=shape)
-    monkeypatch.setattr(scan_cuda, "UNPROVEN", False)
-    assert not scan_cuda.covers(x, torch.zeros(1, n), save)
-    monkeypatch.setattr(scan_cuda, "UNPROVEN", True)
-    assert scan_cuda.covers(x, torch.zeros(1, n), save) is taken
-    assert not scan_cuda.covers(mock.Mock(is_cuda=False, shape=shape), torch.zeros(1, n), save)
+    assert scan_cuda.covers(x, torch.zeros(1, n)) is taken
+    assert not scan_cuda.covers(mock.Mock(is_cuda=False, shape=shape), torch.zeros(1, n))
 
 
 @pytest.mark.parametrize(
     ("b", "length", "d"), [(1, 1, 1), (8, 2048, 1536), (64, 1024, 1024), (1, 2**17, 1536)]
 )
 def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) -> None:
-    for chosen in (scan_cuda.forward_cut(b, d), scan_cuda.backward_cut(16)):
+    for chosen in (scan_cuda.forward_cut(b, d), scan_cuda.backward_cut(b, d, 16)):
         chunks = scan_cuda._chunks(chosen, b, length, d)
-        warps = scan_cuda._warps(chosen, b, d) * max(1, chunks - 1)
-        assert chunks == 1 or warps <= scan_cuda.FILL
+        assert chunks == 1 or scan_cuda._waves(chosen, b, d) * (chunks - 1) <= 1
         assert chunks == 1 or length >= 8 * chosen.tile * chunks
 
 

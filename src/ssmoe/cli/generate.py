@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--graph",
-        action="store_true",
-        help="decode by CUDA graphs, on a GPU",
+        action=argparse.BooleanOptionalAction,
+        help="decode by CUDA graphs, on a GPU (default: where the model can)",
     )
     parser.add_argument("-n", type=int, default=1, help="how many continuations (default: 1)")
     parser.add_argument(
@@ -129,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.beams is not None:
         given = {"--top-k": arguments.top_k, "--top-p": arguments.top_p, "--stop": arguments.stop or None}
         given["--state-out"] = arguments.state_out
-        given |= {"--graph": arguments.graph or None, "--batch-invariant": arguments.batch_invariant or None}
+        given |= {"--graph": arguments.graph, "--batch-invariant": arguments.batch_invariant or None}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"--beams searches for the likeliest text: leave {name} away, or --beams")

@@ -43,7 +43,7 @@ def decode(
     max_new_tokens: int,
     start: Continuation | None = None,
     seeds: Sequence[int] | None = None,
-    graph: bool = False,
+    graph: bool | None = None,
     batch_invariant: bool = False,
 ) -> Continuation:
     """Read each prompt after `start` (its pending tokens first), then sample until `accept` says stop.
@@ -51,20 +51,21 @@ def decode(
     Rows of different lengths are read together; each gets what it would get alone, up to rounding. `accept`
     is called once for each new token of each row, in row order. Without `start` a prompt must hold at least
     one token. max_new_tokens is at least 1. seeds: one a row, in place of the one of `sampling`.
-    graph: a CUDA graph a token, for models that `graph.why_not` has no objection to.
+    graph: a CUDA graph a token; by default for every model that `graph.why_not` has no objection to.
     batch_invariant: the same bits whatever else is in the batch, since each row is read and decoded alone,
     one after another; `accept` sees them in that order.
     Raises ValueError for a model that cannot generate, or not by graphs where they are asked for.
     """
     if reason := model.config.why_no_generation():
         raise ValueError(f"this model cannot generate: {reason}")
-    if graph and (reason := graphs.why_not(model)):
-        raise ValueError(f"graph=True: {reason}; leave graph away to decode without")
+    reason = graphs.why_not(model) if graph is not False else None
+    if graph and reason:
+        raise ValueError(f"graph=True: {reason}; leave graph away, or say False, to decode without")
     if start is not None:
         prompts = [(*pending, *prompt) for pending, prompt in zip(start.pending, prompts, strict=True)]
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
-    runner = graphs.runner(model) if graph else None
+    runner = graphs.runner(model) if graph is not False and reason is None else None
     reader, go_on = (model, partial(_go_on, model)) if runner is None else (runner.model, runner.go_on)
     group = 1 if batch_invariant else len(prompts)
     ends: list[State] = []

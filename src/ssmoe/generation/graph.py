@@ -1,7 +1,6 @@
 """Decoding on a GPU: one CUDA graph a token over static buffers, the state in place, sampling on the device.
 
-The host sees only the sampled tokens. It is asked for (`graph=True`); `why_not` says, before anything runs,
-which model cannot and why.
+The host sees only the sampled tokens. `why_not` says, before anything runs, which model cannot and why.
 """
 
 from collections.abc import Callable, Sequence

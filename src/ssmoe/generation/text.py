@@ -42,7 +42,7 @@ def generate(
     state: State | Continuation | None = None,
     n: int = 1,
     on_text: OnText | None = None,
-    graph: bool = False,
+    graph: bool | None = None,
     batch_invariant: bool = False,
 ) -> Generated:
     """Continue every prompt, each as if it were alone; `n` times, grouped by prompt, reading it once.
@@ -53,7 +53,8 @@ def generate(
     prompt may be empty after a Continuation). Raises ValueError for no prompts, an empty prompt or a
     sampling value out of range. The model is put in eval mode.
 
-    graph: decode by CUDA graphs, on a GPU; ValueError says why where a model cannot.
+    graph: decode by CUDA graphs, which on a GPU is the default where the model can; True raises a ValueError
+    that says why where it cannot.
     batch_invariant: a prompt gets the same bits whatever other prompts there are, at the price of reading and
     continuing one after another.
     """

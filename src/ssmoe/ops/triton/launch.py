@@ -1,14 +1,9 @@
 """What every op checks before a launch, and on which device it launches."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-
-UNPROVEN = os.environ.get("SSMOE_UNPROVEN_GPU") == "1"
-"""Take also the kernels whose present form has not been seen right on a GPU: the scan in CUDA C++ and the fused
-decode step. Otherwise the Triton scan and the decode step by its parts serve."""
 
 
 def check_activations(**tensors: Tensor | None) -> None:

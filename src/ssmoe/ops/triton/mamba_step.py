@@ -12,12 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ssmoe.ops.reference.linear import linear
-from ssmoe.ops.reference.mamba_step import Layer, by_parts, check, in_turn
+from ssmoe.ops.reference.mamba_step import Layer, check, in_turn
 from ssmoe.ops.triton import step_kernels as kernels
-from ssmoe.ops.triton.causal_conv1d import causal_conv1d
-from ssmoe.ops.triton.launch import UNPROVEN, on_device
-from ssmoe.ops.triton.selective_scan import selective_scan
+from ssmoe.ops.triton.launch import on_device
 
 FEW = 4
 """Up to so many rows each is its own matrix-vector products; beyond, rows share tensor-core tiles.
@@ -99,13 +96,6 @@ def mamba_step(
 
     Two runs are bitwise equal, and so is a row among at most FEW rows, or among more, whatever the others.
     """
-    if x.is_cuda and not UNPROVEN:
-        return by_parts(
-            linear, causal_conv1d, selective_scan,
-            x, norm_weight, in_proj, conv_weight, conv_bias, x_proj, delta_proj, A_log, D, delta_bias, out_proj,
-            norm_eps=norm_eps, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state,
-            out_conv=out_conv, out_ssm=out_ssm,
-        )  # fmt: skip
     weights = (
         norm_weight,
         in_proj,

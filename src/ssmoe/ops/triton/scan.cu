@@ -84,7 +84,8 @@ constexpr float TINY = 1.0e-30f;
 #ifndef CKPT
 #define CKPT 0
 #endif
-static_assert(SUB % (CKPT > 0 ? CKPT : SUB) == 0, "saved positions fall on whole steps of a loop");
+static_assert(CKPT <= 0 || (CKPT <= SUB ? SUB % CKPT == 0 : CKPT % SUB == 0 && TILE % CKPT == 0),
+              "saved positions fall on whole steps of a loop");
 static_assert(THREADS % N == 0, "a thread stages one state");
 static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 
@@ -462,7 +463,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     read<S>(B + (sub * SUB + row) * N, bs);
                     if (!LOCAL) read<S>(C + (sub * SUB + row) * N, cs);
                     if constexpr (CKPT > 0 && !LOCAL) {
-                        if (row % EVERY == 0) {
+                        if (row % EVERY == 0 && (EVERY <= SUB || t % EVERY == 0)) {
                             if (t + row < end) {
                                 UNROLL for (int j = 0; j < CH; j++)
                                     if (j < p.left) write<S>(saved_at + j * N, h[j]);

@@ -10,13 +10,12 @@ from torch import Tensor
 from triton import cdiv
 
 from ssmoe.ops.triton import nvrtc
-from ssmoe.ops.triton.launch import UNPROVEN, on_device, row_major
+from ssmoe.ops.triton.launch import on_device, row_major
 
 SOURCE = Path(__file__).with_name("scan.cu")
 WIDTHS = (8, 16, 32)
 """State widths that the kernels are written for; others take the Triton kernels."""
 LONGEST = 2**31 - 2**16
-MANY = 2**15
 SAVED_EVERY = 4
 """Positions between two saved states; the backward replays this many from registers."""
 
@@ -36,41 +35,44 @@ class Cut(NamedTuple):
         return 32 // self.lanes * self.channels * self.warps
 
 
-# one channel a lane pair where there are many, and four lanes a channel where that alone fills the GPU
-FORWARD = Cut(2, 1, 4, 32, 8, 3)
-FORWARD_SPREAD = Cut(4, 1, 4, 32, 8, 4)
+FORWARD = Cut(4, 2, 4, 32, 8, 4)
+# one channel a lane where that alone fills the GPU
+FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
 BACKWARD = Cut(4, 2, 4, 16, SAVED_EVERY, 3)
-# warps that run at once with three blocks of four on each of 132 multiprocessors, a few less
-FILL = 1536
+# fewer instructions a channel, for half the warps
+BACKWARD_MANY = Cut(4, 4, 4, 16, SAVED_EVERY, 2)
+MULTIPROCESSORS = 128
+"""As many as are filled at once: an H200 has 132."""
 
 
-def covers(x: Tensor, A: Tensor, save: bool) -> bool:
-    """Whether these kernels take the scan, with gradients if `save`; decided before anything is launched.
-
-    Without gradients the Triton kernel measured faster from MANY channels on. `launch.UNPROVEN` must ask for them.
-    """
-    fits = A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and (save or x.shape[0] * x.shape[2] < MANY)
-    return UNPROVEN and x.is_cuda and fits and nvrtc.available()
+def covers(x: Tensor, A: Tensor) -> bool:
+    """Whether these kernels take the scan; decided before anything is launched."""
+    return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
 
 
 def forward_cut(b: int, d: int) -> Cut:
-    """Four lanes a channel where they make between two thirds and all of FILL warps, which is one wave."""
-    return FORWARD_SPREAD if 2 * FILL <= 3 * _warps(FORWARD_SPREAD, b, d) <= 3 * FILL else FORWARD
+    """One channel a lane where that makes between half a wave and all of one."""
+    return FORWARD_SPREAD if 0.5 <= _waves(FORWARD_SPREAD, b, d) <= 1 else FORWARD
 
 
-def backward_cut(n: int) -> Cut:
-    """One channel a lane and fewer positions staged for wide states: registers, and 48 KiB of shared memory."""
-    return BACKWARD if n <= 16 else BACKWARD._replace(channels=1, tile=8)
+def backward_cut(b: int, d: int, n: int) -> Cut:
+    """Many channels a lane where that fills the GPU.
+
+    Wide states: one channel and fewer positions staged, for registers and 48 KiB of shared memory.
+    """
+    if n > 16:
+        return BACKWARD._replace(channels=1, tile=8)
+    return BACKWARD_MANY if _waves(BACKWARD_MANY, b, d) > 1 else BACKWARD
 
 
-def _warps(cut: Cut, b: int, d: int) -> int:
-    return b * cdiv(d, cut.block_channels) * cut.warps
+def _waves(cut: Cut, b: int, d: int) -> float:
+    return b * cdiv(d, cut.block_channels) / (MULTIPROCESSORS * cut.min_blocks)
 
 
 def _chunks(cut: Cut, b: int, length: int, d: int) -> int:
     """1, or how many parts the length is cut into, so that each of the two launches that it takes is one wave."""
-    warps = _warps(cut, b, d)
-    return 1 if 3 * warps > 2 * FILL else max(1, min(1 + FILL // warps, cdiv(length, cut.tile) // 8))
+    waves = _waves(cut, b, d)
+    return 1 if waves > 2 / 3 else max(1, min(1 + int(1 / waves), cdiv(length, cut.tile) // 8))
 
 
 def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
@@ -274,7 +276,7 @@ def scan_cuda_backward(
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of `run_backward`."""
-    cut = backward_cut(A.shape[1])
+    cut = backward_cut(x.shape[0], *A.shape)
     chunks = _chunks(cut, *x.shape)
     return run_backward(cut, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial)
 

@@ -65,7 +65,7 @@ def selective_scan(
         flags = segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if scan_cuda.covers(x, A, save):
+    if scan_cuda.covers(x, A):
         y, final, _ = scan_cuda.scan_cuda(*tensors, flags, save)
         return y, write_state(final, slots, out_state)
     # with gradients the gate is its own pass: inside the backward scan it would cost far more than it reads
