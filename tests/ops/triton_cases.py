@@ -121,6 +121,19 @@ def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu")
     return errors("wide_linear", {"x": normal(t, d).to(dtype), "weight": normal(e, d)})
 
 
+def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """Both projections of several readers."""
+    normal = normals(device)
+    x, weight = normal(t, d).to(dtype), normal(2 * n, d)
+    split = errors("split_linear", {"x": x, "weight": weight}, sizes=(n, n))
+    fork = errors("fork_linear", {"x": x, "weight": weight[:n].contiguous()})
+    return {
+        f"{name} {key}": found
+        for name, part in (("split", split), ("fork", fork))
+        for key, found in part.items()
+    }
+
+
 def route_errors(
     t: int,
     e: int,
@@ -192,7 +205,7 @@ def cross_entropy_errors(
 ) -> Errors:
     """Losses and their gradient, some rows ignored, some almost certain, a column at -inf.
 
-    late: how far the last columns lie above the others. truncated: hold the kernels' gradient against the truth
+    late: how far the last columns lie above the others. truncated: hold our gradient against the truth
     cut to bfloat16, as the interpreter cuts.
     """
     # not at the top: the names of the cases are read where there is no triton
@@ -307,6 +320,9 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "wide product": lambda: wide_errors(70, 33, 20, F32),
     "wide product, bfloat16": lambda: wide_errors(140, 70, 20, BF16),
     "wide product, bfloat16, few rows": lambda: wide_errors(3, 64, 150, BF16),
+    "projections": lambda: projection_errors(9, 12, 20, F32),
+    "projections, bfloat16": lambda: projection_errors(150, 140, 17, BF16),
+    "projections, bfloat16, wide": lambda: projection_errors(9, 12, 140, BF16),
     "routes, one of few": lambda: route_errors(150, 5, 1),
     "routes, sigmoid, all": lambda: route_errors(23, 12, 8, score="sigmoid", normalise=True, bias=True),
     "routes, several": lambda: route_errors(9, 700, 3, normalise=True),

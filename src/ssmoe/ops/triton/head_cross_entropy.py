@@ -21,8 +21,8 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     check(x, targets)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    total = _HeadCrossEntropy.apply(x, weight, bias, targets, differentiable)
-    return cast(Tensor, total) / (targets != IGNORE).sum().clamp(min=1)
+    total = cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets, differentiable))
+    return total / (targets != IGNORE).sum().clamp(min=1)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
