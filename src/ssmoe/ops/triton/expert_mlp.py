@@ -49,7 +49,7 @@ def expert_mlp(
 
 
 class _Tiling(NamedTuple):
-    """Tile sizes of the products; rows of one expert are padded to a multiple of `m`."""
+    """Tile sizes of a product (m, k) times (k, n), and how it is launched."""
 
     m: int
     n: int
@@ -58,13 +58,35 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(x: Tensor, up: Tensor, top_k: int) -> _Tiling:
+class _Tilings(NamedTuple):
+    """Of each product: into the experts, out of them, the two backward, and the gradients of up and down.
+
+    The first four have one m, to a multiple of which the rows of an expert are padded; the k of the last two
+    divides it.
+    """
+
+    hidden: _Tiling
+    output: _Tiling
+    slope: _Tiling
+    back: _Tiling
+    up: _Tiling
+    down: _Tiling
+
+
+def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
     share = x.shape[0] * top_k / up.shape[0]
     if x.dtype == torch.float32:
-        return _Tiling(m=64 if share > 32 else 16, n=64, k=32, warps=4, stages=2)
+        rows = _Tiling(m=64 if share > 32 else 16, n=64, k=32, warps=4, stages=2)
+        weights = rows._replace(m=64, k=min(rows.m, 64))
+        return _Tilings(rows, rows, rows, rows, weights, weights)
     if share > 32:
-        return _Tiling(m=128, n=128, k=64, warps=8, stages=3)
-    return _Tiling(m=16, n=128, k=64, warps=4, stages=3)
+        rows = _Tiling(m=128, n=128, k=64, warps=8, stages=3)
+        weights = rows
+    else:
+        rows = _Tiling(m=16, n=128, k=64, warps=4, stages=3)
+        weights = rows._replace(m=64, k=16)
+    hidden = rows._replace(n=64) if gated else rows
+    return _Tilings(hidden, rows, rows, rows, weights, weights)
 
 
 class _Routes(NamedTuple):
@@ -151,24 +173,23 @@ def expert_forward(
     The weights are returned where they had to be cast, else empty; their gradients come in their own dtype.
     """
     t, top_k = expert.shape
-    tiling = _tiling(x, up, top_k)
+    tilings = _tilings(x, up, top_k, gated=gate is not None)
     narrow = tuple(_cast(w, x) for w in (up, down, gate))
     up, down, gate = _pick(narrow, (up, down, gate))
     x, up, down, weight = row_major(x), up.contiguous(), down.contiguous(), weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     with on_device(x):
-        routes = _dispatch(expert, up.shape[0], tiling.m)
+        routes = _dispatch(expert, up.shape[0], tilings.hidden.m)
         shape = (routes.assignments.shape[0], up.shape[1])
         active = torch.empty(shape, dtype=x.dtype, device=x.device)
         # relu's inner values are needed only where they are positive, and there they are the active ones
         alone = gate is None and activation == "relu"
         inner = active if alone else torch.empty_like(active)
         inner2 = torch.empty_like(active) if gate is not None else x.new_empty(0)
-        first = tiling if gate is None else tiling._replace(n=min(tiling.n, 64))
-        _rows(x, up, inner, routes, weight, first, transposed=False, mode=kernels.HIDDEN, gather=True,
+        _rows(x, up, inner, routes, weight, tilings.hidden, transposed=False, mode=kernels.HIDDEN, gather=True,
               activation=activation, top_k=top_k, w2=gate, out2=inner2, wide=active, gated=gate is not None)  # fmt: skip
         slots = _slots(x, t * top_k)
-        _rows(active, down, slots, routes, weight, tiling, transposed=False, mode=kernels.OUTPUT, gather=False,
+        _rows(active, down, slots, routes, weight, tilings.output, transposed=False, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, weighted=True)  # fmt: skip
         y = _gather_output(slots, routes, t, top_k)
     return y, *narrow, inner, inner2, *routes
@@ -189,15 +210,15 @@ def _pick(narrow, own):
 @expert_forward.register_fake
 def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
     t, top_k = expert.shape
-    tiling = _tiling(x, up, top_k)
     e, f, _ = up.shape
+    tile = _tilings(x, up, top_k, gated=gate is not None).hidden.m
     count = t * top_k
-    num_tiles = count // tiling.m + min(e, count)
+    num_tiles = count // tile + min(e, count)
 
     def index(n):
         return x.new_empty(n, dtype=torch.int32)
 
-    inner = x.new_empty(num_tiles * tiling.m, f)
+    inner = x.new_empty(num_tiles * tile, f)
     inner2 = x.new_empty(inner.shape if gate is not None else (0,))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     narrow = tuple(
@@ -209,7 +230,7 @@ def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
         inner,
         inner2,
         index(count),
-        index(num_tiles * tiling.m),
+        index(num_tiles * tile),
         index(num_tiles),
         index(e + 1),
     )
@@ -222,7 +243,7 @@ def expert_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, up, down, gate (empty without one), those three in `dtype`, and of weight."""
     t, top_k = weight.shape
-    tiling = _tiling(x, up, top_k)
+    tilings = _tilings(x, up, top_k, gated=gate is not None)
     routes = _Routes(rows, assignments, tiles, offsets)
     gated = gate is not None
     dy, x = dy.contiguous(), x.contiguous()
@@ -232,20 +253,20 @@ def expert_backward(
         dinner = torch.empty_like(inner)
         dgate_inner = torch.empty_like(inner) if gated else None
         active = torch.empty_like(inner)
-        groups = triton.cdiv(up.shape[1], tiling.n)
+        groups = triton.cdiv(up.shape[1], tilings.slope.n)
         partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
-        _rows(dy, down, dinner, routes, weight, tiling, transposed=True, mode=kernels.SLOPE, gather=True,
+        _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
               activation=activation, top_k=top_k, out2=dgate_inner, wide=active, inner=inner, inner2=inner2,
               partial=partial, gated=gated)  # fmt: skip
         slots = _slots(x, t * top_k)
-        _rows(dinner, up, slots, routes, weight, tiling, transposed=True, mode=kernels.OUTPUT, gather=False,
+        _rows(dinner, up, slots, routes, weight, tilings.back, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
-        dup = _weights(dinner, x, up, dtype, routes, tiling, top_k, gather_a=False)
+        dup = _weights(dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False)
         dgate = x.new_empty(0, dtype=dtype)
         if gated:
-            dgate = _weights(dgate_inner, x, up, dtype, routes, tiling, top_k, gather_a=False)
-        ddown = _weights(dy, active, down, dtype, routes, tiling, top_k, gather_a=True)
+            dgate = _weights(dgate_inner, x, up, dtype, routes, tilings.up, top_k, gather_a=False)
+        ddown = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
     return dx, dup, ddown, dgate, dweight
 
@@ -253,10 +274,9 @@ def expert_backward(
 def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a):
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
     e, m, n = like.shape
-    bm = 128 if tiling.m == 128 else 64
-    kernels.weights_kernel[(e * triton.cdiv(m, bm) * triton.cdiv(n, tiling.n),)](
+    kernels.weights_kernel[(e * triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
         a, b, out, routes.assignments, routes.offsets, m, n,
-        TOP_K=top_k, BM=bm, BN=tiling.n, BK=min(tiling.m, 64), EVEN=m % bm == 0 and n % tiling.n == 0,
+        TOP_K=top_k, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN=m % tiling.m == 0 and n % tiling.n == 0,
         GATHER_A=gather_a, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
