@@ -66,7 +66,9 @@ def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: b
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700, 512), (65, 768), (2, 9, 5120)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, centre: bool) -> None:
     for stream in (torch.float32, dtype):
-        within_twice_eager(norm_errors(shape, stream, dtype, "cuda", centre=centre), dtype)
+        for add in (None, dtype):
+            found = norm_errors(shape, stream, dtype, "cuda", centre=centre, add=add)
+            within_twice_eager(found, dtype)
 
 
 @BOTH

@@ -107,11 +107,14 @@ def norm_errors(
     device: str = "cpu",
     *,
     centre: bool = True,
+    add: torch.dtype | None = None,
 ) -> Errors:
     """The stream and its norm, x with a mean that the norm must take away."""
     normal = normals(device)
     inputs = {"x": (normal(*shape) + 2).to(stream), "weight": normal(shape[-1]), "bias": normal(shape[-1])}
     inputs = inputs if centre else without(inputs, "bias")
+    if add is not None:
+        inputs["add"] = normal(*shape).to(add)
     return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
 
 
@@ -316,6 +319,9 @@ SMALL: dict[str, Callable[[], Errors]] = {
     ),
     "norm, layer": lambda: norm_errors((3, 5, 33), F32, F32),
     "norm, root mean square": lambda: norm_errors((7, 2100), F32, F32, centre=False),
+    "norm of a sum": lambda: norm_errors((3, 5, 33), F32, F32, add=F32),
+    "norm of a sum, bfloat16 into float32": lambda: norm_errors((9, 700), F32, BF16, centre=False, add=BF16),
+    "norm of a sum, bfloat16": lambda: norm_errors((9, 70), BF16, BF16, add=BF16),
     "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
     "wide product": lambda: wide_errors(70, 33, 20, F32),
     "wide product, bfloat16": lambda: wide_errors(140, 70, 20, BF16),

@@ -175,7 +175,7 @@ def expert_forward(
     t, top_k = expert.shape
     tilings = _tilings(x, up, top_k, gated=gate is not None)
     narrow = tuple(_cast(w, x) for w in (up, down, gate))
-    up, down, gate = _pick(narrow, (up, down, gate))
+    up, down, gate = _pick(narrow, (up, down, gate))  # pyright: ignore[reportAssignmentType]
     x, up, down, weight = row_major(x), up.contiguous(), down.contiguous(), weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     with on_device(x):
