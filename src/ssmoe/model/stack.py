@@ -115,8 +115,9 @@ def run(
 
 def _unwatched(layer: nn.Module) -> TypeGuard[Residual]:
     """Whether the layer is a plain one whose input and output nobody looks at or wraps."""
-    watched = bool(layer._forward_hooks) or bool(layer._forward_pre_hooks) or "forward" in layer.__dict__
-    return type(layer) is Residual and not watched
+    if type(layer) is not Residual:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
 def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: torch.dtype) -> int:
