@@ -79,14 +79,21 @@ def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
         rows = _Tiling(m=64 if share > 32 else 16, n=64, k=32, warps=4, stages=2)
         weights = rows._replace(m=64, k=min(rows.m, 64))
         return _Tilings(rows, rows, rows, rows, weights, weights)
-    if share > 32:
-        rows = _Tiling(m=128, n=128, k=64, warps=8, stages=3)
-        weights = rows
-    else:
+    if share <= 32:
         rows = _Tiling(m=16, n=128, k=64, warps=4, stages=3)
         weights = rows._replace(m=64, k=16)
-    hidden = rows._replace(n=64) if gated else rows
-    return _Tilings(hidden, rows, rows, rows, weights, weights)
+        return _Tilings(rows._replace(n=64) if gated else rows, rows, rows, rows, weights, weights)
+    rows = _Tiling(m=128, n=128, k=64, warps=8, stages=3)
+    # whole tiles across an expert's width
+    across = 128 if up.shape[1] % 128 == 0 or up.shape[1] > 512 else 64
+    return _Tilings(
+        hidden=rows._replace(n=64 if gated else across),
+        output=rows,
+        slope=rows._replace(n=across),
+        back=rows,
+        up=rows._replace(m=across),
+        down=rows._replace(n=across),
+    )
 
 
 class _Routes(NamedTuple):
@@ -262,24 +269,23 @@ def expert_backward(
         _rows(dinner, up, slots, routes, weight, tilings.back, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
-        dup = _weights(dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False)
-        dgate = x.new_empty(0, dtype=dtype)
-        if gated:
-            dgate = _weights(dgate_inner, x, up, dtype, routes, tilings.up, top_k, gather_a=False)
-        ddown = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
+        dup, dgate = _weights(dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner)
+        ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
     return dx, dup, ddown, dgate, dweight
 
 
-def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a):
+def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a, a2=None):
+    """The gradient of weights shaped as `like`, and that of the second ones (empty without a2)."""
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    out2 = torch.empty((0,) if a2 is None else like.shape, dtype=dtype, device=like.device)
     e, m, n = like.shape
     kernels.weights_kernel[(e * triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
-        a, b, out, routes.assignments, routes.offsets, m, n,
+        a, *some(a, a2), b, out, out2, routes.assignments, routes.offsets, m, n,
         TOP_K=top_k, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN=m % tiling.m == 0 and n % tiling.n == 0,
-        GATHER_A=gather_a, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
+        GATHER_A=gather_a, SECOND=a2 is not None, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-    return out
+    return out, out2
 
 
 @expert_backward.register_fake
