@@ -24,6 +24,11 @@ CASES: dict[str, tuple[str, list[str], bool]] = {
     "recompute": ("mamba-25m", ["model.repeat=3", "train.recompute=true"], True),
     "attention": ("transformer-25m", ["model.repeat=2"], False),
     "micro-batches": ("moe-mamba-25m", ["model.repeat=2", "train.micro_batch_size=2"], False),
+    "muon": (
+        "moe-mamba-25m",
+        ["model.repeat=2", "train.optimizer=muon", "train.learning_rate_ratios.experts=2"],
+        False,
+    ),
     "float32": ("moe-mamba-25m", ["model.repeat=2", "train.precision=float32"], False),
 }
 

@@ -48,10 +48,18 @@ def test_decay_moves_only_what_it_should():
 
 
 def test_description_names_what_does_not_decay():
-    lines = parameter_groups(build(small("moe-mamba"), device="meta")).describe()
+    lines = parameter_groups(build(small("moe-mamba"), device="meta")).describe(TrainConfig())
     assert [line.split(":")[0] for line in lines] == ["weight decay", "no weight decay"]
     assert "ssm.A_log" in lines[1]
     assert "experts.up" in lines[0]
+
+
+def test_description_names_what_muon_takes():
+    model = build(small("moe-mamba"), device="meta")
+    *_, line = parameter_groups(model).describe(TrainConfig(optimizer="muon"))
+    hidden = [p for name, p in model.named_parameters() if role(name, p) in ("experts", "matrices")]
+    assert line.startswith(f"Muon: {sum(p.numel() for p in hidden):,} values in {len(hidden)} tensors")
+    assert "router" not in line
 
 
 def _named(optimizer, model, key):

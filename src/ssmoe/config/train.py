@@ -67,6 +67,9 @@ class TrainConfig(Frozen):
     adam_eps: PositiveFloat = 1e-8
     muon_momentum: float = Field(default=0.95, gt=0, lt=1)
     """With optimizer = "muon": the decay of the gradients' mean, used as Nesterov does."""
+    muon_iteration: Literal["polar", "jordan"] = "polar"
+    """How matrices are orthogonalised: in four passes with coefficients after arXiv 2505.16932 and a close
+    bound on the largest singular value, or in Jordan's five, as torch.optim.Muon does it."""
     clip_norm: PositiveFloat = 0.5
     """Gradients are scaled down to at most this global norm."""
     average: float = Field(default=0.0, ge=0, le=0.5)

@@ -29,6 +29,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    muon_step: Callable[..., None]
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     wide_linear: Callable[..., Tensor]
@@ -112,6 +113,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
         linear=module.linear,
+        muon_step=module.muon_step,
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         wide_linear=module.wide_linear,

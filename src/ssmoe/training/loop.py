@@ -84,7 +84,7 @@ def train(
     if config.train.init_from is not None and not resume:
         start_from(model, config.train.init_from)
     groups = parameter_groups(model)
-    optimizer = build_optimizer(groups, config.train)
+    optimizer = build_optimizer(groups, config.train, model.ops)
     average = Average(model, config.train.average) if config.train.average else None
     progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
     if resume:
@@ -108,7 +108,7 @@ def train(
             reporter.message(f"resuming {folder} after step {progress.step}")
         else:
             create_folder(folder, config, model.backend, data=_describe_data(data))
-        for line in groups.describe():
+        for line in groups.describe(config.train):
             reporter.message(line)
         with (
             closing(MetricsFile(folder)) as metrics,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
-from ssmoe.training.muon import Muon
+from ssmoe.ops import Ops, load
+from ssmoe.training.muon import ITERATIONS, Muon
 
 NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias", "initial_state")
 Role = Literal["experts", "router", "embedding", "head", "matrices", "other"]
@@ -33,9 +34,11 @@ class ParameterGroups(NamedTuple):
     decayed: dict[str, nn.Parameter]
     not_decayed: dict[str, nn.Parameter]
 
-    def describe(self) -> list[str]:
-        """A line a group: how many tensors and values, and which kinds of parameter."""
-        return [_describe("weight decay", self.decayed), _describe("no weight decay", self.not_decayed)]
+    def describe(self, train: TrainConfig) -> list[str]:
+        """A line a group: how many tensors and values, and which kinds of parameter; one more for Muon's."""
+        lines = [_describe("weight decay", self.decayed), _describe("no weight decay", self.not_decayed)]
+        muon = {name: p for name, p in self.decayed.items() if _by_muon(role(name, p), train)}
+        return [*lines, _describe("Muon", muon)] if muon else lines
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
@@ -59,15 +62,17 @@ def role(name: str, parameter: Tensor) -> Role:
     return "experts" if parameter.ndim == 3 else "matrices"
 
 
-def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW or Muon over the groups; `set_learning_rate` sets the rate at each step."""
+def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None = None) -> torch.optim.AdamW:
+    """AdamW or Muon over the groups; `set_learning_rate` sets the rate at each step.
+
+    ops: of the model; None is the fastest backend of the device.
+    """
     collected: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for decay, parameters in ((train.weight_decay, groups.decayed), (0.0, groups.not_decayed)):
         for name, parameter in parameters.items():
             kind = role(name, parameter)
             ratio: float = getattr(train.learning_rate_ratios, kind)
-            muon = train.optimizer == "muon" and kind in ("experts", "matrices")
-            key = (decay, ratio, _parts(name) if muon else 0)
+            key = (decay, ratio, _parts(name) if _by_muon(kind, train) else 0)
             collected.setdefault(key, []).append(parameter)
     options: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": decay, "ratio": ratio, "parts": parts}
@@ -85,6 +90,8 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig) -> torch.optim.
             betas=betas,
             eps=train.adam_eps,
             momentum=train.muon_momentum,
+            iteration=ITERATIONS[train.muon_iteration],
+            update=(ops or _fastest(groups)).muon_step,
         )
     set_learning_rate(optimizer, train.learning_rate)
     _make_capturable(optimizer)
@@ -145,6 +152,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
                 f"instead of {tuple(shape)}"
             )
         optimizer.state[parameter][key] = tensors[name]
+
+
+def _fastest(groups: ParameterGroups) -> Ops:
+    cuda = any(parameter.is_cuda for parameter in groups.decayed.values())
+    return load("auto", "cuda" if cuda else "cpu")
+
+
+def _by_muon(kind: Role, train: TrainConfig) -> bool:
+    """The router's rows compete as the head's do, so that it is AdamW's as well."""
+    return train.optimizer == "muon" and kind in ("experts", "matrices")
 
 
 def _parts(name: str) -> int:

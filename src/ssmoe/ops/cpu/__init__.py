@@ -17,6 +17,7 @@ from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.muon_step import muon_step
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.wide_linear import wide_linear
 
@@ -29,6 +30,7 @@ __all__ = [
     "linear",
     "mamba_step",
     "mamba_steps",
+    "muon_step",
     "residual_norm",
     "route",
     "selective_scan",
