@@ -17,7 +17,7 @@ recipe = "modern"                 # optional, or several: a run each, the recipe
 set = ["key=value"]               # this run's own
 learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
 seeds = [0, 1, 2]                 # optional: initial weights and order of the data
-tokens = 100e6                    # optional, as evaluations: instead of the stage's
+tokens = 100e6                    # optional, as evaluations: instead of the stage's; several: a run each
 priority = 1                      # smaller is started earlier; 5 where it is not given
 one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
 on = "fine"                       # optional: another run's preset and `set` come before this one's,
@@ -150,13 +150,14 @@ class Stage:
         changed |= {key: entry[key] for key in ("evaluations",) if key in entry}
         seed = made.config.train.seed if "seeds" in made.entry else None
         rate = made.config.train.learning_rate if "learning_rates" in made.entry else None
-        longer = self._make(changed, made.recipe, rate, seed)
-        return longer._replace(name=f"{longer.name}-{tokens / 1e6:g}m")
+        return self._make(changed, made.recipe, rate, seed)
 
     def _expand(self, entry: dict[str, Any]) -> list[Try]:
         rates, seeds, recipes = (entry.get(key) or [None] for key in ("learning_rates", "seeds", "recipe"))
         recipes = [recipes] if isinstance(recipes, str) else recipes
-        made = [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
+        lengths = entry.get("tokens")
+        entries = [{**entry, "tokens": t} for t in lengths] if isinstance(lengths, list) else [entry]
+        made = [self._make(*picked) for picked in product(entries, recipes, rates, seeds)]
         return [one for one in made if fnmatch(one.name, self.only)]
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
@@ -168,6 +169,8 @@ class Stage:
             name, own = f"{name}-lr{rate:g}", [*own, f"train.learning_rate={rate}"]
         if seed is not None:
             name, shared = f"{name}-s{seed}", [*shared, f"train.seed={seed}", f"data.seed={seed}"]
+        if "tokens" in entry:
+            name = f"{name}-{float(entry['tokens']) / 1e6:g}m"
         reference = self._load(self.table.get("baseline", "mamba-25m"), shared, entry)
         config = self._load(entry["preset"], [*shared, *own], entry).model_copy(update={"name": name})
         return Try(name, self.name, entry, recipe, (*shared, *own), config, reference)
