@@ -154,23 +154,21 @@ def seeds_table(runs: Sequence[Result]) -> list[str]:
 
 
 def models_table(runs: Sequence[Result]) -> list[str]:
-    """Every kind of model of the final stage at the most tokens, seed 0."""
+    """Every kind of model of the final stage, seed 0, beside the tuned Mamba of as many tokens."""
     lines = [
-        "| model | parameters, active of all (non-embedding) | learning rate | final loss | tokens/s "
-        "| matched at step | of | fewer steps | less time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | recipe | parameters, active of all (non-embedding) | tokens | learning rate | final loss "
+        "| tokens/s | matched at | of | fewer steps | less time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    baseline = next(iter(of(runs, MAMBA)), None)
-    entries = {run["entry"]: None for run in runs if run["stage"] == "final"}
-    first = [of(runs, entry)[0] for entry in entries if of(runs, entry)]
-    for run in sorted(first, key=final):
-        comparable = baseline and run["steps"] == baseline["steps"]
-        found = match(run, baseline) if comparable and baseline else None
+    mine = [run for run in runs if run["stage"] == "final" and run["status"] == "done" and run["seed"] == 0]
+    for run in sorted(mine, key=lambda run: (-run["tokens"], final(run))):
+        baseline = next(iter(of(runs, MAMBA, run["tokens"])), None)
+        found = match(run, baseline) if baseline else None
         size = f"{run['active'] / 1e6:.1f} M of {run['non_embedding'] / 1e6:.0f} M"
         name = run["entry"] + (" (one-sided)" if run["one_sided"] else "")
         lines.append(
-            f"| {name} | {size} | {run['learning_rate']:g} | {final(run):.4f} | {run['tokens_per_second']:,} "
-            f"| {_cells(found, run['steps'])} |"
+            f"| {name} | {run['recipe']} | {size} | {run['tokens'] / 1e6:.0f} M | {run['learning_rate']:g} "
+            f"| {final(run):.4f} | {run['tokens_per_second']:,} | {_cells(found, run['steps'])} |"
         )
     return lines
 

@@ -17,7 +17,7 @@ recipe = "modern"                 # optional, or several: a run each, the recipe
 set = ["key=value"]               # this run's own
 learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
 seeds = [0, 1, 2]                 # optional: initial weights and order of the data
-tokens = 100e6                    # optional: instead of the stage's
+tokens = 100e6                    # optional, as evaluations: instead of the stage's; several: a run each
 priority = 1                      # smaller is started earlier; 5 where it is not given
 one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
 on = "fine"                       # optional: another run's preset and `set` come before this one's,
@@ -28,6 +28,7 @@ note = "what is tried"
 side = "mamba"
 top = 1
 tokens = 100e6
+evaluations = 60                  # optional: instead of the stage's
 priority = 0
 combine = "fine"                  # instead of the best runs: that run with every factor that made it
                                   # better (held-out loss), with half of them, with the best alone ...
@@ -48,9 +49,9 @@ BASELINE, BEST = "mamba", "best"
 STAGE_KEYS = {"tokens", "evaluations", "shared", "recipes", "baseline", "run", "promote"}
 RUN_KEYS = {
     "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided",
-    "note", "on", "group",
+    "note", "on", "group", "evaluations",
 }  # fmt: skip
-PROMOTE_KEYS = {"side", "top", "tokens", "priority", "combine"}
+PROMOTE_KEYS = {"side", "top", "tokens", "evaluations", "priority", "combine"}
 
 
 class Try(NamedTuple):
@@ -146,15 +147,17 @@ class Stage:
     def _longer(self, made: Try, entry: dict[str, Any]) -> Try:
         tokens = float(entry["tokens"])
         changed = {**made.entry, "tokens": tokens, "priority": entry.get("priority", 0)}
+        changed |= {key: entry[key] for key in ("evaluations",) if key in entry}
         seed = made.config.train.seed if "seeds" in made.entry else None
         rate = made.config.train.learning_rate if "learning_rates" in made.entry else None
-        longer = self._make(changed, made.recipe, rate, seed)
-        return longer._replace(name=f"{longer.name}-{tokens / 1e6:g}m")
+        return self._make(changed, made.recipe, rate, seed)
 
     def _expand(self, entry: dict[str, Any]) -> list[Try]:
         rates, seeds, recipes = (entry.get(key) or [None] for key in ("learning_rates", "seeds", "recipe"))
         recipes = [recipes] if isinstance(recipes, str) else recipes
-        made = [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
+        lengths = entry.get("tokens")
+        entries = [{**entry, "tokens": t} for t in lengths] if isinstance(lengths, list) else [entry]
+        made = [self._make(*picked) for picked in product(entries, recipes, rates, seeds)]
         return [one for one in made if fnmatch(one.name, self.only)]
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
@@ -166,16 +169,19 @@ class Stage:
             name, own = f"{name}-lr{rate:g}", [*own, f"train.learning_rate={rate}"]
         if seed is not None:
             name, shared = f"{name}-s{seed}", [*shared, f"train.seed={seed}", f"data.seed={seed}"]
-        tokens = float(entry.get("tokens", self.table["tokens"]))
-        reference = self._load(self.table.get("baseline", "mamba-25m"), shared, tokens)
-        config = self._load(entry["preset"], [*shared, *own], tokens).model_copy(update={"name": name})
+        if "tokens" in entry:
+            name = f"{name}-{float(entry['tokens']) / 1e6:g}m"
+        reference = self._load(self.table.get("baseline", "mamba-25m"), shared, entry)
+        config = self._load(entry["preset"], [*shared, *own], entry).model_copy(update={"name": name})
         return Try(name, self.name, entry, recipe, (*shared, *own), config, reference)
 
-    def _load(self, preset: str, overrides: list[str], tokens: float) -> RunConfig:
+    def _load(self, preset: str, overrides: list[str], entry: dict[str, Any]) -> RunConfig:
         """Lengths come before the run's own settings, so that they may be overridden."""
+        tokens = float(entry.get("tokens", self.table["tokens"]))
+        evaluations = entry.get("evaluations", self.table.get("evaluations", 40))
         bare = load_run(preset, [*overrides, *self.extra])
         steps = max(1, round(tokens / (bare.train.batch_size * bare.data.context)))
-        every = max(1, round(steps / self.table.get("evaluations", 40)))
+        every = max(1, round(steps / evaluations))
         lengths = [f"train.steps={steps}", f"train.eval_every={every}", "train.keep_checkpoints=0"]
         return load_run(preset, [*lengths, *overrides, *self.extra])
 

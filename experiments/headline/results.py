@@ -1,7 +1,7 @@
 """The result files: reading them, and the steps and seconds that each run needs to match another's end."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,31 @@ def read(path: Path) -> Result:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def compact(values: Mapping[str, Any]) -> str:
+    """JSON with a line a key, and a line an evaluation."""
+    lines: list[str] = []
+    for key, value in values.items():
+        text = json.dumps(value)
+        if key == "evaluations":
+            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]" if value else "[]"
+        lines.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def finished(path: Path, config: RunConfig) -> bool:
     """Whether this very run has ended, well or by diverging."""
     found = read(path)
-    mine = config.model_dump(mode="json")
-    same = found.get("configuration", {}) | {"data": None} == mine | {"data": None}
-    return same and found["status"] in ENDED
+    return _same(found.get("configuration", {}), config.model_dump(mode="json")) and found["status"] in ENDED
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configurations are of the same run, whatever it is called and wherever its data lies."""
+    fields = [
+        {**each, "name": None, "description": None, "data": {**each["data"], "cache_dir": None}}
+        for each in (one, other)
+        if each
+    ]
+    return len(fields) == 2 and fields[0] == fields[1]
 
 
 def collect(folder: Path) -> list[Result]:

@@ -72,9 +72,22 @@ class Queue:
 
     def _add(self, tries: list[Try]) -> None:
         known = {(made.stage, made.name) for made in [*self.left, *self.running]}
-        adapted = [self.adapt(made) for made in tries if (made.stage, made.name) not in known]
-        self.left += [made for made in adapted if not results.finished(self.path(made), made.config)]
+        for made in (self.adapt(one) for one in tries if (one.stage, one.name) not in known):
+            if not results.finished(self.path(made), made.config) and not self._taken_over(made):
+                self.left.append(made)
         self.left.sort(key=lambda made: (made.priority, -made.tokens))
+
+    def _taken_over(self, made: Try) -> bool:
+        """A run of another name with the same configuration that has ended is not made again."""
+        for path in sorted(self.out.rglob("*.json")):
+            if results.finished(path, made.config):
+                found = results.read(path)
+                head = {"name": made.name, "stage": made.stage, "entry": made.entry["name"]}
+                head["run_as"] = f"{found['stage']}/{found['name']}"
+                self.path(made).parent.mkdir(parents=True, exist_ok=True)
+                self.path(made).write_text(results.compact(found | head))
+                return True
+        return False
 
     def _more_to_come(self) -> bool:
         return any(

@@ -5,12 +5,11 @@ alone: evaluations are not counted, and the first steps, in which kernels are co
 """
 
 import gc
-import json
 import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from plan import Try
+from results import compact
 from rules import describe, violations
 
 from ssmoe.api import evaluator
@@ -101,17 +101,6 @@ def without_compiling(times: Sequence[float]) -> list[float]:
     usual = median(steps[COMPILING:])
     spare = times[COMPILING] - COMPILING * usual
     return [min(i * usual, t) if i <= COMPILING else t - max(spare, 0.0) for i, t in enumerate(times)]
-
-
-def compact(values: Mapping[str, Any]) -> str:
-    """JSON with a line a key, and a line an evaluation."""
-    lines: list[str] = []
-    for key, value in values.items():
-        text = json.dumps(value)
-        if key == "evaluations":
-            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]" if value else "[]"
-        lines.append(f' "{key}": {text}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def run(made: Try, data: Prepared, path: Path, *, deadline: float = float("inf")) -> str:
