@@ -1,5 +1,6 @@
 """AdamW with explicit parameter groups: matrices decay, everything else does not."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from ssmoe.config.train import TrainConfig
 
 NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias", "initial_state")
+_EPS = 1e-6
+"""What torch adds to a norm that it divides by."""
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -58,6 +61,22 @@ def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
             group["capturable"] = True
     # torch would warn of steps that are not captured
     optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportPrivateUsage]
+
+
+def clip(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+    """The gradients' global norm; the next step takes them scaled down to a norm of `most` at most.
+
+    torch's AdamW on a GPU scales them while it reads them, which saves a pass over all gradients.
+    """
+    owners = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in owners if p.grad is not None])
+    if type(optimizer) is torch.optim.AdamW and norm.is_cuda:
+        # its interface for gradients that are scaled, which torch's stubs do not know
+        optimizer.grad_scale = ((norm + _EPS) / most).clamp(min=1)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.found_inf = torch.zeros_like(norm)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        nn.utils.clip_grads_with_norm_(owners, most, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
