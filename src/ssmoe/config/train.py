@@ -25,8 +25,8 @@ class TrainConfig(Frozen):
     memory for one more forward pass."""
     cuda_graph: bool = True
     """On a GPU, record the launches of one step and replay them from then on, which spares the host; the
-    values are the same. Where a step cannot be recorded (train.tbptt, layers that wait for the host) a
-    message says why."""
+    values are the same. A recorded step keeps its memory between steps, beside that of an evaluation. Where a
+    step cannot be recorded (train.tbptt, layers that wait for the host) a message says why."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
