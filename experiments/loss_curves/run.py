@@ -12,6 +12,8 @@ with the first of them. The float32 loss, averaged over windows of ten steps, mu
 widened by that range on either side.
 
 Text: the standard library's sources unless data.sources=... says otherwise. Any key=value changes all runs.
+--part N trains the N-th run of the question alone, say on a GPU of its own; --reuse compares runs
+that are complete in OUT without training them again.
 Prints the figures, writes PAGE.json and PAGE.png (with matplotlib) into OUT and ends with 1 on a breach.
 """
 
@@ -34,9 +36,20 @@ def main() -> int:
     parser.add_argument("question", choices=["backends", "precision"])
     parser.add_argument("changes", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
+    parser.add_argument("--part", type=int)
+    parser.add_argument("--reuse", action="store_true")
     given = parser.parse_intermixed_args()
-    ask = backends if given.question == "backends" else precision
-    curves, figures, held = ask(given.out, given.changes)
+    known = {"backends": (backend_runs, backends), "precision": (precision_runs, precision)}
+    list_runs, answer = known[given.question]
+    runs = list_runs(given.changes)
+    if given.part is not None:
+        name, steps, changes = runs[given.part]
+        losses(given.out / name, steps, changes)
+        return 0
+    curves = {
+        name: losses(given.out / name, steps, changes, reuse=given.reuse) for name, steps, changes in runs
+    }
+    curves, figures, held = answer(curves)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"{given.question}.json").write_text(json.dumps({**figures, "curves": curves}, indent=2))
     draw(curves, given.out / f"{given.question}.png")
@@ -44,35 +57,48 @@ def main() -> int:
     return 0 if held else 1
 
 
-def backends(out: Path, changes: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, object], bool]:
-    """Curves of the device's kernels and of the reference, the largest difference, whether it is small."""
+Run = tuple[str, int, list[str]]
+"""Its name, how many steps, and what it changes."""
+Answer = tuple[dict[str, list[float]], dict[str, object], bool]
+"""Curves to draw, figures, and whether what was asked holds."""
+
+
+def backend_runs(changes: Sequence[str]) -> list[Run]:
+    """The device's kernels, then the reference backend."""
     small = ["data.context=256", "train.batch_size=4", "train.precision=float32", *changes]
-    curves = {
-        backend: losses(out / backend, 30, [*small, f"train.backend={backend}"])
-        for backend in ("auto", "reference")
-    }
+    return [(name, 30, [*small, f"train.backend={name}"]) for name in ("auto", "reference")]
+
+
+def backends(curves: dict[str, list[float]]) -> Answer:
+    """The largest difference between the two, and whether it is small."""
     apart = [abs(ours - theirs) for ours, theirs in zip(*curves.values(), strict=True)]
-    figures = {"steps": len(apart), "largest difference (nats)": max(apart), "tolerance": TOLERANCE}
+    figures: dict[str, object] = {
+        "steps": len(apart),
+        "largest difference (nats)": max(apart),
+        "tolerance": TOLERANCE,
+    }
     return curves, figures, max(apart) <= TOLERANCE
 
 
-def precision(out: Path, changes: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, object], bool]:
-    """Curves of three bfloat16 seeds and of float32, by how far the latter leaves the seeds' range."""
-    curves = {
-        f"bfloat16, seed {seed}": losses(
-            out / f"bfloat16-{seed}", 300, ["train.precision=bfloat16", f"train.seed={seed}", *changes]
-        )
-        for seed in range(3)
-    }
-    wide = losses(out / "float32", 300, ["train.precision=float32", "train.seed=0", *changes])
-    curves = {name: windows(curve) for name, curve in (curves | {"float32, seed 0": wide}).items()}
+def precision_runs(changes: Sequence[str]) -> list[Run]:
+    """Three seeds in bfloat16, then the first of them in float32."""
+    kinds = [("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2), ("float32", 0)]
+    return [
+        (f"{kind}-{seed}", 300, [f"train.precision={kind}", f"train.seed={seed}", *changes])
+        for kind, seed in kinds
+    ]
+
+
+def precision(curves: dict[str, list[float]]) -> Answer:
+    """By how far the float32 curve, the last, leaves the range of the others."""
+    curves = {name: windows(curve) for name, curve in curves.items()}
     *seeds, exact = curves.values()
     spread = [max(values) - min(values) for values in zip(*seeds, strict=True)]
     outside = [
         max(min(values) - loss, loss - max(values), 0.0)
         for values, loss in zip(zip(*seeds, strict=True), exact, strict=True)
     ]
-    figures = {
+    figures: dict[str, object] = {
         "mean spread of the seeds (nats)": fmean(spread),
         "largest excess over their range": max(outside),
         "windows outside the widened range": sum(o > s for o, s in zip(outside, spread, strict=True)),
@@ -80,12 +106,19 @@ def precision(out: Path, changes: Sequence[str]) -> tuple[dict[str, list[float]]
     return curves, figures, all(o <= s for o, s in zip(outside, spread, strict=True))
 
 
-def losses(folder: Path, steps: int, changes: Sequence[str]) -> list[float]:
-    """The language-model loss of every step of one run."""
-    cadence = [f"train.{key}={steps}" for key in ("steps", "eval_every", "checkpoint_every")]
-    run = ssmoe.preset("moe-mamba-25m", [*DROPLESS, *cadence, *changes])
-    ssmoe.train(run, folder, overwrite=folder.exists())
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+def losses(folder: Path, steps: int, changes: Sequence[str], *, reuse: bool = False) -> list[float]:
+    """The language-model loss of every step of one run, trained unless `reuse` finds it complete."""
+    if not (reuse and len(curve(folder)) == steps):
+        cadence = [f"train.{key}={steps}" for key in ("steps", "eval_every", "checkpoint_every")]
+        run = ssmoe.preset("moe-mamba-25m", [*DROPLESS, *cadence, *changes])
+        ssmoe.train(run, folder, overwrite=folder.exists())
+    return curve(folder)
+
+
+def curve(folder: Path) -> list[float]:
+    """What a run folder tells of its steps so far."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line["lm_loss"] for line in lines if line["mode"] == "train"]
 
 

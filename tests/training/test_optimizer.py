@@ -5,6 +5,7 @@ from ssmoe.config.train import LearningRateRatios, TrainConfig
 from ssmoe.model.build import build
 from ssmoe.training.optimizer import (
     build_optimizer,
+    clip,
     optimizer_tensors,
     parameter_groups,
     restore_optimizer,
@@ -190,3 +191,39 @@ def test_state_of_another_model_is_refused(change):
     fresh = build_optimizer(parameter_groups(model), TrainConfig())
     with pytest.raises(ValueError, match="another model"):
         restore_optimizer(fresh, model, tensors)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clipping_is_that_of_torch(device, most):
+    def steps(clipped):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(7, 5).to(device)
+        optimizer = build_optimizer(parameter_groups(model), TrainConfig(learning_rate=0.1))
+        norms = []
+        for _ in range(4):
+            (model(torch.randn(3, 7).to(device)).square().sum() * 9).backward()
+            norms.append(float(clipped(model, optimizer)))
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms, [p.detach() for p in model.parameters()]
+
+    def ours(model, optimizer):
+        return clip(model.parameters(), optimizer, most)
+
+    def theirs(model, optimizer):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+
+    torch.testing.assert_close(steps(ours), steps(theirs), rtol=1e-5, atol=1e-6)

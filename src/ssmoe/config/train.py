@@ -46,8 +46,8 @@ class TrainConfig(Frozen):
     AdamW for the rest, the router included. Learning rate and weight decay mean the same in both."""
     cuda_graph: bool = True
     """On a GPU, record the launches of one step and replay them from then on, which spares the host; the
-    values are the same. Where a step cannot be recorded (train.tbptt, layers that wait for the host) a
-    message says why."""
+    values are the same. A recorded step keeps its memory between steps, beside that of an evaluation. Where a
+    step cannot be recorded (train.tbptt, layers that wait for the host) a message says why."""
     learning_rate: PositiveFloat = 1e-3
     """Peak, reached after the warm-up."""
     learning_rate_ratios: LearningRateRatios = LearningRateRatios()

@@ -1,5 +1,6 @@
 """AdamW or Muon with explicit parameter groups: what decays, what is a matrix, and at which rate."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,8 @@ _FUSED = {"in_proj.weight": 2, "qkv_proj.weight": 3}
 """Projections of one input to several outputs of equal width, stacked: separate matrices to Muon, so that
 none takes the other's share of the update. Of x_proj's rows, delta, B and C differ in number: one matrix."""
 _STATE = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
+_EPS = 1e-6
+"""What torch adds to a norm that it divides by."""
 
 
 class ParameterGroups(NamedTuple):
@@ -107,6 +110,22 @@ def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
             group["capturable"] = True
     # torch would warn of steps that are not captured
     optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportPrivateUsage]
+
+
+def clip(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+    """The gradients' global norm; the next step takes them scaled down to a norm of `most` at most.
+
+    torch's AdamW on a GPU scales them while it reads them, which saves a pass over all gradients.
+    """
+    owners = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in owners if p.grad is not None])
+    if type(optimizer) is torch.optim.AdamW and norm.is_cuda:
+        # its interface for gradients that are scaled, which torch's stubs do not know
+        optimizer.grad_scale = ((norm + _EPS) / most).clamp(min=1)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.found_inf = torch.zeros_like(norm)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        nn.utils.clip_grads_with_norm_(owners, most, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmoe.config.train import TrainConfig
 from ssmoe.data.packing import Batch
@@ -13,7 +13,7 @@ from ssmoe.model.layer import RouterStats, State
 from ssmoe.model.lm import LM, ModelOut
 from ssmoe.model.state import concatenate, detach, select
 from ssmoe.ops import Segments
-from ssmoe.training.optimizer import set_learning_rate
+from ssmoe.training.optimizer import clip, set_learning_rate
 
 
 class StepResult(NamedTuple):
@@ -90,7 +90,7 @@ def update(
         share = micro.ids.shape[0] / rows
         past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
         results.append(_accumulate(model, micro, share, past, train.tbptt))
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+    grad_norm = clip(model.parameters(), optimizer, train.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}

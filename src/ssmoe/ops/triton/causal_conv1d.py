@@ -21,6 +21,8 @@ CHANNELS = 256
 STREAM_CHANNELS = 512
 STREAM_WARPS = 4
 FORWARD_BLOCK = (8, 16)
+BACKWARD_CHANNELS = 512
+BACKWARD_WARPS = 4
 BACKWARD_BLOCK = (4, 16)
 
 
@@ -176,7 +178,7 @@ def conv_backward(
     k = weight.shape[1]
     x, dy = row_major(x), row_major(dy)
     streams = sources is None and k > 1
-    channels = STREAM_CHANNELS if streams else min(CHANNELS, triton.next_power_of_2(d))
+    channels = BACKWARD_CHANNELS if streams else min(CHANNELS, triton.next_power_of_2(d))
     steps, blocks = BACKWARD_BLOCK if streams else (8, 16)
     if streams and k - 1 > steps:
         steps = triton.next_power_of_2(k - 1)
@@ -196,7 +198,7 @@ def conv_backward(
             kernels.stream_backward_kernel[grid](
                 x, *some(x, weight, bias, past), dy, dx, dinner, dweight, dbias, length, x.stride(0), dy.stride(0),
                 d=d, stride_xl=x.stride(1), stride_yl=dy.stride(1), T=steps, BLOCKS=blocks,
-                num_warps=STREAM_WARPS, **constants,
+                num_warps=BACKWARD_WARPS, **constants,
             )  # fmt: skip
         else:
             kernels.slope_kernel[grid](

@@ -215,6 +215,15 @@ def stream_forward_kernel(
 
 
 @triton.jit
+def loaded(at, stride, t, limit, keep, T: tl.constexpr):
+    """T rows from t on, zero from `limit` on."""
+    rows = ()
+    for i in tl.static_range(T):
+        rows = rows + (tl.load(at + (t + i) * stride, mask=keep & (t + i < limit), other=0.0),)
+    return rows
+
+
+@triton.jit
 def stream_backward_kernel(
     x, weight, bias, initial, dy, dx, head, dweight, dbias, length, stride_xb, stride_yb,
     d: tl.constexpr, stride_xl: tl.constexpr, stride_yl: tl.constexpr,
@@ -247,15 +256,14 @@ def stream_backward_kernel(
         ahead = ahead + (tl.zeros((BD,), tl.float32),)
         sums = sums + (tl.zeros((BD,), tl.float32),)
     total = tl.zeros((BD,), tl.float32)
+    limit = tl.minimum(end + K - 1, length)
+    x_at, dy_at = x + b * stride_xb + channel, dy + b * stride_yb + channel
+    rows = loaded(x_at, stride_xl, t, limit, keep, T)
+    grads = loaded(dy_at, stride_yl, t, limit, keep, T)
     for _ in range(BLOCKS + 1):
-        rows = ()
-        grads = ()
-        for i in tl.static_range(T):
-            mask = keep & (t + i < length) & (t + i < end + K - 1)
-            rows = rows + (tl.load(x + b * stride_xb + (t + i) * stride_xl + channel, mask=mask, other=0.0),)
-            grads = grads + (
-                tl.load(dy + b * stride_yb + (t + i) * stride_yl + channel, mask=mask, other=0.0),
-            )
+        # the next block is on its way while this one is worked on
+        next_rows = loaded(x_at, stride_xl, t + T, limit, keep, T)
+        next_grads = loaded(dy_at, stride_yl, t + T, limit, keep, T)
         for i in tl.static_range(T):
             window = window + (rows[i].to(tl.float32),)
             inner = window[K - 1] * taps[K - 1] + shift
@@ -282,6 +290,7 @@ def stream_backward_kernel(
                 tl.store(at, grad, mask=keep & (t + i < K - 1) & (t + i < end))
             window = window[1:]
             ahead = ahead[1:]
+        rows, grads = next_rows, next_grads
         t += T
     at = (b * spans + span) * d + channel
     for j in tl.static_range(K):
