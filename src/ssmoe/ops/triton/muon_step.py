@@ -4,7 +4,6 @@
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 
-import os
 from collections.abc import Sequence
 from math import sqrt
 
@@ -14,11 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.reference.muon_step import MATCH_ADAMW, SMALLEST, Iteration
-from ssmoe.ops.reference.muon_step import muon_step as definition
 from ssmoe.ops.triton.launch import on_device
 
-UNPROVEN = os.environ.get("SSMOE_UNPROVEN_GPU") == "1"
-"""Take the kernels, which have not been seen right on a GPU; otherwise the definition serves."""
 DTYPE = torch.bfloat16
 """Of the products; the interpreter, which cannot multiply bfloat16, sets float32."""
 BLOCK = 4096
@@ -35,10 +31,8 @@ def muon_step(
     mu: float,
     iteration: Iteration,
 ) -> None:
-    """`ssmoe.ops.reference.muon_step` for float32 parameters; `UNPROVEN` must ask for the kernels."""
+    """`ssmoe.ops.reference.muon_step` for float32 parameters."""
     first = parameters[0]
-    if first.is_cuda and not UNPROVEN:
-        return definition(parameters, gradients, momenta, rate=rate, decay=decay, mu=mu, iteration=iteration)
     if wrong := {t.dtype for t in (*parameters, *gradients, *momenta)} - {torch.float32}:
         raise ValueError(f"muon_step got {wrong.pop()}: the triton backend takes float32")
     sizes = [parameter.shape[0] for parameter in parameters]
@@ -54,7 +48,6 @@ def muon_step(
             apply_kernel[(triton.cdiv(n, BLOCK),)](
                 parameter, piece, rate, n, decay, factor, HELD=held, BLOCK=BLOCK
             )
-    return None
 
 
 def orthogonalise(x: Tensor, iteration: Iteration) -> Tensor:
