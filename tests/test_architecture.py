@@ -122,7 +122,7 @@ def test_every_test_stands_for_a_source() -> None:
     }
     names |= {(folder, folder) for folder, _ in names}
     # tests about a whole: of ops' loader, of the import rule, of the package's root, of the tools around it
-    names |= {("ops", "backend"), ("", "architecture"), ("", "package"), ("", "setup")}
+    names |= {("ops", "backend"), ("", "architecture"), ("", "package"), ("", "setup"), ("", "headline")}
     orphans: list[str] = []
     for path in TESTS.rglob("test_*.py"):
         place = path.relative_to(TESTS)

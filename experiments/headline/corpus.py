@@ -43,7 +43,7 @@ def prepare(
     corpora = [read_corpus(path) for path in paths]
     if None in corpora:
         cache.mkdir(parents=True, exist_ok=True)
-        _tokenise(files, paths, tokenizer, loaded, processes or os.cpu_count() or 1, piece)
+        _tokenise(files, paths, tokenizer, loaded, processes or min(32, os.cpu_count() or 1), piece)
         corpora = [read_corpus(path) for path in paths]
     train, held_out = corpora
     assert train is not None
@@ -81,9 +81,7 @@ def _submit(pool: ProcessPoolExecutor, path: Path, piece: int) -> list[Future[En
 
 def _results(waiting: list[list[Future[Encoded]]], held_out: bool) -> Iterator[Encoded]:
     for pieces in waiting:
-        yield from (
-            future.result() for i, future in enumerate(pieces) if (i % EVERY == FIRST) == held_out
-        )
+        yield from (future.result() for i, future in enumerate(pieces) if (i % EVERY == FIRST) == held_out)
 
 
 def _start(tokenizer: Path) -> None:

@@ -1,36 +1,56 @@
 """A stage file to the runs that it asks for.
 
-    tokens = 25e6                     # a run; steps are tokens / (batch size * context), rounded
-    evaluations = 40                  # held-out evaluations a run
-    shared = ["train.eval_rows=256"]  # key=value of every run of the stage
+tokens = 25e6                     # a run; steps are tokens / (batch size * context), rounded
+evaluations = 40                  # held-out evaluations a run
+baseline = "mamba-25m"            # the preset that a run's configuration is held against
+shared = ["train.eval_rows=256"]  # key=value of every run of the stage
 
-    [recipes]                         # key=value that both sides may be trained with
-    modern = ["model.norm=rmsnorm"]
+[recipes]                         # key=value that both sides may be trained with
+modern = ["model.norm=rmsnorm"]
 
-    [[run]]
-    name = "mamba"
-    side = "mamba"                    # the side that sets the target; any other word is a challenger
-    preset = "mamba-25m"
-    recipe = "modern"                 # optional, or several: a run each, the recipe in its name
-    set = ["key=value"]               # this run's own
-    learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
-    seeds = [0, 1, 2]                 # optional: initial weights and order of the data
-    tokens = 100e6                    # optional: instead of the stage's
-    priority = 1                      # smaller is started earlier; 5 where it is not given
-    one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
+[[run]]
+name = "mamba"
+side = "mamba"                    # the side that sets the target; any other word is a challenger
+preset = "mamba-25m"
+recipe = "modern"                 # optional, or several: a run each, the recipe in its name;
+                                  # "best" waits for side mamba and takes the recipe that ended lowest
+set = ["key=value"]               # this run's own
+learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
+seeds = [0, 1, 2]                 # optional: initial weights and order of the data
+tokens = 100e6                    # optional: instead of the stage's
+priority = 1                      # smaller is started earlier; 5 where it is not given
+one_sided = false                 # true: breaks the rules on purpose, kept out of the headline
+on = "fine"                       # optional: another run's preset and `set` come before this one's,
+group = "gates"                   # which is then a factor; of a group the best one is taken
+note = "what is tried"
+
+[[promote]]                       # once the stage's runs have ended, the best of a side at more tokens
+side = "mamba"
+top = 1
+tokens = 100e6
+priority = 0
+combine = "fine"                  # instead of the best runs: that run with every factor that made it
+                                  # better (held-out loss), with half of them, with the best alone ...
 """
 
 import tomllib
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rules import violations
+
 from ssmoe.config.load import RunConfig, load_run
 
-BASELINE = "mamba"
-KEYS = {
-    "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided", "note",
+BASELINE, BEST = "mamba", "best"
+STAGE_KEYS = {"tokens", "evaluations", "shared", "recipes", "baseline", "run", "promote"}
+RUN_KEYS = {
+    "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided",
+    "note", "on", "group",
 }  # fmt: skip
+PROMOTE_KEYS = {"side", "top", "tokens", "priority", "combine"}
 
 
 class Try(NamedTuple):
@@ -38,14 +58,11 @@ class Try(NamedTuple):
 
     name: str
     stage: str
-    side: str
-    preset: str
+    entry: dict[str, Any]
+    recipe: str | None
     overrides: tuple[str, ...]
     config: RunConfig
     reference: RunConfig
-    priority: int
-    one_sided: bool
-    note: str
 
     @property
     def tokens(self) -> int:
@@ -53,52 +70,160 @@ class Try(NamedTuple):
         train = self.config.train
         return train.steps * train.batch_size * self.config.data.context
 
+    @property
+    def side(self) -> str:
+        return self.entry["side"]
 
-def read_stage(path: Path, extra: tuple[str, ...] = ()) -> list[Try]:
-    """Every run of a stage file; `extra` is set last, for all. Raises ValueError for a key that is unknown."""
-    table = tomllib.loads(path.read_text())
-    if unknown := table.keys() - {"tokens", "evaluations", "shared", "recipes", "baseline", "run"}:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}")
-    tries = [made for entry in table["run"] for made in _expand(entry, table, path, extra)]
-    names = [made.name for made in tries]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: two runs are called {sorted(twice)[0]!r}")
-    return tries
+    @property
+    def priority(self) -> int:
+        return self.entry.get("priority", 5)
+
+    @property
+    def one_sided(self) -> bool:
+        return self.entry.get("one_sided", False)
 
 
-def _expand(entry: dict[str, Any], table: dict[str, Any], path: Path, extra: tuple[str, ...]) -> list[Try]:
-    if unknown := entry.keys() - KEYS:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r} in run {entry.get('name')!r}")
-    rates, seeds, recipes = (entry.get(key, [None]) for key in ("learning_rates", "seeds", "recipe"))
-    found: list[Try] = []
-    for recipe, rate, seed in product([recipes] if isinstance(recipes, str) else recipes, rates, seeds):
-        name = entry["name"]
-        own = list(entry.get("set", ()))
-        seeded: list[str] = []
+class Stage:
+    """A stage file; `extra` is set last, for all runs; `only` is a glob of names.
+
+    Raises ValueError for a key that is unknown.
+    """
+
+    def __init__(self, path: Path, extra: tuple[str, ...] = (), only: str = "*") -> None:
+        self.name, self.extra, self.only = path.stem, extra, only
+        self.table: dict[str, Any] = tomllib.loads(path.read_text())
+        self.promotions: list[dict[str, Any]] = self.table.get("promote", [])
+        entries: list[dict[str, Any]] = self.table["run"]
+        for keys, valid in [
+            (self.table, STAGE_KEYS),
+            *((entry, RUN_KEYS) for entry in entries),
+            *((entry, PROMOTE_KEYS) for entry in self.promotions),
+        ]:
+            if unknown := keys.keys() - valid:
+                raise ValueError(
+                    f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}"
+                )
+        by_name = {entry["name"]: entry for entry in entries}
+        entries = [_on(entry, by_name) for entry in entries]
+        self.waiting = [entry for entry in entries if entry.get("recipe") == BEST]
+        self.tries = [made for entry in entries if entry not in self.waiting for made in self._expand(entry)]
+        names = [made.name for made in self.tries]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{path}: two runs are called {sorted(twice)[0]!r}")
+
+    def with_recipe(self, recipe: str | None) -> list[Try]:
+        """The runs that have waited for the best recipe."""
+        return [made for entry in self.waiting for made in self._expand({**entry, "recipe": recipe or []})]
+
+    def promote(self, losses: Mapping[str, float], recipe: str | None) -> list[Try]:
+        """The best of finished runs (name -> final loss) at the tokens of [[promote]].
+
+        Challengers count only with the recipe that was best for the baseline's side. Of runs that differ only
+        in the learning rate the best alone is taken.
+        """
+        found: list[Try] = []
+        for entry in self.promotions:
+            ranked = sorted(
+                (
+                    made
+                    for made in [*self.tries, *self.with_recipe(recipe)]
+                    if made.name in losses
+                    and made.side == entry["side"]
+                    and not made.one_sided
+                    and (made.side == BASELINE or made.recipe == recipe)
+                ),
+                key=lambda made: losses[made.name],
+            )
+            if "combine" in entry:
+                found += combinations(ranked, losses, entry, self._longer)
+                continue
+            first: dict[str, Try] = {}
+            for made in ranked:
+                first.setdefault(f"{made.entry['name']} {made.recipe}", made)
+            found += [self._longer(made, entry) for made in list(first.values())[: entry["top"]]]
+        return found
+
+    def _longer(self, made: Try, entry: dict[str, Any]) -> Try:
+        tokens = float(entry["tokens"])
+        changed = {**made.entry, "tokens": tokens, "priority": entry.get("priority", 0)}
+        seed = made.config.train.seed if "seeds" in made.entry else None
+        rate = made.config.train.learning_rate if "learning_rates" in made.entry else None
+        longer = self._make(changed, made.recipe, rate, seed)
+        return longer._replace(name=f"{longer.name}-{tokens / 1e6:g}m")
+
+    def _expand(self, entry: dict[str, Any]) -> list[Try]:
+        rates, seeds, recipes = (entry.get(key) or [None] for key in ("learning_rates", "seeds", "recipe"))
+        recipes = [recipes] if isinstance(recipes, str) else recipes
+        made = [self._make(entry, *picked) for picked in product(recipes, rates, seeds)]
+        return [one for one in made if fnmatch(one.name, self.only)]
+
+    def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
+        name, own = entry["name"], [*entry.get("below", ()), *entry.get("set", ())]
+        shared = list(self.table.get("shared", ()))
         if recipe is not None:
-            name, seeded = f"{name}-{recipe}", list(table["recipes"][recipe])
+            name, shared = f"{name}-{recipe}", [*shared, *self.table["recipes"][recipe]]
         if rate is not None:
             name, own = f"{name}-lr{rate:g}", [*own, f"train.learning_rate={rate}"]
         if seed is not None:
-            name, seeded = f"{name}-s{seed}", [*seeded, f"train.seed={seed}", f"data.seed={seed}"]
-        shared = [*table.get("shared", ()), *seeded]
-        tokens = float(entry.get("tokens", table["tokens"]))
-        reference = _load(table.get("baseline", "mamba-25m"), shared, tokens, table, extra)
-        config = _load(entry["preset"], [*shared, *own], tokens, table, extra)
-        config = config.model_copy(update={"name": name})
-        note, one_sided = entry.get("note", ""), entry.get("one_sided", False)
-        head = (name, path.stem, entry["side"], entry["preset"], (*shared, *own))
-        found.append(Try(*head, config, reference, entry.get("priority", 5), one_sided, note))
-    return found
+            name, shared = f"{name}-s{seed}", [*shared, f"train.seed={seed}", f"data.seed={seed}"]
+        tokens = float(entry.get("tokens", self.table["tokens"]))
+        reference = self._load(self.table.get("baseline", "mamba-25m"), shared, tokens)
+        config = self._load(entry["preset"], [*shared, *own], tokens).model_copy(update={"name": name})
+        return Try(name, self.name, entry, recipe, (*shared, *own), config, reference)
+
+    def _load(self, preset: str, overrides: list[str], tokens: float) -> RunConfig:
+        """Lengths come before the run's own settings, so that they may be overridden."""
+        bare = load_run(preset, [*overrides, *self.extra])
+        steps = max(1, round(tokens / (bare.train.batch_size * bare.data.context)))
+        every = max(1, round(steps / self.table.get("evaluations", 40)))
+        lengths = [f"train.steps={steps}", f"train.eval_every={every}", "train.keep_checkpoints=0"]
+        return load_run(preset, [*lengths, *overrides, *self.extra])
 
 
-def _load(
-    preset: str, overrides: list[str], tokens: float, table: dict[str, Any], extra: tuple[str, ...]
-) -> RunConfig:
-    """Stage-wide lengths come before the run's own settings, so that both may be overridden."""
-    bare = load_run(preset, [*overrides, *extra])
-    steps = max(1, round(tokens / (bare.train.batch_size * bare.data.context)))
-    every = max(1, round(steps / table.get("evaluations", 40)))
-    lengths = [f"train.steps={steps}", f"train.eval_every={every}"]
-    never = ["train.keep_checkpoints=0"]
-    return load_run(preset, [*lengths, *never, *overrides, *extra])
+def _on(entry: dict[str, Any], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entry with what it is built on."""
+    if "on" not in entry:
+        return entry
+    base = by_name[entry["on"]]
+    return {"preset": base["preset"], "side": base["side"], "below": base.get("set", []), **entry}
+
+
+def combinations(
+    ranked: list[Try],
+    losses: Mapping[str, float],
+    entry: dict[str, Any],
+    longer: Callable[[Try, dict[str, Any]], Try],
+) -> list[Try]:
+    """Runs of `entry["combine"]` with the factors that helped: all, half of them, ... the best alone.
+
+    A factor is measured against the base at the same learning rate, where that was run. A combination that
+    breaks the rules, for its active parameters, loses its weakest factor.
+    """
+    bases = [made for made in ranked if made.entry["name"] == entry["combine"]]
+    if not bases:
+        return []
+    rates = {made.config.train.learning_rate: losses[made.name] for made in reversed(bases)}
+    gains: dict[str, tuple[float, Try]] = {}
+    for made in ranked:
+        gain = rates.get(made.config.train.learning_rate, losses[bases[0].name]) - losses[made.name]
+        group = made.entry.get("group")
+        if group and made.entry.get("on") == entry["combine"] and gain > gains.get(group, (0.0, made))[0]:
+            gains[group] = gain, made
+    factors = [made.entry for _, made in sorted(gains.values(), key=lambda pair: -pair[0])]
+    found: dict[str, Try] = {}
+    for size in [*(round(len(factors) / 2**i) for i in range(10)), 0]:
+        for count in range(size, -1, -1):
+            chosen = factors[:count]
+            changed = {
+                **bases[0].entry,
+                "name": "+".join([bases[0].entry["name"], *(factor["name"] for factor in chosen)]),
+                "set": [
+                    *bases[0].entry.get("set", ()),
+                    *(v for factor in chosen for v in factor.get("set", ())),
+                ],
+            }
+            made = longer(bases[0]._replace(entry=changed), entry)
+            if not violations(made.config, made.reference):
+                found.setdefault(made.name, made)
+                break
+    return list(found.values())[: entry["top"]]

@@ -1,18 +1,20 @@
 """The result files: reading them, and the steps and seconds that each run needs to match another's end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssmoe.config.load import RunConfig
 
 Result = dict[str, Any]
+ENDED = ("done", "diverged")
 
 
 class Match(NamedTuple):
-    """Where a run first is at or below a loss, and how many times sooner than the baseline's own end.
+    """Where a run first is at or below a loss, and how many times sooner than the baseline itself.
 
-    The baseline's end is its first evaluation at or below its final loss.
+    The baseline's own figure is that of its first evaluation at or below its final loss.
     """
 
     step: int
@@ -31,7 +33,7 @@ def finished(path: Path, config: RunConfig) -> bool:
     found = read(path)
     mine = config.model_dump(mode="json")
     same = found.get("configuration", {}) | {"data": None} == mine | {"data": None}
-    return same and found["status"] in ("done", "diverged")
+    return same and found["status"] in ENDED
 
 
 def collect(folder: Path) -> list[Result]:
@@ -56,16 +58,18 @@ def match(run: Result, baseline: Result) -> Match | None:
     Raises ValueError for runs planned for different numbers of steps.
     """
     if run["steps"] != baseline["steps"]:
-        raise ValueError(f"{run['name']} has {run['steps']} steps and {baseline['name']} {baseline['steps']}")
-    own, theirs = reach(baseline, final(baseline)), reach(run, final(baseline))
+        raise ValueError(
+            f"{run['name']} was planned for {run['steps']} steps and {baseline['name']} for "
+            f"{baseline['steps']}: compare runs of equal length"
+        )
+    own, found = reach(baseline, final(baseline)), reach(run, final(baseline))
     assert own is not None
-    if theirs is None:
-        return None
-    return Match(*theirs, own[0] / theirs[0], own[1] / theirs[1])
+    return None if found is None else Match(*found, own[0] / found[0], own[1] / found[1])
 
 
-def tuned(run: Result, found: list[Result]) -> Result | None:
-    """The Mamba that ends lowest among those that read the same number of tokens in as many steps."""
+def tuned(run: Result, found: Sequence[Result]) -> Result | None:
+    """The Mamba that ends lowest among those that read as many tokens in as many steps, with the same seed
+    if there is one."""
     same = [
         other
         for other in found
@@ -74,23 +78,29 @@ def tuned(run: Result, found: list[Result]) -> Result | None:
         and not other["one_sided"]
         and (other["steps"], other["tokens"]) == (run["steps"], run["tokens"])
     ]
-    return min(same, key=final, default=None)
+    of_seed = [other for other in same if other["seed"] == run["seed"]]
+    return min(of_seed or same, key=final, default=None)
 
 
-def table(found: list[Result]) -> list[str]:
-    """A line a run, the best of each budget first."""
-    lines = [f"{'run':44} {'status':8} {'steps':>6} {'active':>7} {'loss':>8} {'tok/s':>9} {'match':>6} {'steps x':>8} {'time x':>7}"]
-    ended = [run for run in found if run["evaluations"]]
-    for run in sorted(ended, key=lambda run: (run["steps"], final(run))):
-        baseline = tuned(run, found)
+def table(found: Sequence[Result]) -> list[str]:
+    """A line a run, the best of each number of steps first."""
+    titles = ("status", "steps", "active", "loss", "tokens/s", "match", "steps x", "time x")
+    lines = [_line("run", *titles)]
+    with_losses = [run for run in found if run["evaluations"]]
+    for run in sorted(with_losses, key=lambda run: (run["steps"], final(run))):
+        baseline = tuned(run, with_losses)
         matched = match(run, baseline) if baseline else None
         cells = ("-", "-", "-")
         if matched:
             cells = (str(matched.step), f"{matched.fewer_steps:.2f}", f"{matched.less_time:.2f}")
-        mark = "*" if baseline is run else " "
-        lines.append(
-            f"{mark}{run['stage'] + '/' + run['name']:43} {run['status']:8} {run['steps']:6} {run['active'] / 1e6:6.2f}M "
-            f"{final(run):8.4f} {run.get('tokens_per_second', 0):9,} {cells[0]:>6} {cells[1]:>8} {cells[2]:>7}"
-        )
-    lines += [f" {run['stage']}/{run['name']}: {run['status']} {run.get('error', '')}" for run in found if not run["evaluations"]]
+        name = f"{'*' if baseline is run else ' '}{run['stage']}/{run['name']}"
+        numbers = (f"{run['active'] / 1e6:.2f}M", f"{final(run):.4f}", f"{run.get('tokens_per_second', 0):,}")
+        lines.append(_line(name, run["status"], str(run["steps"]), *numbers, *cells))
+    empty = [run for run in found if not run["evaluations"]]
+    lines += [f" {run['stage']}/{run['name']}: {run['status']} {run.get('error', '')}" for run in empty]
     return [*lines, "* the tuned Mamba of its number of steps, whose final loss is to be matched"]
+
+
+def _line(name: str, *cells: str) -> str:
+    widths = (9, 6, 8, 8, 9, 6, 8, 7)
+    return f"{name:48}" + " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))

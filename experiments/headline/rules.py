@@ -7,14 +7,16 @@ their layers, in what only experts have, and in the learning rate, which each si
 from fnmatch import fnmatchcase
 
 from ssmoe.config.count import count_parameters
-from ssmoe.config.load import RunConfig
 from ssmoe.config.differences import differences
+from ssmoe.config.load import RunConfig
 
 MAY_DIFFER = {
     "model.pattern": "the layers",
     "model.repeat": "the layers",
     "model.init.expert_*": "the initial values of experts",
-    "train.expert_*": "the experts' own learning rate",
+    "model.init.router_factor": "the initial values of routers",
+    "train.learning_rate_ratios.experts": "the experts' own learning rate",
+    "train.learning_rate_ratios.router": "the routers' own learning rate",
     "train.learning_rate": "from each side's own sweep",
 }
 ACTIVE_TOLERANCE = 0.05

@@ -11,93 +11,50 @@ is cut. Each run leaves RESULTS/STAGE/NAME.json and no weights. --dry-run prints
 import argparse
 import os
 import sys
-from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Thread
 from time import time
 from typing import Any
 
 import corpus
 import results
-from plan import Try, read_stage
+from plan import Stage, Try
 from rules import describe, violations
+from schedule import Queue
 
-from ssmoe.config.load import RunConfig
 from ssmoe.data.prepare import prepare
 
 SPEED = 500_000.0
 """Tokens a second of a run of which nothing is known, evaluations included."""
 TOKENIZER = "tokenizers/gpt2.json"
-OVERHEAD = 12.0
-"""Seconds a run takes before its first step."""
-
-
-class Queue:
-    """Hands out runs and learns how fast they are."""
-
-    def __init__(self, tries: list[Try], deadline: float, speed: float) -> None:
-        self.left = sorted(tries, key=lambda made: (made.priority, -made.tokens))
-        self.deadline, self.speed = deadline, speed
-        self.speeds: dict[str, float] = {}
-        self.failed: list[str] = []
-        self.changed = Condition()
-
-    def take(self) -> Try | None:
-        """The first run that would end before the deadline; None if there is none."""
-        with self.changed:
-            for made in self.left:
-                if time() + self.seconds(made) <= self.deadline:
-                    self.left.remove(made)
-                    return made
-        return None
-
-    def seconds(self, made: Try) -> float:
-        """Predicted time of a run."""
-        return OVERHEAD + made.tokens / self.speeds.get(shape(made), self.speed)
-
-    def learn(self, made: Try, path: Path) -> None:
-        """Note the speed of a finished run: training and evaluations, not what comes before them."""
-        found = results.read(path)
-        if found.get("status") == "done":
-            occupied = found["occupied_seconds"] - OVERHEAD / 2
-            with self.changed:
-                self.speeds[shape(made)] = made.tokens / max(occupied, found["seconds"])
-
-
-def shape(made: Try) -> str:
-    """Runs of equal speed."""
-    return made.config.model.model_dump_json(exclude={"init"})
 
 
 def main() -> int:
     """1 if a run failed."""
     given = arguments()
-    tries = [made for path in given.stages for made in read_stage(path, tuple(given.overrides))]
-    tries = [made for made in tries if fnmatch(made.name, given.only)]
-    if given.corpus:
-        tries = [
-            made._replace(config=_with_corpus(made.config), reference=_with_corpus(made.reference))
-            for made in tries
-        ]
+    stages = [Stage(path, tuple(given.overrides), given.only) for path in given.stages]
+    adapt = _with_corpus if given.corpus else _as_it_is
+    tries = [adapt(made) for stage in stages for made in [*stage.tries, *stage.with_recipe(None)]]
     check(tries)
-    tries = [made for made in tries if not results.finished(_path(given.out, made), made.config)]
     deadline = time() + given.deadline if given.deadline else float("inf")
-    queue = Queue(tries, deadline, given.speed)
+    queue = Queue(stages, given.out, adapt, deadline=deadline, speed=given.speed)
     for made in queue.left:
-        print(f"{made.stage}/{made.name}: {made.tokens / 1e6:.1f}M tokens, {queue.seconds(made):.0f} s predicted")
+        tokens = f"{made.tokens / 1e6:.1f}M tokens"
+        print(f"{made.stage}/{made.name}: {tokens}, {queue.seconds(made):.0f} s predicted")
         for line in describe(made.config, made.reference):
             print(f"    {line}")
-    if given.dry_run or not queue.left:
+    if given.dry_run or not tries:
         return 0
-    loader = _loader(given, queue.left[0])
-    begin = time()
+    loader, begin = _loader(given, tries[0]), time()
     data = loader[0](*loader[1:])
-    print(f"{time() - begin:.1f} s: {data.train.num_tokens:,} tokens to train on, {data.held_out.num_tokens:,} held out", flush=True)
+    counts = f"{data.train.num_tokens:,} tokens to train on, {data.held_out.num_tokens:,} held out"
+    print(f"{time() - begin:.1f} s: {counts}", flush=True)
     del data
     gpus = given.gpus or os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     slots = [gpu for gpu in gpus.split(",") for _ in range(given.jobs)]
-    threads = [Thread(target=work, args=(queue, gpu, given.out, loader)) for gpu in slots]
+    failed: list[str] = []
+    threads = [Thread(target=work, args=(queue, gpu, loader, failed)) for gpu in slots]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -105,7 +62,7 @@ def main() -> int:
     for made in queue.left:
         print(f"{made.stage}/{made.name}: not started, no time left")
     print("\n".join(results.table(results.collect(given.out))))
-    return 1 if queue.failed else 0
+    return 1 if failed else 0
 
 
 def arguments() -> argparse.Namespace:
@@ -130,10 +87,12 @@ def check(tries: list[Try]) -> None:
     for made in tries:
         found = violations(made.config, made.reference)
         if found and not made.one_sided:
-            raise ValueError(f"{made.name}: {'; '.join(found)} (say one_sided = true to run it out of competition)")
+            raise ValueError(
+                f"{made.name}: {'; '.join(found)} (say one_sided = true to run it out of competition)"
+            )
 
 
-def work(queue: Queue, gpu: str, out: Path, loader: tuple[Any, ...]) -> None:
+def work(queue: Queue, gpu: str, loader: tuple[Any, ...], failed: list[str]) -> None:
     """One slot: a process on one GPU, started anew after a failure, until no run fits any more."""
     context = get_context("spawn")
     process, connection = None, None
@@ -143,11 +102,11 @@ def work(queue: Queue, gpu: str, out: Path, loader: tuple[Any, ...]) -> None:
             process = context.Process(target=_serve, args=(theirs, gpu, loader, queue.deadline))
             process.start()
             theirs.close()
-        begin, path = time(), _path(out, made)
-        status = _ask(connection, (made, path))
-        queue.learn(made, path)
+        begin, path = time(), queue.path(made)
+        status, leaves = _ask(connection, (made, path))
+        queue.done(made)
         found = results.read(path)
-        loss = found["evaluations"][-1][2] if found.get("evaluations") else float("nan")
+        loss = results.final(found) if found.get("evaluations") else float("nan")
         speed = found.get("tokens_per_second", 0)
         print(
             f"gpu {gpu}  {made.stage}/{made.name}: {status}, {time() - begin:.1f} s, {speed:,} tokens/s, "
@@ -155,7 +114,8 @@ def work(queue: Queue, gpu: str, out: Path, loader: tuple[Any, ...]) -> None:
             flush=True,
         )
         if status in ("failed", "died"):
-            queue.failed.append(made.name)
+            failed.append(made.name)
+        if leaves:
             process.join(20)
             process = None
     if process is not None and process.is_alive():
@@ -163,29 +123,35 @@ def work(queue: Queue, gpu: str, out: Path, loader: tuple[Any, ...]) -> None:
         process.join()
 
 
-def _serve(*given: Any) -> None:
-    # torch is imported in the workers alone
+def _serve(connection: Any, gpu: str, loader: tuple[Any, ...], deadline: float) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "cpu" else gpu
+    # torch is imported in the workers alone, which see one GPU each
     import worker
 
-    worker.serve(*given)
+    worker.serve(connection, loader, deadline)
 
 
-def _ask(connection: Any, task: object) -> str:
+def _ask(connection: Any, task: object) -> tuple[str, bool]:
+    """The worker's answer: how the run ended, and whether the process ends with it."""
     try:
         connection.send(task)
         return connection.recv()
     except (EOFError, OSError):
-        return "died"
+        return "died", True
 
 
-def _path(out: Path, made: Try) -> Path:
-    return out / made.stage / f"{made.name}.json"
+def _as_it_is(made: Try) -> Try:
+    return made
 
 
-def _with_corpus(config: RunConfig) -> RunConfig:
+def _with_corpus(made: Try) -> Try:
     """Says what is read, not where it lies."""
-    data = config.data.model_copy(update={"sources": ("text",), "tokenizer": TOKENIZER})
-    return config.model_copy(update={"data": data})
+    data = {"sources": ("text",), "tokenizer": TOKENIZER}
+    config, reference = (
+        each.model_copy(update={"data": each.data.model_copy(update=data)})
+        for each in (made.config, made.reference)
+    )
+    return made._replace(config=config, reference=reference)
 
 
 def _loader(given: argparse.Namespace, made: Try) -> tuple[Any, ...]:
@@ -193,6 +159,7 @@ def _loader(given: argparse.Namespace, made: Try) -> tuple[Any, ...]:
     if given.corpus:
         return (corpus.prepare, given.corpus, given.cache, given.corpus / TOKENIZER)
     return (prepare, made.config.data)
+
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")

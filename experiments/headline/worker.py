@@ -1,7 +1,7 @@
 """One run of the experiment in this process, and what is kept of it: a JSON file of some kilobytes.
 
-A worker process trains one run after another, so that kernels are loaded once. Seconds are of training alone:
-evaluations are not counted, and the first steps, in which kernels are compiled, count as much as steps do later.
+A worker process trains one run after another, so that kernels are loaded once. Seconds are of training
+alone: evaluations are not counted, and the first steps, in which kernels are compiled, count as later ones.
 """
 
 import gc
@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
@@ -32,6 +33,8 @@ from ssmoe.training.metrics import Record
 
 COMPILING = 10
 """First steps, whose time is replaced by that of as many median ones."""
+LEFT_OVER = 4 << 30
+"""Bytes of GPU memory that a worker may keep between two runs."""
 COLUMNS = ("step", "tokens", "held_out_loss", "seconds", "training_loss", "held_out_loss_last")
 """The last is of the last weights, where averaged ones are evaluated."""
 
@@ -91,8 +94,8 @@ class Watch:
 
 
 def without_compiling(times: Sequence[float]) -> list[float]:
-    """Cumulated seconds (`times`[0] is 0) in which the first steps took as long as the median of the others."""
-    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    """Cumulated seconds (`times`[0] is 0) in which the first steps took as long as the others' median."""
+    steps = [after - before for before, after in pairwise(times)]
     if len(steps) < 2 * COMPILING:
         return list(times)
     usual = median(steps[COMPILING:])
@@ -126,7 +129,10 @@ def run(made: Try, data: Prepared, path: Path, *, deadline: float = float("inf")
     except OutOfTime as error:
         status, more = "cut", {"error": str(error)}
     except Exception as error:  # noqa: BLE001, whatever it is belongs into the result, and the next run follows
-        status, more = "failed", {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
+        status, more = (
+            "failed",
+            {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]},
+        )
     if (folder / "environment.json").is_file():
         watch.head["environment"] = read_environment(folder)
     if torch.cuda.is_available():
@@ -142,7 +148,15 @@ def run(made: Try, data: Prepared, path: Path, *, deadline: float = float("inf")
 def _head(made: Try) -> dict[str, Any]:
     config, count = made.config, count_parameters(made.config.model)
     return {
-        **{key: getattr(made, key) for key in ("name", "stage", "side", "preset", "overrides", "one_sided", "note")},
+        "name": made.name,
+        "entry": made.entry["name"],
+        "stage": made.stage,
+        "side": made.side,
+        "preset": made.entry["preset"],
+        "recipe": made.recipe,
+        "overrides": made.overrides,
+        "one_sided": made.one_sided,
+        "note": made.entry.get("note", ""),
         "differs": describe(config, made.reference),
         "breaks": violations(config, made.reference),
         "active": count.active,
@@ -158,14 +172,18 @@ def _head(made: Try) -> dict[str, Any]:
     }
 
 
-def serve(connection: Connection, gpu: str, prepare: tuple[Any, ...], deadline: float) -> None:
-    """A worker on one GPU: receives (try, path), trains, sends the status; ends with None or a failure."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "cpu" else gpu
+def serve(connection: Connection, prepare: tuple[Any, ...], deadline: float) -> None:
+    """A worker: receives (try, path), trains, sends (status, whether it leaves); None ends it.
+
+    It leaves after a failure, since a GPU error stays with its process, and where memory is not given back.
+    """
     loader, *arguments = prepare
     data = loader(*arguments)
-    while (task := connection.recv()) is not None:
+    leaves = False
+    while not leaves and (task := connection.recv()) is not None:
         made, path = task
         status = run(made, data, path, deadline=deadline)
-        connection.send(status)
-        if status == "failed":
-            return  # a GPU error stays with its process
+        leaves = status == "failed" or (
+            torch.cuda.is_available() and torch.cuda.memory_reserved() > LEFT_OVER
+        )
+        connection.send((status, leaves))

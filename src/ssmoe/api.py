@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ssmoe.config.differences import differences
 from ssmoe.config.load import RunConfig
 from ssmoe.data.prepare import Prepared, prepare
 from ssmoe.data.tokenizer import load_tokenizer
@@ -84,8 +85,11 @@ def compare(
     for run in runs:
         check_folder(folder / run.name, run, **rules[run.name]._asdict())
         check_vocabulary(run.model, tokenizer)
+    base = next(run for run in runs if run.name == (baseline or runs[0].name))
     for run in runs:
         _print(console, f"== {run.name}")
+        for key, (mine, theirs) in differences(run, base).items():
+            _print(console, f"unlike {base.name}: {key} is {mine}, not {theirs}")
         try:
             train(run, folder / run.name, **rules[run.name]._asdict(), console=console)
         except Interrupted as stop:

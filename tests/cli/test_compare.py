@@ -32,6 +32,7 @@ def test_two_runs_end_to_end(tiny_file, tmp_path, capsys, fails):
     assert main([*argv, "--resume"]) == 0
     shown = capsys.readouterr().out
     assert "to the final held-out loss of tiny" in shown
+    assert "unlike tiny: model.pattern is [mamba d_state=4] [moe num_experts=4 d_expert=32" in shown
     assert "compare.json" in shown
 
 

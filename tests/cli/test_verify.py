@@ -28,13 +28,23 @@ def test_a_planted_state_bug_fails_and_is_named(trained, capsys, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["mamba-tiny", "moe-mamba-tiny", "moe-mamba-fine-tiny", "rom-tiny"])
-def test_a_run_trained_on_the_gpu_holds_there(name, text_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mamba-tiny", []),
+        ("mamba-tiny", ["model.pattern.mamba.learned_state=true"]),
+        ("moe-mamba-tiny", []),
+        ("moe-mamba-fine-tiny", []),
+        ("rom-tiny", []),
+    ],
+)
+def test_a_run_trained_on_the_gpu_holds_there(name, changes, text_folder, tmp_path, capsys):
     run = tmp_path / "run"
     data = [f'data.sources=["{text_folder}"]', "data.tokenizer=bytes", "data.context=64", "data.held_out=0.2"]
     sizes = ["model.vocab_size=257", "train.steps=20", "train.batch_size=4", "train.eval_rows=4"]
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    assert main(["train", name, "--out", str(run), *data, *sizes, cache, "train.device=cuda"]) == 0
+    words = [*data, *sizes, *changes, cache, "train.device=cuda"]
+    assert main(["train", name, "--out", str(run), *words]) == 0
     capsys.readouterr()
     assert main(["verify", str(run), "--device", "cuda", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

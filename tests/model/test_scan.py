@@ -1,5 +1,7 @@
 """Documents that begin from a learned state: alone, inside packed rows, padded, cut, and differentiated."""
 
+import copy
+
 import pytest
 import torch
 
@@ -162,6 +164,30 @@ def test_the_cpu_kernels_agree(dtype) -> None:
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for one, other in zip(*out, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_kernels_agree_in_every_gradient(dtype) -> None:
+    GENERATOR.manual_seed(3)
+    parameters = SSMParameters(48, 16, (1e-3, 1e-1), learned_state=True)
+    for parameter in parameters.parameters():
+        with torch.no_grad():
+            parameter.copy_(0.5 * random(*parameter.shape))
+    given = [random(2, 133, n).to(dtype) for n in (48, 48, 16, 16, 48)]
+    found = {}
+    for name, device in (("triton", "cuda"), ("reference", "cpu")):
+        module = copy.deepcopy(parameters).to(device)
+        inputs = [tensor.clone().to(device).requires_grad_() for tensor in given]
+        segments = Segments.packed([[8, 64, 61], [133]], device=device)
+        y, state = scan(load(name), module, *inputs, state=None, segments=segments)
+        (y.float().square().sum() + state.square().sum()).backward()
+        gradients = [leaf.grad for leaf in (*inputs, *module.parameters())]
+        found[name] = [tensor.detach().double().cpu() for tensor in (y, state, *gradients)]
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < bound
 
 
 def test_a_model_counts_it_trains_it_and_generates_from_it() -> None:

@@ -34,6 +34,10 @@ OPS = (
     "linear",
     "head_cross_entropy",
     "residual_norm",
+    "route",
+    "wide_linear",
+    "split_linear",
+    "fork_linear",
     "mamba_step",
     "mamba_steps",
 )

@@ -16,8 +16,12 @@ from tests.ops.triton_cases import (
     errors,
     everything,
     expert_inputs,
+    head_errors,
     norm_errors,
+    projection_errors,
+    route_errors,
     scan_inputs,
+    wide_errors,
     without,
 )
 
@@ -62,13 +66,56 @@ def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: b
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700, 512), (65, 768), (2, 9, 5120)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, centre: bool) -> None:
     for stream in (torch.float32, dtype):
-        within_twice_eager(norm_errors(shape, stream, dtype, "cuda", centre=centre), dtype)
+        for add in (None, dtype):
+            found = norm_errors(shape, stream, dtype, "cuda", centre=centre, add=add)
+            within_twice_eager(found, dtype)
 
 
 @BOTH
 @pytest.mark.parametrize("shape", [(1, 2), (33, 257), (100, 50257), (5, 131073)])
 def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype) -> None:
     within_twice_eager(cross_entropy_errors(*shape, dtype, "cuda"), dtype)
+
+
+@BOTH
+def test_cross_entropy_far_above_its_first_block(dtype: torch.dtype) -> None:
+    within_twice_eager(cross_entropy_errors(5, 20000, dtype, "cuda", late=90.0), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8, 5), (700, 64, 1001), (9000, 128, 5056)])
+def test_head(shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
+    within_twice_eager(head_errors(*shape, dtype, "cuda", bias=bias), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(70, 33, 20), (4096, 512, 336), (3, 64, 150), (70000, 512, 32)])
+def test_wide_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    within_twice_eager(wide_errors(*shape, dtype, "cuda"), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 8, 16), (1000, 512, 64), (999, 1024, 72), (300, 64, 500)])
+def test_projections(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    within_twice_eager(projection_errors(*shape, dtype, "cuda"), dtype)
+
+
+@pytest.mark.parametrize(
+    ("t", "e", "k", "score", "normalise", "bias"),
+    [
+        (150, 5, 1, "softmax", False, False),
+        (4097, 336, 8, "sigmoid", True, True),
+        (9, 700, 3, "softmax", True, False),
+        (65536, 32, 1, "softmax", False, False),
+        (8192, 128, 4, "softmax", False, True),
+        (999, 2500, 16, "sigmoid", False, False),
+        (99, 40, 17, "softmax", True, False),
+    ],
+)
+def test_routes(t: int, e: int, k: int, score: str, normalise: bool, bias: bool) -> None:
+    found = route_errors(t, e, k, "cuda", score=score, normalise=normalise, bias=bias)
+    within_twice_eager(found, torch.float32)
 
 
 @BOTH

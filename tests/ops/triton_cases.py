@@ -107,11 +107,14 @@ def norm_errors(
     device: str = "cpu",
     *,
     centre: bool = True,
+    add: torch.dtype | None = None,
 ) -> Errors:
     """The stream and its norm, x with a mean that the norm must take away."""
     normal = normals(device)
     inputs = {"x": (normal(*shape) + 2).to(stream), "weight": normal(shape[-1]), "bias": normal(shape[-1])}
     inputs = inputs if centre else without(inputs, "bias")
+    if add is not None:
+        inputs["add"] = normal(*shape).to(add)
     return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
 
 
@@ -119,6 +122,19 @@ def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu")
     """A router's product."""
     normal = normals(device)
     return errors("wide_linear", {"x": normal(t, d).to(dtype), "weight": normal(e, d)})
+
+
+def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """Both projections of several readers."""
+    normal = normals(device)
+    x, weight = normal(t, d).to(dtype), normal(2 * n, d)
+    split = errors("split_linear", {"x": x, "weight": weight}, sizes=(n, n))
+    fork = errors("fork_linear", {"x": x, "weight": weight[:n].contiguous()})
+    return {
+        f"{name} {key}": found
+        for name, part in (("split", split), ("fork", fork))
+        for key, found in part.items()
+    }
 
 
 def route_errors(
@@ -133,10 +149,10 @@ def route_errors(
 ) -> Errors:
     """Weights, sums and the gradient of the logits; experts and loads must be equal. A fifth is padding."""
     normal = normals(device)
-    logits, real = normal(t, e) * 2, torch.arange(t, device=device) % 5 != 4
+    real = torch.arange(t, device=device) % 5 != 4
     # so far apart that float32 and float64 choose alike
-    logits += torch.argsort(normal(t, e), dim=1) * 1e-3
-    lead = normal(e) * 0.3 if bias else None
+    logits = (torch.argsort(normal(t, e), dim=1) - e / 2) * (6 / e)
+    lead = (normal(e) > 0) * 0.5 if bias else None
     weights = [normal(t, k), normal(e), normal(1).squeeze()]
 
     def run(name: str, dtype: torch.dtype) -> list[Tensor]:
@@ -170,12 +186,30 @@ def route_errors(
     return result
 
 
+def head_errors(
+    t: int, d: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True
+) -> Errors:
+    """The head's loss and gradients, some targets ignored."""
+    normal = normals(device)
+    targets = (normal(t, vocab)).argmax(1)
+    targets[::4] = IGNORE
+    inputs = {
+        "x": normal(t, d).to(dtype),
+        "weight": normal(vocab, d),
+        "bias": normal(vocab) if bias else None,
+    }
+    given = {key: value for key, value in inputs.items() if value is not None}
+    fixed: dict[str, object] = {"targets": targets} if bias else {"targets": targets, "bias": None}
+    return errors("head_cross_entropy", given, **fixed)
+
+
 def cross_entropy_errors(
-    t: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, truncated: bool = False
+    t: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, truncated: bool = False, late: float = 0.0
 ) -> Errors:
     """Losses and their gradient, some rows ignored, some almost certain, a column at -inf.
 
-    truncated: the kernels' gradient is held against the truth cut to bfloat16, as the interpreter cuts.
+    late: how far the last columns lie above the others. truncated: hold our gradient against the truth
+    cut to bfloat16, as the interpreter cuts.
     """
     # not at the top: the names of the cases are read where there is no triton
     from ssmoe.ops.triton.cross_entropy import cross_entropy as triton_cross_entropy
@@ -184,6 +218,7 @@ def cross_entropy_errors(
     logits, targets = normal(t, vocab) * 3, (normal(t, vocab) * 3).argmax(1)
     logits[::3].scatter_(1, targets[::3].unsqueeze(1), 25.0)
     logits[:, 0] = float("-inf")
+    logits[:, -3:] += late
     targets = targets.clamp(min=1)
     targets[::4] = IGNORE
     narrow = logits.to(dtype)
@@ -284,15 +319,25 @@ SMALL: dict[str, Callable[[], Errors]] = {
     ),
     "norm, layer": lambda: norm_errors((3, 5, 33), F32, F32),
     "norm, root mean square": lambda: norm_errors((7, 2100), F32, F32, centre=False),
+    "norm of a sum": lambda: norm_errors((3, 5, 33), F32, F32, add=F32),
+    "norm of a sum, bfloat16 into float32": lambda: norm_errors((9, 700), F32, BF16, centre=False, add=BF16),
+    "norm of a sum, bfloat16": lambda: norm_errors((9, 70), BF16, BF16, add=BF16),
     "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
     "wide product": lambda: wide_errors(70, 33, 20, F32),
     "wide product, bfloat16": lambda: wide_errors(140, 70, 20, BF16),
     "wide product, bfloat16, few rows": lambda: wide_errors(3, 64, 150, BF16),
+    "projections": lambda: projection_errors(9, 12, 20, F32),
+    "projections, bfloat16": lambda: projection_errors(150, 140, 17, BF16),
+    "projections, bfloat16, wide": lambda: projection_errors(9, 12, 140, BF16),
     "routes, one of few": lambda: route_errors(150, 5, 1),
     "routes, sigmoid, all": lambda: route_errors(23, 12, 8, score="sigmoid", normalise=True, bias=True),
     "routes, several": lambda: route_errors(9, 700, 3, normalise=True),
     "routes, more than the kernels take": lambda: route_errors(9, 40, 17, score="sigmoid"),
     "cross-entropy": lambda: cross_entropy_errors(9, 37, F32),
+    "cross-entropy, a later block far above the first": lambda: cross_entropy_errors(5, 9000, F32, late=90.0),
+    "head": lambda: head_errors(21, 12, 77, F32),
+    "head, no bias": lambda: head_errors(7, 5, 64, F32, bias=False),
+    "head, bfloat16": lambda: head_errors(40, 33, 130, BF16),
     "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
     "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16, truncated=True),
     "experts, one token": lambda: errors(

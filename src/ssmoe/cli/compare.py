@@ -80,4 +80,11 @@ def _print(comparison: "Comparison", folder: str) -> None:
         )
     console = Console()
     console.print(table)
+    for row in comparison.rows:
+        if row.name != comparison.baseline and row.steps_ratio is not None:
+            line = (
+                f"{row.name} reaches the final loss of {comparison.baseline} in {row.steps_ratio:.2f} times "
+                f"fewer steps and {row.seconds_ratio:.2f} times less time"
+            )
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written to {folder}: compare.json and, with matplotlib, compare.png", highlight=False)

@@ -1,5 +1,8 @@
 """In what two runs differ, key by key."""
 
+from collections.abc import Iterator
+from typing import Any, cast
+
 from ssmoe.config.load import RunConfig
 from ssmoe.config.model import LayerConfig
 
@@ -15,14 +18,20 @@ def differences(run: RunConfig, other: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def _flatten(run: RunConfig) -> dict[str, str]:
-    sections = {
-        "model": run.model.model_dump(exclude={"pattern", "init"}),
-        "model.init": run.model.init.model_dump(),
-        "data": run.data.model_dump(exclude={"cache_dir"}),
-        "train": run.train.model_dump(),
-    }
-    found = {f"{section}.{key}": str(v) for section, values in sections.items() for key, v in values.items()}
-    return {"model.pattern": " ".join(map(_describe, run.model.pattern)), **found}
+    values = run.model_dump(include={"model": True, "data": True, "train": True})
+    del values["model"]["pattern"], values["data"]["cache_dir"]
+    found = {"model.pattern": " ".join(map(_describe, run.model.pattern))}
+    for section, content in values.items():
+        found |= dict(_leaves(section, content))
+    return found
+
+
+def _leaves(path: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(f"{path}.{key}", cast(dict[str, Any], value))
+        else:
+            yield f"{path}.{key}", str(value)
 
 
 def _describe(layer: LayerConfig) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ssmoe.config.model import InitConfig
 
-
 _THREADS = min(16, os.cpu_count() or 1)
 _WORTH_THREADS = 1 << 24
 """Values of a model from which on several threads fill them."""

@@ -4,7 +4,7 @@
 # pyright: reportPrivateUsage=false
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,7 @@ class Residual(nn.Module):
             return self.layer.step(
                 x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
             )
-        norm = self.norm
-        x, normed = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+        x, normed = self.enter(x, None, dtype)
         out: LayerOut
         if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
             out = self.layer.append(normed, state)
@@ -60,6 +59,11 @@ class Residual(nn.Module):
                     old.copy_(new)
             out = out._replace(state=state)
         return LayerOut(x + out.x, out.state, out.stats)
+
+    def enter(self, x: Tensor, pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x + pending, what the layer before has yet to add, and its norm: what this layer reads."""
+        norm = self.norm
+        return self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending)
 
 
 def run(
@@ -76,6 +80,8 @@ def run(
     stats: list[RouterStats | None] = []
     alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
     alone = alone and not in_place
+    joined = x.shape[1] > 1 and not in_place
+    pending: Tensor | None = None
     i = 0
     while i < len(layers):
         count = _equal_mambas(layers, i, cast(State, state), dtype) if alone else 0
@@ -86,13 +92,32 @@ def run(
             i += count
             continue
         before = None if state is None else state[i]
+        layer = layers[i]
+        if joined and _unwatched(layer):
+            # the sum that ends a layer is formed where the next one reads it
+            x, normed = layer.enter(x, pending, dtype)
+            out: LayerOut = layer.layer(normed, before, segments)
+            pending = out.x
+            states.append(out.state)
+            stats.append(out.stats)
+            i += 1
+            continue
+        if pending is not None:
+            x, pending = x + pending, None
         # whatever wraps a layer need only know the four
-        out: LayerOut = layers[i](x, before, segments, dtype, **({"in_place": True} if in_place else {}))
+        out = layer(x, before, segments, dtype, **({"in_place": True} if in_place else {}))
         x = out.x
         states.append(out.state)
         stats.append(out.stats)
         i += 1
-    return x, tuple(states), tuple(stats)
+    return x if pending is None else x + pending, tuple(states), tuple(stats)
+
+
+def _unwatched(layer: nn.Module) -> TypeGuard[Residual]:
+    """Whether the layer is a plain one whose input and output nobody looks at or wraps."""
+    if type(layer) is not Residual:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
 def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: torch.dtype) -> int:
@@ -100,7 +125,7 @@ def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: 
     first: tuple[object, ...] | None = None
     for i in range(begin, len(layers)):
         layer = layers[i]
-        if type(layer) is not Residual or layer._forward_hooks or layer._forward_pre_hooks:
+        if not _unwatched(layer):
             return i - begin
         norm, mixer = layer._modules["norm"], layer._modules["layer"]
         kept = state[i]

@@ -1,7 +1,7 @@
 """A running average of the weights, for evaluations and the checkpoint's weights.
 
-The weight of step i after t steps is proportional to i^g (arXiv 2312.02696, section 3.1), so that the average
-reaches back over the same share of the steps at any time, and no horizon has to be chosen for a length of run.
+The weight of step i after t steps is proportional to i^g (arXiv 2312.02696, section 3.1), so that the
+average reaches back over the same share of the steps at any time: no horizon has to be chosen for a run.
 """
 
 from collections.abc import Generator, Mapping
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class Average:
     """Keeps the average of a model's trainable parameters, in their own dtype and on their device.
 
-    share: the mean age of the averaged weights as a share of the steps so far; g = 1 / share - 2, so 0.5 weighs
-    all steps alike.
+    share: the mean age of the averaged weights as a share of the steps so far; g = 1 / share - 2, so that 0.5
+    weighs all steps alike.
     """
 
     def __init__(self, model: nn.Module, share: float) -> None:

@@ -11,7 +11,7 @@ from ssmoe.training.folder import read_run
 from ssmoe.training.metrics import Record, read_metrics
 from ssmoe.training.report import Curve, draw_curves
 
-SHARED_TRAIN = ("steps", "batch_size", "eval_every", "eval_rows", "precision")
+SHARED_TRAIN = ("steps", "batch_size", "eval_every", "eval_rows", "average", "precision")
 """Fields of `train` that must be equal for step counts and losses to be comparable."""
 
 

@@ -76,11 +76,12 @@ class Mamba(nn.Module):
     ) -> LayerOut:
         """Mix along l; `state` None is `init_state`."""
         conv, ssm = (None, None) if state is None else state
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d_inner) each
+        x, z = self.ops.split_linear(x, self.in_proj.weight, (self.d_inner, self.d_inner))  # (b, l, d_inner)
         x, conv = self.ops.causal_conv1d(
             x, self.conv.weight, self.conv.bias, initial_state=conv, segments=segments
         )
-        delta, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        x, projected = self.ops.fork_linear(x, self.x_proj.weight)
+        delta, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         y, ssm = scan(self.ops, self.ssm, x, self.delta_proj(delta), B, C, z, state=ssm, segments=segments)
         return LayerOut(self.out_proj(y), MambaState(conv, ssm), None)
 

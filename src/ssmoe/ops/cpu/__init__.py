@@ -13,7 +13,7 @@ from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
 from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
-from ssmoe.ops.cpu.linear import linear
+from ssmoe.ops.cpu.linear import fork_linear, linear, split_linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
@@ -26,6 +26,7 @@ __all__ = [
     "describe",
     "expert_linear",
     "expert_mlp",
+    "fork_linear",
     "head_cross_entropy",
     "linear",
     "mamba_step",
@@ -34,5 +35,6 @@ __all__ = [
     "residual_norm",
     "route",
     "selective_scan",
+    "split_linear",
     "wide_linear",
 ]

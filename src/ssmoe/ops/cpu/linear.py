@@ -9,6 +9,7 @@ float32 weights under bfloat16 activations, which are narrowed while they are pa
 in float32.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -119,3 +120,13 @@ def _fake(a: Tensor, b: Tensor, wide: bool) -> Tensor:
 
 
 torch.library.register_fake("ssmoe::product", _fake)
+
+
+def split_linear(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """x (..., d_in), weight (sum(sizes), d_in) -> pieces (..., size); see the reference."""
+    return tuple(torch.split(linear(x, weight), list(sizes), dim=-1))
+
+
+def fork_linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., d_in), weight (d_out, d_in) -> (x, (..., d_out)); see the reference."""
+    return x, linear(x, weight)

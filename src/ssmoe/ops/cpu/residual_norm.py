@@ -15,9 +15,16 @@ _FLOATS = (torch.float32, torch.bfloat16)
 
 
 def residual_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x (..., d), weight and bias (d,) -> (x, norm(x) in `dtype`); see the reference."""
+    """x and add (..., d), weight and bias (d,) -> (x + add, its norm in `dtype`); see the reference."""
+    x = x if add is None else x + add
     if not (x.dtype in _FLOATS and dtype in _FLOATS) and not x.dtype == dtype == torch.float64:
         return torch_norm(x, weight, bias, eps=eps, dtype=dtype)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -10,12 +10,14 @@ from ssmoe.ops.triton.muon_step import muon_step
 from ssmoe.ops.triton.residual_norm import residual_norm
 from ssmoe.ops.triton.route import route
 from ssmoe.ops.triton.selective_scan import selective_scan
+from ssmoe.ops.triton.split_linear import fork_linear, split_linear
 from ssmoe.ops.triton.wide_linear import wide_linear
 
 __all__ = [
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",
+    "fork_linear",
     "head_cross_entropy",
     "linear",
     "mamba_step",
@@ -24,5 +26,6 @@ __all__ = [
     "residual_norm",
     "route",
     "selective_scan",
+    "split_linear",
     "wide_linear",
 ]

@@ -109,6 +109,79 @@ def multiply(acc, a_at, keep_a, w_at, keep_w, step_a, step_w, K, BK: tl.constexp
 
 
 @triton.jit
+def multiply_two(acc, acc2, a_at, keep_a, w_at, w2_at, keep_w, step_a, step_w, K, BK: tl.constexpr,
+                 EVEN_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`multiply` by two matrices of weights, reading the rows once."""
+    k = tl.arange(0, BK)
+    for begin in range(0, K, BK):
+        if EVEN_K:
+            a = tl.load(a_at, mask=keep_a, other=0.0)
+            w = tl.load(w_at, mask=keep_w, other=0.0)
+            w2 = tl.load(w2_at, mask=keep_w, other=0.0)
+        else:
+            inside = begin + k < K
+            a = tl.load(a_at, mask=keep_a & inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=keep_w & inside[:, None], other=0.0)
+            w2 = tl.load(w2_at, mask=keep_w & inside[:, None], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        acc2 = tl.dot(a, w2, acc2, input_precision=PRECISION)
+        a_at += BK * step_a
+        w_at += BK * step_w
+        w2_at += BK * step_w
+    return acc, acc2
+
+
+@triton.jit
+def gates(acc, gate, out, out2, wide, first, row, column, N, BM: tl.constexpr, BN: tl.constexpr,
+          ACTIVATION: tl.constexpr):  # fmt: skip
+    """The gated HIDDEN end of a tile, 32 columns at a time so that its values stay in registers."""
+    if BN > 32:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        left2, right2 = tl.split(tl.permute(tl.reshape(gate, (BM, 2, BN // 2)), (0, 2, 1)))
+        gates(left, left2, out, out2, wide, first, row, column, N, BM, BN // 2, ACTIVATION)
+        gates(right, right2, out, out2, wide, first, row, column + BN // 2, N, BM, BN // 2, ACTIVATION)
+    else:
+        n = column + tl.arange(0, BN)
+        cells = first + (tl.arange(0, BM)[:, None] * N + n[None, :])
+        inside = (row >= 0)[:, None] & (n < N)[None, :]
+        tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(out2 + cells, gate.to(out.dtype.element_ty), mask=inside)
+        tl.store(wide + cells, (activate(gate, ACTIVATION) * acc).to(wide.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def slopes(acc, scale, inner, inner2, out, out2, wide, first, row, column, N, BM: tl.constexpr, BN: tl.constexpr,
+           ACTIVATION: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """The SLOPE end of a tile, 32 columns at a time so that its values stay in registers: acc's sum by row."""
+    if BN > 32:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        total = slopes(left, scale, inner, inner2, out, out2, wide, first, row, column, N, BM, BN // 2,
+                       ACTIVATION, GATED)  # fmt: skip
+        total += slopes(right, scale, inner, inner2, out, out2, wide, first, row, column + BN // 2, N, BM, BN // 2,
+                        ACTIVATION, GATED)  # fmt: skip
+    else:
+        n = column + tl.arange(0, BN)
+        cells = first + (tl.arange(0, BM)[:, None] * N + n[None, :])
+        inside = (row >= 0)[:, None] & (n < N)[None, :]
+        value = tl.load(inner + cells, mask=inside, other=0.0).to(tl.float32)
+        grad = acc * scale[:, None]
+        if GATED:
+            gate = tl.load(inner2 + cells, mask=inside, other=0.0).to(tl.float32)
+            factor = activate(gate, ACTIVATION)
+            gate_grad = grad * value * slope_of(gate, ACTIVATION)
+            tl.store(out2 + cells, gate_grad.to(out.dtype.element_ty), mask=inside)
+            active = factor * value
+            grad = grad * factor
+        else:
+            active = activate(value, ACTIVATION)
+            grad = grad * slope_of(value, ACTIVATION)
+        tl.store(out + cells, grad.to(out.dtype.element_ty), mask=inside)
+        tl.store(wide + cells, (active * scale[:, None]).to(wide.dtype.element_ty), mask=inside)
+        total = tl.sum(active * acc, axis=1)
+    return total
+
+
+@triton.jit
 def rows_kernel(
     a, a2, w, w2, out, out2, wide, assignments, tiles, weight, inner, inner2, partial,
     tile_rows, N, K, stride_a, stride_e, stride_n, stride_k,
@@ -143,23 +216,24 @@ def rows_kernel(
     a_at = a + source[:, None] * stride_a + k[None, :]
     w_offsets = e.to(tl.int64) * stride_e + k[:, None] * stride_k + n[None, :] * stride_n
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = multiply(acc, a_at, keep_a, w + w_offsets, keep_w, 1, stride_k, K, BK, EVEN_K, PRECISION)
+    if MODE == HIDDEN and GATED:
+        gate = tl.zeros((BM, BN), tl.float32)
+        acc, gate = multiply_two(acc, gate, a_at, keep_a, w + w_offsets, w2 + w_offsets, keep_w, 1, stride_k, K, BK,
+                                 EVEN_K, PRECISION)  # fmt: skip
+    else:
+        acc = multiply(acc, a_at, keep_a, w + w_offsets, keep_w, 1, stride_k, K, BK, EVEN_K, PRECISION)
 
-    cells = row[:, None] * N + n[None, :]
-    inside = (row >= 0)[:, None] & (n < N)[None, :]
+    # a scalar of 64 bits beside a tile's own offsets of 32: pointers of 64 take registers
+    first = tile.to(tl.int64) * BM * N
     if MODE == HIDDEN:
         if GATED:
-            gate = tl.zeros((BM, BN), tl.float32)
-            gate = multiply(gate, a_at, keep_a, w2 + w_offsets, keep_w, 1, stride_k, K, BK, EVEN_K, PRECISION)
-            tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
-            tl.store(out2 + cells, gate.to(out.dtype.element_ty), mask=inside)
-            acc = activate(gate, ACTIVATION) * acc
-        elif ACTIVATION == RELU:
-            acc = tl.maximum(acc, 0.0)
+            gates(acc, gate, out, out2, wide, first, row, (pid % groups) * BN, N, BM, BN, ACTIVATION)
         else:
-            tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
-            acc = activate(acc, ACTIVATION)
-        tl.store(wide + cells, acc.to(wide.dtype.element_ty), mask=inside)
+            cells = first + (tl.arange(0, BM)[:, None] * N + n[None, :])
+            inside = (row >= 0)[:, None] & (n < N)[None, :]
+            if ACTIVATION != RELU:
+                tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
+            tl.store(wide + cells, activate(acc, ACTIVATION).to(wide.dtype.element_ty), mask=inside)
     elif MODE == OUTPUT:
         if SECOND:
             a2_at = a2 + source[:, None] * stride_a + k[None, :]
@@ -170,31 +244,22 @@ def rows_kernel(
         at = out + target[:, None] * N + n[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])
     else:
-        scale = tl.load(weight + assignment, mask=real, other=0.0)[:, None]
-        value = tl.load(inner + cells, mask=inside, other=0.0).to(tl.float32)
-        grad = acc * scale
-        if GATED:
-            gate = tl.load(inner2 + cells, mask=inside, other=0.0).to(tl.float32)
-            factor = activate(gate, ACTIVATION)
-            gate_grad = grad * value * slope_of(gate, ACTIVATION)
-            tl.store(out2 + cells, gate_grad.to(out.dtype.element_ty), mask=inside)
-            active = factor * value
-            grad = grad * factor
-        else:
-            active = activate(value, ACTIVATION)
-            grad = grad * slope_of(value, ACTIVATION)
-        tl.store(out + cells, grad.to(out.dtype.element_ty), mask=inside)
-        tl.store(wide + cells, (active * scale).to(wide.dtype.element_ty), mask=inside)
-        tl.store(partial + (pid % groups).to(tl.int64) * tile_rows + row, tl.sum(active * acc, axis=1))
+        scale = tl.load(weight + assignment, mask=real, other=0.0)
+        total = slopes(acc, scale, inner, inner2, out, out2, wide, first, row, (pid % groups) * BN, N, BM, BN,
+                       ACTIVATION, GATED)  # fmt: skip
+        tl.store(partial + (pid % groups).to(tl.int64) * tile_rows + row, total)
 
 
 @triton.jit
 def weights_kernel(
-    a, b, out, assignments, offsets, M, N,
+    a, a2, b, out, out2, assignments, offsets, M, N,
     TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, GATHER_A: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, GATHER_A: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = a^T b over expert e's rows; one of the two is read by token, the other by row."""
+    """out[e] = a^T b over expert e's rows; one of the two is read by token, the other by row.
+
+    SECOND: out2[e] = a2^T b as well.
+    """
     pid = tl.program_id(0)
     across = tl.cdiv(N, BN)
     down = tl.cdiv(M, BM)
@@ -205,6 +270,7 @@ def weights_kernel(
     end = tl.load(offsets + e + 1)
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
+    acc2 = tl.zeros((BM, BN), tl.float32)
     for at in range(begin, end, BK):
         row = (at + k).to(tl.int64)
         assignment = tl.load(assignments + row)
@@ -221,8 +287,14 @@ def weights_kernel(
         left = tl.load(a + row_a[:, None] * M + m[None, :], mask=keep_a, other=0.0)
         right = tl.load(b + row_b[:, None] * N + n[None, :], mask=keep_b, other=0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+        if SECOND:
+            left = tl.load(a2 + row_a[:, None] * M + m[None, :], mask=keep_a, other=0.0)
+            acc2 = tl.dot(tl.trans(left), right, acc2, input_precision=PRECISION)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + (e * M + m[:, None]) * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    cells = (e * M + m[:, None]) * N + n[None, :]
+    tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
+    if SECOND:
+        tl.store(out2 + cells, acc2.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

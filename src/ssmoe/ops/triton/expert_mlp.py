@@ -45,13 +45,11 @@ def expert_mlp(
         raise ValueError(f"{expert.shape[-1]} experts a token of {e}: at least 1, of at most 4095")
     if t == 0:
         return x.clone()
-    up, down = up.to(x.dtype), down.to(x.dtype)
-    gate = None if gate is None else gate.to(x.dtype)
     return expert_forward(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
 
 
 class _Tiling(NamedTuple):
-    """Tile sizes of the products; rows of one expert are padded to a multiple of `m`."""
+    """Tile sizes of a product (m, k) times (k, n), and how it is launched."""
 
     m: int
     n: int
@@ -60,13 +58,42 @@ class _Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(x: Tensor, up: Tensor, top_k: int) -> _Tiling:
+class _Tilings(NamedTuple):
+    """Of each product: into the experts, out of them, the two backward, and the gradients of up and down.
+
+    The first four have one m, to a multiple of which the rows of an expert are padded; the k of the last two
+    divides it.
+    """
+
+    hidden: _Tiling
+    output: _Tiling
+    slope: _Tiling
+    back: _Tiling
+    up: _Tiling
+    down: _Tiling
+
+
+def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
     share = x.shape[0] * top_k / up.shape[0]
     if x.dtype == torch.float32:
-        return _Tiling(m=64 if share > 32 else 16, n=64, k=32, warps=4, stages=2)
-    if share > 32:
-        return _Tiling(m=128, n=128, k=64, warps=8, stages=3)
-    return _Tiling(m=16, n=128, k=64, warps=4, stages=3)
+        rows = _Tiling(m=64 if share > 32 else 16, n=64, k=32, warps=4, stages=2)
+        weights = rows._replace(m=64, k=min(rows.m, 64))
+        return _Tilings(rows, rows, rows, rows, weights, weights)
+    if share <= 32:
+        rows = _Tiling(m=16, n=128, k=64, warps=4, stages=3)
+        weights = rows._replace(m=64, k=16)
+        return _Tilings(rows._replace(n=64) if gated else rows, rows, rows, rows, weights, weights)
+    rows = _Tiling(m=128, n=128, k=64, warps=8, stages=3)
+    # whole tiles across an expert's width
+    across = 128 if up.shape[1] % 128 == 0 or up.shape[1] > 512 else 64
+    return _Tilings(
+        hidden=rows._replace(n=64 if gated else across),
+        output=rows,
+        slope=rows._replace(n=across),
+        back=rows,
+        up=rows._replace(m=across),
+        down=rows._replace(n=across),
+    )
 
 
 class _Routes(NamedTuple):
@@ -147,55 +174,83 @@ def _slots(x: Tensor, count: int) -> Tensor:
 @torch.library.custom_op("ssmoe::expert_forward", mutates_args=())
 def expert_forward(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, inner values, inner values of the gate, then `_Routes`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, up, down and gate in x's dtype, inner values, inner values of the gate, then `_Routes`).
+
+    The weights are returned where they had to be cast, else empty; their gradients come in their own dtype.
+    """
     t, top_k = expert.shape
-    tiling = _tiling(x, up, top_k)
+    tilings = _tilings(x, up, top_k, gated=gate is not None)
+    narrow = tuple(_cast(w, x) for w in (up, down, gate))
+    up, down, gate = _pick(narrow, (up, down, gate))  # pyright: ignore[reportAssignmentType]
     x, up, down, weight = row_major(x), up.contiguous(), down.contiguous(), weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     with on_device(x):
-        routes = _dispatch(expert, up.shape[0], tiling.m)
+        routes = _dispatch(expert, up.shape[0], tilings.hidden.m)
         shape = (routes.assignments.shape[0], up.shape[1])
         active = torch.empty(shape, dtype=x.dtype, device=x.device)
         # relu's inner values are needed only where they are positive, and there they are the active ones
         alone = gate is None and activation == "relu"
         inner = active if alone else torch.empty_like(active)
         inner2 = torch.empty_like(active) if gate is not None else x.new_empty(0)
-        first = tiling if gate is None else tiling._replace(n=min(tiling.n, 64))
-        _rows(x, up, inner, routes, weight, first, transposed=False, mode=kernels.HIDDEN, gather=True,
+        _rows(x, up, inner, routes, weight, tilings.hidden, transposed=False, mode=kernels.HIDDEN, gather=True,
               activation=activation, top_k=top_k, w2=gate, out2=inner2, wide=active, gated=gate is not None)  # fmt: skip
         slots = _slots(x, t * top_k)
-        _rows(active, down, slots, routes, weight, tiling, transposed=False, mode=kernels.OUTPUT, gather=False,
+        _rows(active, down, slots, routes, weight, tilings.output, transposed=False, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, weighted=True)  # fmt: skip
         y = _gather_output(slots, routes, t, top_k)
-    return y, inner, inner2, *routes
+    return y, *narrow, inner, inner2, *routes
+
+
+def _cast(weight: Tensor | None, x: Tensor) -> Tensor:
+    """In x's dtype; empty where it is already, or where there is none."""
+    if weight is None or weight.dtype == x.dtype:
+        return x.new_empty(0)
+    return weight.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def _pick(narrow, own):
+    """The weights that were cast, and those that had no need to be."""
+    return tuple(cast if cast.numel() else weight for cast, weight in zip(narrow, own, strict=True))
 
 
 @expert_forward.register_fake
 def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
     t, top_k = expert.shape
-    tiling = _tiling(x, up, top_k)
     e, f, _ = up.shape
+    tile = _tilings(x, up, top_k, gated=gate is not None).hidden.m
     count = t * top_k
-    num_tiles = count // tiling.m + min(e, count)
+    num_tiles = count // tile + min(e, count)
 
     def index(n):
         return x.new_empty(n, dtype=torch.int32)
 
-    inner = x.new_empty(num_tiles * tiling.m, f)
+    inner = x.new_empty(num_tiles * tile, f)
     inner2 = x.new_empty(inner.shape if gate is not None else (0,))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, inner, inner2, index(count), index(num_tiles * tiling.m), index(num_tiles), index(e + 1)
+    narrow = tuple(
+        x.new_empty(w.shape if w is not None and w.dtype != x.dtype else (0,)) for w in (up, down, gate)
+    )
+    return (
+        y,
+        *narrow,
+        inner,
+        inner2,
+        index(count),
+        index(num_tiles * tile),
+        index(num_tiles),
+        index(e + 1),
+    )
 
 
 @torch.library.custom_op("ssmoe::expert_backward", mutates_args=())
 def expert_backward(
     dy: Tensor, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, weight: Tensor, activation: str,
-    inner: Tensor, inner2: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
+    dtype: torch.dtype, inner: Tensor, inner2: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, up, down, gate (empty without one) and weight."""
+    """Gradients of x, up, down, gate (empty without one), those three in `dtype`, and of weight."""
     t, top_k = weight.shape
-    tiling = _tiling(x, up, top_k)
+    tilings = _tilings(x, up, top_k, gated=gate is not None)
     routes = _Routes(rows, assignments, tiles, offsets)
     gated = gate is not None
     dy, x = dy.contiguous(), x.contiguous()
@@ -205,47 +260,47 @@ def expert_backward(
         dinner = torch.empty_like(inner)
         dgate_inner = torch.empty_like(inner) if gated else None
         active = torch.empty_like(inner)
-        groups = triton.cdiv(up.shape[1], tiling.n)
+        groups = triton.cdiv(up.shape[1], tilings.slope.n)
         partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
-        _rows(dy, down, dinner, routes, weight, tiling, transposed=True, mode=kernels.SLOPE, gather=True,
+        _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
               activation=activation, top_k=top_k, out2=dgate_inner, wide=active, inner=inner, inner2=inner2,
               partial=partial, gated=gated)  # fmt: skip
         slots = _slots(x, t * top_k)
-        _rows(dinner, up, slots, routes, weight, tiling, transposed=True, mode=kernels.OUTPUT, gather=False,
+        _rows(dinner, up, slots, routes, weight, tilings.back, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
-        dup = _weights(dinner, x, up, routes, tiling, top_k, gather_a=False)
-        dgate = (
-            _weights(dgate_inner, x, up, routes, tiling, top_k, gather_a=False) if gated else x.new_empty(0)
-        )
-        ddown = _weights(dy, active, down, routes, tiling, top_k, gather_a=True)
+        dup, dgate = _weights(dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner)
+        ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
     return dx, dup, ddown, dgate, dweight
 
 
-def _weights(a, b, like, routes, tiling, top_k, *, gather_a):
-    out = torch.empty_like(like)
+def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a, a2=None):
+    """The gradient of weights shaped as `like`, and that of the second ones (empty without a2)."""
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    out2 = torch.empty((0,) if a2 is None else like.shape, dtype=dtype, device=like.device)
     e, m, n = like.shape
-    bm = 128 if tiling.m == 128 else 64
-    kernels.weights_kernel[(e * triton.cdiv(m, bm) * triton.cdiv(n, tiling.n),)](
-        a, b, out, routes.assignments, routes.offsets, m, n,
-        TOP_K=top_k, BM=bm, BN=tiling.n, BK=min(tiling.m, 64), EVEN=m % bm == 0 and n % tiling.n == 0,
-        GATHER_A=gather_a, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
+    kernels.weights_kernel[(e * triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
+        a, *some(a, a2), b, out, out2, routes.assignments, routes.offsets, m, n,
+        TOP_K=top_k, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN=m % tiling.m == 0 and n % tiling.n == 0,
+        GATHER_A=gather_a, SECOND=a2 is not None, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-    return out
+    return out, out2
 
 
 @expert_backward.register_fake
-def _(dy, x, up, down, gate, weight, activation, inner, inner2, rows, assignments, tiles, offsets):  # noqa: ARG001
-    def like(t):
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+def _(dy, x, up, down, gate, weight, activation, dtype, inner, inner2, rows, assignments, tiles, offsets):  # noqa: ARG001
+    def like(t, dtype):
+        return torch.empty((0,) if t is None else t.shape, dtype=dtype, device=x.device)
 
-    return like(x), like(up), like(down), x.new_empty(0) if gate is None else like(gate), like(weight)
+    return like(x, x.dtype), *(like(w, dtype) for w in (up, down, gate)), like(weight, weight.dtype)
 
 
 def _save(ctx, inputs, output):
     x, up, down, gate, _, weight, activation = inputs
-    ctx.save_for_backward(x, up, down, gate, weight, *output[1:])
+    weights = _pick(output[1:4], (up, down, gate))
+    ctx.save_for_backward(x, *weights, weight, *output[4:])
+    ctx.dtype = up.dtype
     ctx.activation = activation
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -254,7 +309,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     x, up, down, gate, weight, *kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dup, ddown, dgate, dweight = expert_backward(dy, x, up, down, gate, weight, ctx.activation, *kept)
+    given = (dy, x, up, down, gate, weight, ctx.activation, ctx.dtype, *kept)
+    dx, dup, ddown, dgate, dweight = expert_backward(*given)
     return dx, dup, ddown, None if gate is None else dgate, None, dweight, None
 
 

@@ -1,12 +1,95 @@
-"""The head's cross-entropy on a GPU: torch's products around our kernel of a row's logits."""
+"""The head's cross-entropy on a GPU: torch's products around our kernel of a row's logits.
 
+A row of logits is as long as the next multiple of 64 from the vocabulary on: matrix products read rows that do not
+start at multiples of 16 bytes several times slower. What lies beyond the vocabulary takes part in nothing.
+"""
+
+from typing import Any, cast
+
+import torch
 from torch import Tensor
 
-from ssmoe.ops.reference.head_cross_entropy import composed
-from ssmoe.ops.reference.linear import linear
-from ssmoe.ops.triton.cross_entropy import cross_entropy
+from ssmoe.ops.reference.cross_entropy import IGNORE
+from ssmoe.ops.reference.head_cross_entropy import CHUNK
+from ssmoe.ops.triton.cross_entropy import check, overwrite
+
+ALIGNED = 64
 
 
 def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """x (t, d), weight (vocab, d), bias (vocab,), targets (t,) -> (); see the reference."""
-    return composed(linear, cross_entropy, x, weight, bias, targets)
+    check(x, targets)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    total = cast(Tensor, _HeadCrossEntropy.apply(x, weight, bias, targets, differentiable))
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The gradients are formed in the forward pass, while a chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: bool
+    ) -> Tensor:
+        (t, d), vocab = x.shape, weight.shape[0]
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+        width = -(-vocab // ALIGNED) * ALIGNED
+        narrow, shift = _padded(weight, width, x.dtype), None
+        if bias is not None:
+            shift = _padded(bias, width, x.dtype)
+        size = min(t, CHUNK.get(x.device.type, CHUNK["cpu"]))
+        buffer = torch.empty(size, width, dtype=x.dtype, device=x.device)
+        losses = torch.empty(t, **wide)
+        dx = torch.empty_like(x) if gradient else None
+        dweight = torch.zeros(width, d, **wide) if gradient else None
+        dbias = torch.zeros(1, width, **wide) if gradient and bias is not None else None
+        for begin in range(0, t, max(size, 1)):
+            rows = slice(begin, begin + size)
+            part = x[rows]
+            logits = buffer[: part.shape[0]]
+            if shift is None:
+                torch.mm(part, narrow.t(), out=logits)
+            else:
+                torch.addmm(shift, part, narrow.t(), out=logits)
+            overwrite(logits, targets[rows], losses[rows], vocab, gradient=gradient)
+            if dx is not None and dweight is not None:
+                torch.mm(logits, narrow, out=dx[rows])
+                _add_product(dweight, logits.t(), part)
+            if dbias is not None:
+                _add_product(dbias, logits.new_ones(1, logits.shape[0]), logits)
+        if gradient:
+            ctx.save_for_backward(dx, dweight, dbias)
+            ctx.vocab, ctx.dtype = vocab, weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_outputs[0]
+        dx, dweight, dbias = ctx.saved_tensors
+        return (
+            dx * scale.to(dx.dtype),
+            (dweight[: ctx.vocab] * scale).to(ctx.dtype),
+            None if dbias is None else (dbias[0, : ctx.vocab] * scale).to(ctx.dtype),
+            None,
+            None,
+        )
+
+
+def _padded(tensor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, with rows of zeros up to `width`."""
+    if tensor.shape[0] == width:
+        return tensor.to(dtype)
+    padded = torch.zeros(width, *tensor.shape[1:], dtype=dtype, device=tensor.device)
+    padded[: tensor.shape[0]] = tensor
+    return padded
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the float32 of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

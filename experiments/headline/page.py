@@ -1,0 +1,270 @@
+"""docs/results/headline.md, its picture and README's headline, from the results of runs.
+
+    python experiments/headline/page.py                        rebuild all from docs/results/headline.json
+    python experiments/headline/page.py --collect RESULTS ...  write that file from finished runs first
+
+Stages named "final" make the headline; all others are the search. Tables stand between marker lines, and only
+what is between them is replaced.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from curves import draw
+from results import Match, Result, collect, final, match
+
+ROOT = Path(__file__).parents[2]
+DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
+MAMBA, FINE, PAPER = "mamba", "fine", "paper"
+"""Entries of final.toml: the tuned Mamba, the winner, the paper's recipe, whose Mamba is "paper-mamba"."""
+DROPPED = ("configuration", "columns", "trace", "last_message", "raw_seconds", "overrides")
+
+
+def main() -> None:
+    """Collect, then write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--collect", nargs="+", type=Path, metavar="RESULTS")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    given = parser.parse_args()
+    if given.collect:
+        found = [shorten(run) for folder in given.collect for run in collect(folder)]
+        write(given.results / DATA, found)
+    runs = json.loads((given.results / DATA).read_text())
+    page = given.results / PAGE
+    page.write_text(replace(page.read_text() if page.is_file() else SKELETON, tables(runs)))
+    if given.readme.is_file():
+        given.readme.write_text(replace(given.readme.read_text(), {"headline": headline(runs)}))
+    draw(runs, given.results / PICTURE)
+    print("\n".join(headline(runs)))
+
+
+def shorten(run: Result) -> Result:
+    """What the page needs, and the settings that make the run again."""
+    kept = {key: value for key, value in run.items() if key not in DROPPED}
+    environment = run.get("environment", {})
+    kept["settings"] = " ".join(run["overrides"])
+    kept["environment"] = {
+        "device": environment.get("device"),
+        "torch": environment.get("versions", {}).get("torch"),
+        "git": environment.get("git"),
+        "train_tokens": environment.get("data", {}).get("train_tokens"),
+    }
+    return kept
+
+
+def write(path: Path, runs: Sequence[Result]) -> None:
+    """JSON, a line a run, in order of stage and name; the last of two runs of one name is kept."""
+    unique = {(run["stage"], run["name"]): run for run in runs}
+    lines = ",\n".join(json.dumps(unique[key]) for key in sorted(unique))
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def tables(runs: Sequence[Result]) -> dict[str, list[str]]:
+    """Everything that stands between markers on the page."""
+    return {
+        "headline": headline(runs),
+        "seeds": seeds_table(runs),
+        "models": models_table(runs),
+        "growth": growth_table(runs),
+        "rules": rules(runs),
+        "search": search_table(runs),
+        "cost": cost(runs),
+    }
+
+
+def of(runs: Sequence[Result], entry: str, tokens: float | None = None) -> list[Result]:
+    """The finished runs of an entry of the final stage, by seed; without `tokens` those of the most."""
+    found = [
+        run for run in runs if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done"
+    ]
+    most = max((run["tokens"] for run in found), default=0) if tokens is None else tokens
+    return sorted((run for run in found if run["tokens"] == most), key=lambda run: run["seed"])
+
+
+def pairs(
+    runs: Sequence[Result], entry: str, baseline: str, tokens: float | None = None
+) -> list[tuple[Result, Result]]:
+    """(run, baseline) of equal seed and length."""
+    return [
+        (run, other)
+        for run in of(runs, entry, tokens)
+        for other in of(runs, baseline, run["tokens"])
+        if run["seed"] == other["seed"]
+    ]
+
+
+def headline(runs: Sequence[Result]) -> list[str]:
+    """Two or three sentences with the figures."""
+    found = pairs(runs, FINE, MAMBA)
+    matches = [match(run, baseline) for run, baseline in found]
+    reached = [each for each in matches if each]
+    if not found:
+        return ["The final runs are not there yet."]
+    run, baseline = found[0]
+    tokens = f"{run['tokens'] / 1e6:.0f} M tokens"
+    if len(reached) < len(found):
+        return [
+            f"At {tokens} MoE-Mamba reached the tuned Mamba's final loss with {len(reached)} of "
+            f"{len(found)} seeds."
+        ]
+    steps = spread([each.fewer_steps for each in reached])
+    time = spread([each.less_time for each in reached])
+    losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
+    return [
+        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time} "
+        f"times less time** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
+        f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
+        f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and the range where there are several."""
+    mean = f"{fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+def seeds_table(runs: Sequence[Result]) -> list[str]:
+    """A row a seed, then mean and standard deviation."""
+    lines = [
+        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows: list[tuple[Result, Result, Match | None]] = [
+        (run, baseline, match(run, baseline)) for run, baseline in pairs(runs, FINE, MAMBA)
+    ]
+    for run, baseline, found in rows:
+        losses = f"{final(baseline):.4f} | {final(run):.4f}"
+        lines.append(f"| {run['seed']} | {losses} | {_cells(found, run['steps'])} |")
+    reached = [found for *_, found in rows if found]
+    if len(rows) > 1 and len(reached) == len(rows):
+        columns = (
+            [final(baseline) for _, baseline, _ in rows],
+            [final(run) for run, _, _ in rows],
+            [found.fewer_steps for found in reached],
+            [found.less_time for found in reached],
+        )
+        cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in columns]
+        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} |")
+    return lines
+
+
+def models_table(runs: Sequence[Result]) -> list[str]:
+    """Every kind of model of the final stage at the most tokens, seed 0."""
+    lines = [
+        "| model | parameters, active of all (non-embedding) | learning rate | final loss | tokens/s "
+        "| matched at step | of | fewer steps | less time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    baseline = next(iter(of(runs, MAMBA)), None)
+    entries = {run["entry"]: None for run in runs if run["stage"] == "final"}
+    first = [of(runs, entry)[0] for entry in entries if of(runs, entry)]
+    for run in sorted(first, key=final):
+        comparable = baseline and run["steps"] == baseline["steps"]
+        found = match(run, baseline) if comparable and baseline else None
+        size = f"{run['active'] / 1e6:.1f} M of {run['non_embedding'] / 1e6:.0f} M"
+        name = run["entry"] + (" (one-sided)" if run["one_sided"] else "")
+        lines.append(
+            f"| {name} | {size} | {run['learning_rate']:g} | {final(run):.4f} | {run['tokens_per_second']:,} "
+            f"| {_cells(found, run['steps'])} |"
+        )
+    return lines
+
+
+def growth_table(runs: Sequence[Result]) -> list[str]:
+    """Speed-up of separate runs planned for different numbers of tokens."""
+    lines = [
+        "| recipe | tokens | Mamba | MoE-Mamba | matched at step | of | fewer steps | less time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lengths = sorted({run["tokens"] for run in runs if run["stage"] == "final"})
+    for title, entry, other in (("tuned", FINE, MAMBA), ("the paper's", PAPER, f"{PAPER}-{MAMBA}")):
+        for tokens in lengths:
+            for run, baseline in pairs(runs, entry, other, tokens)[:1]:
+                losses = f"{final(baseline):.4f} | {final(run):.4f}"
+                cells = _cells(match(run, baseline), run["steps"])
+                lines.append(f"| {title} | {tokens / 1e6:.0f} M | {losses} | {cells} |")
+    return lines
+
+
+def rules(runs: Sequence[Result]) -> list[str]:
+    """In what the two sides of the headline differ, as the command printed it."""
+    found = pairs(runs, FINE, MAMBA)
+    if not found:
+        return ["No pair yet."]
+    run, baseline = found[0]
+    lines = [f"  Mamba: {line}" for line in baseline["differs"]] + [
+        f"  MoE-Mamba: {line}" for line in run["differs"]
+    ]
+    broken = [f"  breaks the rules: {line}" for line in [*run["breaks"], *baseline["breaks"]]]
+    return ["```", "against the preset mamba-25m with the settings of both sides", *lines, *broken, "```"]
+
+
+def search_table(runs: Sequence[Result]) -> list[str]:
+    """Every run of the search, by stage and final loss."""
+    lines = [
+        "| stage | side | run | learning rate | tokens | final loss | what |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    others = [run for run in runs if run["stage"] != "final" and run["evaluations"]]
+    for run in sorted(others, key=lambda run: (run["stage"], run["tokens"], run["side"], final(run))):
+        loss = f"{final(run):.4f}" if run["status"] == "done" else run["status"]
+        what = f"{run['note'] or run['entry']}{', recipe ' + run['recipe'] if run['recipe'] else ''}"
+        lines.append(
+            f"| {run['stage']} | {run['side']} | {run['entry']} | {run['learning_rate']:g} "
+            f"| {run['tokens'] / 1e6:.0f} M | {loss} | {what} |"
+        )
+    return lines
+
+
+def cost(runs: Sequence[Result]) -> list[str]:
+    """GPU minutes by stage, devices and dates."""
+    stages = sorted({run["stage"] for run in runs})
+    lines = ["| stage | runs | GPU minutes | device | torch | date |", "|---|---|---|---|---|---|"]
+    for stage in stages:
+        mine = [run for run in runs if run["stage"] == stage]
+        minutes = sum(run.get("occupied_seconds", 0.0) for run in mine) / 60
+        known = [run["environment"] for run in mine if run["environment"]["device"]]
+        cells = (", ".join(sorted({str(each[key]) for each in known})) for key in ("device", "torch"))
+        dates = sorted(run["date"][:10] for run in mine)
+        lines.append(f"| {stage} | {len(mine)} | {minutes:.1f} | {' | '.join(cells)} | {dates[-1]} |")
+    return lines
+
+
+def _cells(found: Match | None, steps: int) -> str:
+    if found is None:
+        return f"never | {steps} | - | -"
+    return f"{found.step} | {steps} | {found.fewer_steps:.2f} | {found.less_time:.2f}"
+
+
+def replace(text: str, blocks: dict[str, list[str]]) -> str:
+    """The text with what is between each pair of markers replaced; a marker that is missing is an error."""
+    for name, lines in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"the text needs the lines {begin} and {end} once each")
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = before + "\n".join([begin, *lines, end]) + after
+    return text
+
+
+SKELETON = "# MoE-Mamba against Mamba\n\n" + "\n\n".join(
+    f"## {title}\n\n<!-- {name} -->\n<!-- end of {name} -->"
+    for name, title in (
+        ("headline", "In short"),
+        ("seeds", "Seeds"),
+        ("models", "All models"),
+        ("growth", "Speed-up against tokens"),
+        ("rules", "In what the two sides differ"),
+        ("search", "The search"),
+        ("cost", "Cost"),
+    )
+)
+
+if __name__ == "__main__":
+    main()
