@@ -162,6 +162,8 @@ class Stage:
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
         name, own = entry["name"], [*entry.get("below", ()), *entry.get("set", ())]
+        # a pattern is what the keys of its layers are then set in
+        own.sort(key=lambda override: not override.startswith("model.pattern="))
         shared = list(self.table.get("shared", ()))
         if recipe is not None:
             name, shared = f"{name}-{recipe}", [*shared, *self.table["recipes"][recipe]]
