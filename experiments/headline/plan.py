@@ -162,6 +162,8 @@ class Stage:
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
         name, own = entry["name"], [*entry.get("below", ()), *entry.get("set", ())]
+        # a pattern is what the keys of its layers are then set in
+        own.sort(key=lambda override: not override.startswith("model.pattern="))
         shared = list(self.table.get("shared", ()))
         if recipe is not None:
             name, shared = f"{name}-{recipe}", [*shared, *self.table["recipes"][recipe]]
@@ -203,7 +205,7 @@ def combinations(
     """Runs of `entry["combine"]` with the factors that helped: all, half of them, ... the best alone.
 
     A factor is measured against the base at the same learning rate, where that was run. A combination that
-    breaks the rules, for its active parameters, loses its weakest factor.
+    breaks the rules, for its active parameters, goes without the factor that does it.
     """
     bases = [made for made in ranked if made.entry["name"] == entry["combine"]]
     if not bases:
@@ -218,18 +220,18 @@ def combinations(
     factors = [made.entry for _, made in sorted(gains.values(), key=lambda pair: -pair[0])]
     found: dict[str, Try] = {}
     for size in [*(round(len(factors) / 2**i) for i in range(10)), 0]:
-        for count in range(size, -1, -1):
-            chosen = factors[:count]
-            changed = {
-                **bases[0].entry,
-                "name": "+".join([bases[0].entry["name"], *(factor["name"] for factor in chosen)]),
-                "set": [
-                    *bases[0].entry.get("set", ()),
-                    *(v for factor in chosen for v in factor.get("set", ())),
-                ],
-            }
+        best = longer(bases[0], entry)
+        chosen: list[dict[str, Any]] = []
+        for factor in factors:
+            changed = _with_factors(bases[0].entry, [*chosen, factor])
             made = longer(bases[0]._replace(entry=changed), entry)
-            if not violations(made.config, made.reference):
-                found.setdefault(made.name, made)
-                break
+            if len(chosen) < size and not violations(made.config, made.reference):
+                best, chosen = made, [*chosen, factor]
+        found.setdefault(best.name, best)
     return list(found.values())[: entry["top"]]
+
+
+def _with_factors(base: dict[str, Any], factors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The base's entry with the settings of factors, named after them."""
+    name = "+".join([base["name"], *(factor["name"] for factor in factors)])
+    return {**base, "name": name, "set": [*base.get("set", ()), *(v for f in factors for v in f["set"])]}
