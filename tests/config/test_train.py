@@ -17,6 +17,7 @@ from ssmoe.config.train import TrainConfig
         ({"decay_fraction": 0}, "greater than 0"),
         ({"optimizer": "sgd"}, "'adamw' or 'muon'"),
         ({"muon_momentum": 1}, "less than 1"),
+        ({"muon_expert_momentum": 0}, "greater than 0"),
         ({"learning_rate_ratios": {"expert": 2}}, "expert"),
         ({"learning_rate_ratios": {"experts": 0}}, "greater than 0"),
     ],

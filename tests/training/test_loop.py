@@ -70,6 +70,7 @@ class Killed(BaseException):
         ("train.precision=bfloat16",),
         ("train.micro_batch_size=null",),
         ("train.optimizer=muon", "train.learning_rate_ratios.experts=2"),
+        ("train.optimizer=muon", "train.muon_experts=false"),
     ],
 )
 def test_resuming_equals_never_having_stopped(tiny_run, tmp_path, monkeypatch, overrides):

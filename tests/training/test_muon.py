@@ -57,6 +57,26 @@ def test_a_bank_is_its_experts_and_a_fused_projection_its_parts():
     torch.testing.assert_close(fused.detach(), torch.cat([m.detach() for m in parts]))
 
 
+def test_a_group_has_a_momentum_of_its_own():
+    ours, theirs = parameters((4, 6), (4, 6)), parameters((4, 6), (4, 6))
+    both = Muon(
+        [{"params": ours[:1], "parts": 1, "momentum": 0.5}, {"params": ours[1:], "parts": 1}],
+        lr=0.1,
+        momentum=0.9,
+    )
+    alone = [
+        Muon([{"params": [p], "parts": 1}], lr=0.1, momentum=mu)
+        for p, mu in zip(theirs, (0.5, 0.9), strict=True)
+    ]
+    for step in range(3):
+        differentiate(ours, step)
+        differentiate(theirs, step)
+        for optimizer in (both, *alone):
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("at_once", [1, 300, 2**25])
 def test_how_many_are_taken_at_once_changes_nothing(monkeypatch, at_once):
     shapes = [(12, 20), (3, 12, 20), (20, 12), (12, 20), (2, 12, 20)]

@@ -98,6 +98,23 @@ def test_muon_has_every_projection_and_expert_and_nothing_else(config):
         assert parts == (fused if hidden else 0), name
 
 
+def test_experts_may_be_left_to_adamw_or_have_a_momentum_of_their_own():
+    model = build(small("moe-mamba"), device="meta")
+    plain, left, slow = (
+        build_optimizer(parameter_groups(model), TrainConfig(optimizer="muon", **changes))
+        for changes in ({}, {"muon_experts": False}, {"muon_expert_momentum": 0.99})
+    )
+    parts, without, momenta = (
+        _named(plain, model, "parts"),
+        _named(left, model, "parts"),
+        _named(slow, model, "momentum"),
+    )
+    for name, parameter in model.named_parameters():
+        experts = role(name, parameter) == "experts"
+        assert without[name] == (0 if experts else parts[name]), name
+        assert momenta[name] == (0.99 if experts else 0.95), name
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_ratios_reach_their_parameters_at_every_rate(optimizer):
     ratios = {"experts": 2.0, "router": 3.0, "embedding": 0.5, "head": 0.25, "matrices": 4.0, "other": 5.0}

@@ -67,6 +67,10 @@ class TrainConfig(Frozen):
     adam_eps: PositiveFloat = 1e-8
     muon_momentum: float = Field(default=0.95, gt=0, lt=1)
     """With optimizer = "muon": the decay of the gradients' mean, used as Nesterov does."""
+    muon_experts: bool = True
+    """False leaves the experts' matrices to AdamW."""
+    muon_expert_momentum: float | None = Field(default=None, gt=0, lt=1)
+    """Of the experts' matrices, each of which sees few of a step's tokens; None is muon_momentum."""
     muon_iteration: Literal["polar", "jordan"] = "polar"
     """How matrices are orthogonalised: in four passes with coefficients after arXiv 2505.16932 and a close
     bound on the largest singular value, or in Jordan's five, as torch.optim.Muon does it."""

@@ -39,8 +39,9 @@ class Muon(torch.optim.AdamW):
     """`groups` as torch's, with "parts" in each: 0 is AdamW; otherwise a parameter (out, in) is that many
     matrices (out / parts, in) one below the other, or, with 1, a bank (e, out, in) of them.
 
-    A parameter of Muon has the state "momentum", in its own dtype. `lr` of a group may be a tensor on the
-    device, as in AdamW. update: the op, of the backend that the parameters are on; None is the reference's.
+    A parameter of Muon has the state "momentum", in its own dtype; a group may have a "momentum" of its own.
+    `lr` of a group may be a tensor on the device, as in AdamW. update: the op, of the backend that the
+    parameters are on; None is the reference's.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Muon(torch.optim.AdamW):
         update: Callable[..., None] | None = None,
     ) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self.momentum, self.iteration = momentum, iteration
+        self.iteration = iteration
         self.update = update or load("reference").muon_step
         for group in self.param_groups:
             group.setdefault("parts", 0)
+            group.setdefault("momentum", momentum)
             for parameter in group["params"] if group["parts"] else ():
                 _check(parameter, group["parts"])
 
@@ -94,7 +96,7 @@ class Muon(torch.optim.AdamW):
                 momenta,
                 rate=group["lr"],
                 decay=group["weight_decay"],
-                mu=self.momentum,
+                mu=group["momentum"],
                 iteration=self.iteration,
             )
 

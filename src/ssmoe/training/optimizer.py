@@ -70,16 +70,17 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None
 
     ops: of the model; None is the fastest backend of the device.
     """
-    collected: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    collected: dict[tuple[float, float, int, float], list[nn.Parameter]] = {}
     for decay, parameters in ((train.weight_decay, groups.decayed), (0.0, groups.not_decayed)):
         for name, parameter in parameters.items():
             kind = role(name, parameter)
             ratio: float = getattr(train.learning_rate_ratios, kind)
-            key = (decay, ratio, _parts(name) if _by_muon(kind, train) else 0)
+            own = train.muon_expert_momentum if kind == "experts" else None
+            key = (decay, ratio, _parts(name) if _by_muon(kind, train) else 0, own or train.muon_momentum)
             collected.setdefault(key, []).append(parameter)
     options: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": decay, "ratio": ratio, "parts": parts}
-        for (decay, ratio, parts), parameters in collected.items()
+        {"params": parameters, "weight_decay": decay, "ratio": ratio, "parts": parts, "momentum": momentum}
+        for (decay, ratio, parts, momentum), parameters in collected.items()
     ]
     betas = (train.beta1, train.beta2)
     if train.optimizer == "adamw":
@@ -92,7 +93,6 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None
             lr=train.learning_rate,
             betas=betas,
             eps=train.adam_eps,
-            momentum=train.muon_momentum,
             iteration=ITERATIONS[train.muon_iteration],
             update=(ops or _fastest(groups)).muon_step,
         )
@@ -180,7 +180,7 @@ def _fastest(groups: ParameterGroups) -> Ops:
 
 def _by_muon(kind: Role, train: TrainConfig) -> bool:
     """The router's rows compete as the head's do, so that it is AdamW's as well."""
-    return train.optimizer == "muon" and kind in ("experts", "matrices")
+    return train.optimizer == "muon" and (kind == "matrices" or (kind == "experts" and train.muon_experts))
 
 
 def _parts(name: str) -> int:
