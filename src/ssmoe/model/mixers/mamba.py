@@ -81,7 +81,7 @@ class Mamba(nn.Module):
             x, self.conv.weight, self.conv.bias, initial_state=conv, segments=segments
         )
         x, projected = self.ops.fork_linear(x, self.x_proj.weight)
-        delta, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        delta, B, C = torch.split(projected, [self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, ssm = scan(self.ops, self.ssm, x, self.delta_proj(delta), B, C, z, state=ssm, segments=segments)
         return LayerOut(self.out_proj(y), MambaState(conv, ssm), None)
 
