@@ -166,12 +166,12 @@ def test_factors_that_helped_are_combined(tmp_path: Path) -> None:
     path.write_text(MINI)
     stage = plan.Stage(path)
     losses = {"mamba-plain-lr0.002": 3.0, "fine-plain-lr0.002": 2.5, "squared-plain-lr0.002": 2.4}
-    mamba, fine = stage.promote(losses, "plain")
+    mamba, fine = (stage.promote(entry, losses, "plain")[0] for entry in stage.promotions)
     assert mamba.name == "mamba-plain-lr0.002-0.004096m"
     assert fine.name == "fine+squared-plain-lr0.002-0.004096m"
     assert fine.config.model.pattern[1].activation == "relu_squared"
     assert (mamba.config.train.steps, fine.config.train.steps) == (32, 32)
-    _, fine = stage.promote(losses | {"squared-plain-lr0.002": 2.6}, "plain")
+    fine = stage.promote(stage.promotions[1], losses | {"squared-plain-lr0.002": 2.6}, "plain")[0]
     assert fine.name == "fine-plain-lr0.002-0.004096m"
 
 

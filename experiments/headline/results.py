@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from ssmoe.config.differences import differences
 from ssmoe.config.load import RunConfig
 
 Result = dict[str, Any]
@@ -42,17 +45,19 @@ def compact(values: Mapping[str, Any]) -> str:
 def finished(path: Path, config: RunConfig) -> bool:
     """Whether this very run has ended, well or by diverging."""
     found = read(path)
-    return _same(found.get("configuration", {}), config.model_dump(mode="json")) and found["status"] in ENDED
+    return found.get("status") in ENDED and _same(found["configuration"], config)
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two configurations are of the same run, whatever it is called and wherever its data lies."""
-    fields = [
-        {**each, "name": None, "description": None, "data": {**each["data"], "cache_dir": None}}
-        for each in (one, other)
-        if each
-    ]
-    return len(fields) == 2 and fields[0] == fields[1]
+def _same(stored: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a stored configuration is of the same run, whatever it is called and wherever its data lies.
+
+    Keys that are newer than the stored run have their defaults.
+    """
+    try:
+        other = RunConfig.model_validate(stored)
+    except ValidationError:
+        return False
+    return not differences(config, other)
 
 
 def collect(folder: Path) -> list[Result]:

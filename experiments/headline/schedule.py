@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Condition
 from time import time
+from typing import Any
 
 import results
 from plan import BASELINE, Stage, Try
@@ -31,7 +32,7 @@ class Queue:
         self.running: list[Try] = []
         self.changed = Condition()
         self.recipes: dict[str, str | None] = {}
-        self.promoted: set[str] = set()
+        self.promoted: set[tuple[str, int]] = set()
         for stage in stages:
             self._add(stage.tries)
 
@@ -92,28 +93,36 @@ class Queue:
     def _more_to_come(self) -> bool:
         return any(
             (stage.waiting and stage.name not in self.recipes)
-            or (stage.promotions and stage.name not in self.promoted)
+            or any((stage.name, number) not in self.promoted for number in range(len(stage.promotions)))
             for stage in self.stages
         )
 
     def _grow(self) -> None:
         """Add what has waited for other runs, once they have ended."""
         for stage in self.stages:
-            open_runs = [made for made in [*self.left, *self.running] if made.stage == stage.name]
-            sides = {made.side for made in open_runs if self._fits(made) or made in self.running}
-            if stage.waiting and stage.name not in self.recipes and BASELINE not in sides:
+            if stage.waiting and stage.name not in self.recipes and BASELINE not in self._open_sides(stage):
                 self.recipes[stage.name] = recipe = self._best_recipe(stage)
                 self._add(stage.with_recipe(recipe))
-                continue
-            if stage.promotions and stage.name not in self.promoted and (not sides or self._late(stage)):
-                recipe = self.recipes.get(stage.name) or self._best_recipe(stage)
-                self.promoted.add(stage.name)
-                self._add(stage.promote(self._losses(stage), recipe))
+            for number, entry in enumerate(stage.promotions):
+                known = stage.one_recipe or (not stage.waiting or stage.name in self.recipes)
+                needed = {entry["side"]} if stage.one_recipe else {entry["side"], BASELINE}
+                ready = known and not needed & self._open_sides(stage)
+                if (stage.name, number) not in self.promoted and (ready or self._late(entry)):
+                    self.promoted.add((stage.name, number))
+                    recipe = self.recipes.get(stage.name) or self._best_recipe(stage)
+                    self._add(stage.promote(entry, self._losses(stage), recipe))
 
-    def _late(self, stage: Stage) -> bool:
+    def _open_sides(self, stage: Stage) -> set[str]:
+        """The sides of which the stage has runs under way or still to come."""
+        left = [made for made in self.left if made.stage == stage.name and self._fits(made)]
+        return {
+            made.side for made in [*left, *self.running] if made.stage == stage.name and not made.promoted
+        }
+
+    def _late(self, entry: dict[str, Any]) -> bool:
         """Whether a longer run has to start with the next slot that becomes free."""
         speed = min(self.speeds.values(), default=self.speed)
-        longest = OVERHEAD + ROOM * max(float(entry["tokens"]) for entry in stage.promotions) / speed
+        longest = OVERHEAD + ROOM * float(entry["tokens"]) / speed
         running = max((self.seconds(made) for made in self.running), default=0.0)
         return time() + longest + running > self.deadline
 
@@ -122,6 +131,9 @@ class Queue:
         return {run["name"]: results.final(run) for run in found if run["status"] == "done"}
 
     def _best_recipe(self, stage: Stage) -> str | None:
+        """Of the baseline's runs; that of all runs where they have but one."""
+        if stage.one_recipe:
+            return stage.tries[0].recipe
         losses = self._losses(stage)
         mamba = [made for made in stage.tries if made.side == BASELINE and made.name in losses]
         best = min(mamba, key=lambda made: losses[made.name], default=None)
