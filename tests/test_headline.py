@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ssmoe.config.differences import differences
 from ssmoe.config.load import preset
 
 ROOT = Path(__file__).parents[1]
@@ -236,3 +237,10 @@ def test_the_headline_counts_every_seed() -> None:
     assert "3 seeds" in text
     runs[-1]["evaluations"][-2:] = [[3, 30, 4.0, 3.0, 4.0], [4, 40, 3.0, 4.0, 3.0]]
     assert "2 of 3 seeds" in page.headline(runs)[0]
+
+
+def test_the_shipped_presets_are_the_final_runs() -> None:
+    made = {one.name: one for one in plan.Stage(HEADLINE / "stages" / "final.toml").tries}
+    for name, shipped in (("open-s0", "moe-mamba-fine-25m"), ("mamba-s0", "mamba-tuned-25m")):
+        lengths = ["data.tokenizer=bpe:50257", "train.keep_checkpoints=0", "train.checkpoint_every=1000"]
+        assert differences(preset(shipped, lengths), made[name].config) == {}
