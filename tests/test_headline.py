@@ -138,6 +138,9 @@ def test_a_match_is_the_first_evaluation_at_or_below_and_nothing_between() -> No
     assert results.match(made(losses=(4.0, 2.6, 2.5, 2.0)), baseline) == (3, 3.0, 4 / 3, 4 / 3)
     assert results.match(made(losses=(4.0, 2.4, 2.5, 2.0), seconds=2.0), baseline) == (2, 4.0, 2.0, 1.0)
     assert results.match(made(losses=(4.0, 3.0, 2.6, 2.51)), baseline) is None
+    last = made(losses=(4.0, 3.0, 2.6, 2.4))
+    last["evaluations"] = [[*row[:5], row[2] - 0.5] for row in last["evaluations"]]
+    assert results.match(last, last, results.LAST) == (4, 4.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="equal length"):
         results.match(made(steps=8), baseline)
 
@@ -230,8 +233,8 @@ def test_the_page_and_the_readme_say_what_the_results_say() -> None:
 
 def test_the_headline_counts_every_seed() -> None:
     runs = [made("mamba", seed=s, losses=(5, 4, 3, 2)) for s in range(3)]
-    runs += [made("fine", seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
-    runs += [made("fine", seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
+    runs += [made("open", seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
+    runs += [made("open", seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
     text = page.headline(runs)[0]
     assert "in 1.78 (1.33 to 2.00) times fewer steps" in text
     assert "3 seeds" in text

@@ -14,12 +14,27 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from curves import draw
-from results import Match, Result, collect, final, match
+from results import LAST, Match, Result, collect, final, match
 
 ROOT = Path(__file__).parents[2]
 DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
-MAMBA, FINE, PAPER = "mamba", "fine", "paper"
-"""Entries of final.toml: the tuned Mamba, the winner, the paper's recipe, whose Mamba is "paper-mamba"."""
+MAMBA, FINE = "mamba", "open"
+"""Entries of final.toml: the tuned Mamba and the winner."""
+GROWTH = (
+    (
+        "first search (untied, cosine, weights that add up to one)",
+        ("search/fine-muon-lr0.008", "search/mamba-muon-lr0.008"),
+        ("search/fine-muon-lr0.008-100m", "search/mamba-muon-lr0.008-100m"),
+    ),
+    ("tuned", ("final/open-s0-18m", "final/mamba-s0-18m"), ("final/open-s0", "final/mamba-s0")),
+    (
+        "tuned, 256 experts",
+        ("final/open-more-s0-18m", "final/mamba-s0-18m"),
+        ("final/open-more-s0", "final/mamba-s0"),
+    ),
+    ("the paper's, AdamW, half of the text", ("pilot/paper-lr0.001", "pilot/mamba-lr0.002")),
+)
+"""Pairs of runs of different lengths: MoE-Mamba and the best Mamba of the same recipe."""
 DROPPED = ("configuration", "columns", "trace", "last_message", "raw_seconds", "overrides")
 
 
@@ -112,14 +127,20 @@ def headline(runs: Sequence[Result]) -> list[str]:
             f"{len(found)} seeds."
         ]
     steps = spread([each.fewer_steps for each in reached])
-    time = spread([each.less_time for each in reached])
+    times = [each.less_time for each, (a, b) in zip(reached, found, strict=True) if timed(a, b)]
+    time = f"{spread(times)} times less time" if times else "a time that was not compared"
     losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
     return [
-        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time} "
-        f"times less time** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
+        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time}** "
+        f"on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
         f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
         f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
     ]
+
+
+def timed(run: Result, baseline: Result) -> bool:
+    """Whether both ran with the same kernels: a run that was taken over from the search is older."""
+    return bool(run.get("run_as")) == bool(baseline.get("run_as"))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -131,26 +152,33 @@ def spread(values: Sequence[float]) -> str:
 def seeds_table(runs: Sequence[Result]) -> list[str]:
     """A row a seed, then mean and standard deviation."""
     lines = [
-        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time |",
-        "|---|---|---|---|---|---|---|",
+        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time "
+        "| fewer steps, last weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    rows: list[tuple[Result, Result, Match | None]] = [
-        (run, baseline, match(run, baseline)) for run, baseline in pairs(runs, FINE, MAMBA)
+    rows: list[tuple[Result, Result, Match | None, Match | None]] = [
+        (run, baseline, match(run, baseline), match(run, baseline, LAST) if _has_last(run) else None)
+        for run, baseline in pairs(runs, FINE, MAMBA)
     ]
-    for run, baseline, found in rows:
+    for run, baseline, found, last in rows:
         losses = f"{final(baseline):.4f} | {final(run):.4f}"
-        lines.append(f"| {run['seed']} | {losses} | {_cells(found, run['steps'])} |")
-    reached = [found for *_, found in rows if found]
+        ratio = f"{last.fewer_steps:.2f}" if last else "-"
+        cells = _cells(found, run["steps"], timed(run, baseline))
+        lines.append(f"| {run['seed']} | {losses} | {cells} | {ratio} |")
+    reached = [found for _, _, found, _ in rows if found]
     if len(rows) > 1 and len(reached) == len(rows):
         columns = (
-            [final(baseline) for _, baseline, _ in rows],
-            [final(run) for run, _, _ in rows],
+            [final(baseline) for _, baseline, _, _ in rows],
+            [final(run) for run, *_ in rows],
             [found.fewer_steps for found in reached],
-            [found.less_time for found in reached],
         )
         cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in columns]
-        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} |")
+        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | | |")
     return lines
+
+
+def _has_last(run: Result) -> bool:
+    return all(len(row) > LAST and row[LAST] is not None for row in run["evaluations"])
 
 
 def models_table(runs: Sequence[Result]) -> list[str]:
@@ -168,7 +196,8 @@ def models_table(runs: Sequence[Result]) -> list[str]:
         name = run["entry"] + (" (one-sided)" if run["one_sided"] else "")
         lines.append(
             f"| {name} | {run['recipe']} | {size} | {run['tokens'] / 1e6:.0f} M | {run['learning_rate']:g} "
-            f"| {final(run):.4f} | {run['tokens_per_second']:,} | {_cells(found, run['steps'])} |"
+            f"| {final(run):.4f} | {run['tokens_per_second']:,} "
+            f"| {_cells(found, run['steps'], bool(baseline) and timed(run, baseline))} |"
         )
     return lines
 
@@ -176,16 +205,17 @@ def models_table(runs: Sequence[Result]) -> list[str]:
 def growth_table(runs: Sequence[Result]) -> list[str]:
     """Speed-up of separate runs planned for different numbers of tokens."""
     lines = [
-        "| recipe | tokens | Mamba | MoE-Mamba | matched at step | of | fewer steps | less time |",
+        "| recipe | tokens | Mamba | MoE-Mamba | matched at | of | fewer steps | less time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lengths = sorted({run["tokens"] for run in runs if run["stage"] == "final"})
-    for title, entry, other in (("tuned", FINE, MAMBA), ("the paper's", PAPER, f"{PAPER}-{MAMBA}")):
-        for tokens in lengths:
-            for run, baseline in pairs(runs, entry, other, tokens)[:1]:
+    known = {f"{run['stage']}/{run['name']}": run for run in runs if run["status"] == "done"}
+    for title, *names in GROWTH:
+        for name, other in names:
+            if name in known and other in known:
+                run, baseline = known[name], known[other]
                 losses = f"{final(baseline):.4f} | {final(run):.4f}"
-                cells = _cells(match(run, baseline), run["steps"])
-                lines.append(f"| {title} | {tokens / 1e6:.0f} M | {losses} | {cells} |")
+                cells = _cells(match(run, baseline), run["steps"], timed(run, baseline))
+                lines.append(f"| {title} | {run['tokens'] / 1e6:.0f} M | {losses} | {cells} |")
     return lines
 
 
@@ -233,10 +263,11 @@ def cost(runs: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _cells(found: Match | None, steps: int) -> str:
+def _cells(found: Match | None, steps: int, timed: bool) -> str:
     if found is None:
         return f"never | {steps} | - | -"
-    return f"{found.step} | {steps} | {found.fewer_steps:.2f} | {found.less_time:.2f}"
+    time = f"{found.less_time:.2f}" if timed else "-"
+    return f"{found.step} | {steps} | {found.fewer_steps:.2f} | {time}"
 
 
 def replace(text: str, blocks: dict[str, list[str]]) -> str:

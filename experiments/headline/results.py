@@ -12,6 +12,9 @@ from ssmoe.config.load import RunConfig
 
 Result = dict[str, Any]
 ENDED = ("done", "diverged")
+AVERAGED, LAST = 2, 5
+"""Columns of an evaluation: the loss of what is evaluated, averaged weights where the recipe has them, and
+that of the last weights, None where they are the same."""
 
 
 class Match(NamedTuple):
@@ -65,19 +68,21 @@ def collect(folder: Path) -> list[Result]:
     return [read(path) for path in sorted(folder.rglob("*.json"))]
 
 
-def reach(run: Result, loss: float) -> tuple[int, float] | None:
+def reach(run: Result, loss: float, column: int = AVERAGED) -> tuple[int, float] | None:
     """Step and seconds of the first evaluation at or below `loss`; no interpolation."""
-    found = next((row for row in run["evaluations"] if row[2] <= loss), None)
+    found = next((row for row in run["evaluations"] if row[column] <= loss), None)
     return None if found is None else (found[0], found[3])
 
 
-def final(run: Result) -> float:
+def final(run: Result, column: int = AVERAGED) -> float:
     """The last held-out loss."""
-    return run["evaluations"][-1][2]
+    return run["evaluations"][-1][column]
 
 
-def match(run: Result, baseline: Result) -> Match | None:
+def match(run: Result, baseline: Result, column: int = AVERAGED) -> Match | None:
     """Steps and time of `run` to the baseline's final loss; None if it never gets there.
+
+    column: AVERAGED, or LAST for the loss of the last weights on both sides.
 
     Raises ValueError for runs planned for different numbers of steps.
     """
@@ -86,7 +91,8 @@ def match(run: Result, baseline: Result) -> Match | None:
             f"{run['name']} was planned for {run['steps']} steps and {baseline['name']} for "
             f"{baseline['steps']}: compare runs of equal length"
         )
-    own, found = reach(baseline, final(baseline)), reach(run, final(baseline))
+    target = final(baseline, column)
+    own, found = reach(baseline, target, column), reach(run, target, column)
     assert own is not None
     return None if found is None else Match(*found, own[0] / found[0], own[1] / found[1])
 
