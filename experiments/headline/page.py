@@ -131,8 +131,8 @@ def headline(runs: Sequence[Result]) -> list[str]:
     time = f"{spread(times)} times less time" if times else "a time that was not compared"
     losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
     return [
-        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time}** "
-        f"on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
+        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and "
+        f"{time}** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
         f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
         f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
     ]
