@@ -19,13 +19,20 @@ class Queue:
     """The runs of some stages, shared by the threads that wait for them.
 
     adapt: what is done to a run before anything else, such as naming its data. speed: tokens a second of a
-    run of which nothing is known.
+    run of which nothing is known. dry: write nothing.
     """
 
     def __init__(
-        self, stages: list[Stage], out: Path, adapt: Callable[[Try], Try], *, deadline: float, speed: float
+        self,
+        stages: list[Stage],
+        out: Path,
+        adapt: Callable[[Try], Try],
+        *,
+        deadline: float,
+        speed: float,
+        dry: bool = False,
     ) -> None:
-        self.stages, self.out, self.adapt = stages, out, adapt
+        self.stages, self.out, self.adapt, self.dry = stages, out, adapt, dry
         self.deadline, self.speed = deadline, speed
         self.speeds: dict[str, float] = {}
         self.left: list[Try] = []
@@ -46,7 +53,7 @@ class Queue:
                         self.left.remove(made)
                         self.running.append(made)
                         return made
-                if not self.running or not self._more_to_come():
+                if not self.running or not self.more_to_come():
                     return None
                 self.changed.wait(timeout=1.0)
 
@@ -85,12 +92,14 @@ class Queue:
                 found = results.read(path)
                 head = {"name": made.name, "stage": made.stage, "entry": made.entry["name"]}
                 head["run_as"] = f"{found['stage']}/{found['name']}"
-                self.path(made).parent.mkdir(parents=True, exist_ok=True)
-                self.path(made).write_text(results.compact(found | head))
+                if not self.dry:
+                    self.path(made).parent.mkdir(parents=True, exist_ok=True)
+                    self.path(made).write_text(results.compact(found | head))
                 return True
         return False
 
-    def _more_to_come(self) -> bool:
+    def more_to_come(self) -> bool:
+        """Whether runs are waiting for the results of others."""
         return any(
             (stage.waiting and stage.name not in self.recipes)
             or any((stage.name, number) not in self.promoted for number in range(len(stage.promotions)))
