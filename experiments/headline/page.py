@@ -10,6 +10,7 @@ what is between them is replaced.
 import argparse
 import json
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
 MAMBA, FINE = "mamba", "open"
 """Entries of final.toml: the tuned Mamba and the winner."""
+PAPERS_RATIO = 2.35
+"""Of arXiv 2401.04081, with 100 M active parameters and 31 billion tokens."""
 GROWTH = (
     (
         "first search (untied, cosine, weights that add up to one)",
@@ -85,6 +88,7 @@ def tables(runs: Sequence[Result]) -> dict[str, list[str]]:
         "seeds": seeds_table(runs),
         "models": models_table(runs),
         "growth": growth_table(runs),
+        "why": why(runs),
         "rules": rules(runs),
         "search": search_table(runs),
         "cost": cost(runs),
@@ -219,6 +223,33 @@ def growth_table(runs: Sequence[Result]) -> list[str]:
     return lines
 
 
+def why(runs: Sequence[Result]) -> list[str]:
+    """How far ahead a model would have to be for the paper's figure, from Mamba's runs of two lengths."""
+    mamba = {run["tokens"]: final(run) for run in of_any_length(runs, MAMBA)}
+    fine = {run["tokens"]: final(run) for run in of_any_length(runs, FINE)}
+    if len(mamba) < 2 or max(mamba) not in fine:
+        return ["Runs of two lengths are missing."]
+    short, long = min(mamba), max(mamba)
+    slope = (mamba[short] - mamba[long]) / log(long / short)
+    return [
+        f"From {short / 1e6:.0f} M to {long / 1e6:.0f} M tokens, each in a run of its own, the tuned Mamba's loss "
+        f"falls from {mamba[short]:.3f} to {mamba[long]:.3f}: {slope * log(2):.2f} nats each time the tokens "
+        f"double. To need {PAPERS_RATIO} times fewer of them a model would have to be about "
+        f"{slope * log(PAPERS_RATIO):.2f} nats ahead; MoE-Mamba is {mamba[long] - fine[long]:.3f} ahead at "
+        f"{long / 1e6:.0f} M"
+        + (f", {mamba[short] - fine[short]:.3f} at {short / 1e6:.0f} M." if short in fine else "."),
+    ]
+
+
+def of_any_length(runs: Sequence[Result], entry: str) -> list[Result]:
+    """The finished runs of an entry of the final stage with seed 0."""
+    return [
+        run
+        for run in runs
+        if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done" and run["seed"] == 0
+    ]
+
+
 def rules(runs: Sequence[Result]) -> list[str]:
     """In what the two sides of the headline differ, as the command printed it."""
     found = pairs(runs, FINE, MAMBA)
@@ -289,6 +320,7 @@ SKELETON = "# MoE-Mamba against Mamba\n\n" + "\n\n".join(
         ("seeds", "Seeds"),
         ("models", "All models"),
         ("growth", "Speed-up against tokens"),
+        ("why", "Why not more"),
         ("rules", "In what the two sides differ"),
         ("search", "The search"),
         ("cost", "Cost"),
