@@ -232,9 +232,9 @@ def why(runs: Sequence[Result]) -> list[str]:
     short, long = min(mamba), max(mamba)
     slope = (mamba[short] - mamba[long]) / log(long / short)
     return [
-        f"From {short / 1e6:.0f} M to {long / 1e6:.0f} M tokens, each in a run of its own, the tuned Mamba's loss "
-        f"falls from {mamba[short]:.3f} to {mamba[long]:.3f}: {slope * log(2):.2f} nats each time the tokens "
-        f"double. To need {PAPERS_RATIO} times fewer of them a model would have to be about "
+        f"From {short / 1e6:.0f} M to {long / 1e6:.0f} M tokens, each in a run of its own, the tuned Mamba's "
+        f"loss falls from {mamba[short]:.3f} to {mamba[long]:.3f}: {slope * log(2):.2f} nats each time the "
+        f"tokens double. To need {PAPERS_RATIO} times fewer of them a model would have to be about "
         f"{slope * log(PAPERS_RATIO):.2f} nats ahead; MoE-Mamba is {mamba[long] - fine[long]:.3f} ahead at "
         f"{long / 1e6:.0f} M"
         + (f", {mamba[short] - fine[short]:.3f} at {short / 1e6:.0f} M." if short in fine else "."),
