@@ -1,7 +1,7 @@
 """docs/results/headline.md, its picture and README's headline, from the results of runs.
 
     python experiments/headline/page.py                        rebuild all from docs/results/headline.json
-    python experiments/headline/page.py --collect RESULTS ...  write that file from finished runs first
+    python experiments/headline/page.py --collect RESULTS ...  put finished runs into that file first
 
 Stages named "final" make the headline; all others are the search. Tables stand between marker lines, and only
 what is between them is replaced.
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from curves import draw
-from results import LAST, Match, Result, collect, final, match
+from results import LAST, Match, Result, collect, final, match, read_all
 
 ROOT = Path(__file__).parents[2]
 DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
@@ -38,7 +38,7 @@ GROWTH = (
     ("the paper's, AdamW, half of the text", ("pilot/paper-lr0.001", "pilot/mamba-lr0.002")),
 )
 """Pairs of runs of different lengths: MoE-Mamba and the best Mamba of the same recipe."""
-DROPPED = ("configuration", "columns", "trace", "last_message", "raw_seconds", "overrides")
+DROPPED = ("columns", "trace", "last_message", "raw_seconds", "overrides")
 
 
 def main() -> None:
@@ -49,22 +49,22 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     given = parser.parse_args()
     if given.collect:
+        known = read_all(given.results / DATA) if (given.results / DATA).is_file() else []
         found = [shorten(run) for folder in given.collect for run in collect(folder)]
-        write(given.results / DATA, found)
-    runs = json.loads((given.results / DATA).read_text())
+        write(given.results / DATA, [*known, *found])
+    runs = read_all(given.results / DATA)
     page = given.results / PAGE
     page.write_text(replace(page.read_text() if page.is_file() else SKELETON, tables(runs)))
     if given.readme.is_file():
-        given.readme.write_text(replace(given.readme.read_text(), {"headline": headline(runs)}))
+        given.readme.write_text(replace(given.readme.read_text(), {"headline": for_readme(runs)}))
     draw(runs, given.results / PICTURE)
     print("\n".join(headline(runs)))
 
 
 def shorten(run: Result) -> Result:
-    """What the page needs, and the settings that make the run again."""
+    """What the page needs, and the configuration that makes the run again."""
     kept = {key: value for key, value in run.items() if key not in DROPPED}
     environment = run.get("environment", {})
-    kept["settings"] = " ".join(run["overrides"])
     kept["environment"] = {
         "device": environment.get("device"),
         "torch": environment.get("versions", {}).get("torch"),
@@ -131,8 +131,7 @@ def headline(runs: Sequence[Result]) -> list[str]:
             f"{len(found)} seeds."
         ]
     steps = spread([each.fewer_steps for each in reached])
-    times = [each.less_time for each, (a, b) in zip(reached, found, strict=True) if timed(a, b)]
-    time = f"{spread(times)} times less time" if times else "a time that was not compared"
+    time = f"{spread([each.less_time for each in reached])} times less time"
     losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
     return [
         f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and "
@@ -142,15 +141,19 @@ def headline(runs: Sequence[Result]) -> list[str]:
     ]
 
 
-def timed(run: Result, baseline: Result) -> bool:
-    """Whether both ran with the same kernels: a run that was taken over from the search is older."""
-    return bool(run.get("run_as")) == bool(baseline.get("run_as"))
+def for_readme(runs: Sequence[Result]) -> list[str]:
+    """The headline, and where the rest is."""
+    return [
+        *headline(runs),
+        f"The paper's {PAPERS_RATIO} times is of 31 billion tokens; what this size allows, every run and the "
+        "commands are in [docs/results/headline.md](docs/results/headline.md).",
+    ]
 
 
 def spread(values: Sequence[float]) -> str:
     """The mean, and the range where there are several."""
-    mean = f"{fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+    mean, low, high = (f"{value:.2f}" for value in (fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def seeds_table(runs: Sequence[Result]) -> list[str]:
@@ -167,7 +170,7 @@ def seeds_table(runs: Sequence[Result]) -> list[str]:
     for run, baseline, found, last in rows:
         losses = f"{final(baseline):.4f} | {final(run):.4f}"
         ratio = f"{last.fewer_steps:.2f}" if last else "-"
-        cells = _cells(found, run["steps"], timed(run, baseline))
+        cells = _cells(found, run["steps"])
         lines.append(f"| {run['seed']} | {losses} | {cells} | {ratio} |")
     reached = [found for _, _, found, _ in rows if found]
     if len(rows) > 1 and len(reached) == len(rows):
@@ -175,9 +178,10 @@ def seeds_table(runs: Sequence[Result]) -> list[str]:
             [final(baseline) for _, baseline, _, _ in rows],
             [final(run) for run, *_ in rows],
             [found.fewer_steps for found in reached],
+            [found.less_time for found in reached],
         )
         cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in columns]
-        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | | |")
+        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} | |")
     return lines
 
 
@@ -188,9 +192,9 @@ def _has_last(run: Result) -> bool:
 def models_table(runs: Sequence[Result]) -> list[str]:
     """Every kind of model of the final stage, seed 0, beside the tuned Mamba of as many tokens."""
     lines = [
-        "| model | recipe | parameters, active of all (non-embedding) | tokens | learning rate | final loss "
+        "| model | parameters, active of all (non-embedding) | tokens | learning rate | final loss "
         "| tokens/s | matched at | of | fewer steps | less time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     mine = [run for run in runs if run["stage"] == "final" and run["status"] == "done" and run["seed"] == 0]
     for run in sorted(mine, key=lambda run: (-run["tokens"], final(run))):
@@ -199,9 +203,9 @@ def models_table(runs: Sequence[Result]) -> list[str]:
         size = f"{run['active'] / 1e6:.1f} M of {run['non_embedding'] / 1e6:.0f} M"
         name = run["entry"] + (" (one-sided)" if run["one_sided"] else "")
         lines.append(
-            f"| {name} | {run['recipe']} | {size} | {run['tokens'] / 1e6:.0f} M | {run['learning_rate']:g} "
+            f"| {name} | {size} | {run['tokens'] / 1e6:.0f} M | {run['learning_rate']:g} "
             f"| {final(run):.4f} | {run['tokens_per_second']:,} "
-            f"| {_cells(found, run['steps'], bool(baseline) and timed(run, baseline))} |"
+            f"| {_cells(found, run['steps'])} |"
         )
     return lines
 
@@ -218,7 +222,7 @@ def growth_table(runs: Sequence[Result]) -> list[str]:
             if name in known and other in known:
                 run, baseline = known[name], known[other]
                 losses = f"{final(baseline):.4f} | {final(run):.4f}"
-                cells = _cells(match(run, baseline), run["steps"], timed(run, baseline))
+                cells = _cells(match(run, baseline), run["steps"])
                 lines.append(f"| {title} | {run['tokens'] / 1e6:.0f} M | {losses} | {cells} |")
     return lines
 
@@ -281,24 +285,26 @@ def search_table(runs: Sequence[Result]) -> list[str]:
 
 
 def cost(runs: Sequence[Result]) -> list[str]:
-    """GPU minutes by stage, devices and dates."""
-    stages = sorted({run["stage"] for run in runs})
-    lines = ["| stage | runs | GPU minutes | device | torch | date |", "|---|---|---|---|---|---|"]
-    for stage in stages:
-        mine = [run for run in runs if run["stage"] == stage]
+    """GPU minutes by stage and side, devices and dates."""
+    keys = sorted({(run["stage"], run["side"]) for run in runs})
+    lines = ["| stage | side | runs | GPU minutes | device | torch | date |", "|---|---|---|---|---|---|---|"]
+    for stage, side in keys:
+        mine = [run for run in runs if (run["stage"], run["side"]) == (stage, side) and not run.get("run_as")]
         minutes = sum(run.get("occupied_seconds", 0.0) for run in mine) / 60
         known = [run["environment"] for run in mine if run["environment"]["device"]]
         cells = (", ".join(sorted({str(each[key]) for each in known})) for key in ("device", "torch"))
         dates = sorted(run["date"][:10] for run in mine)
-        lines.append(f"| {stage} | {len(mine)} | {minutes:.1f} | {' | '.join(cells)} | {dates[-1]} |")
+        if mine:
+            lines.append(
+                f"| {stage} | {side} | {len(mine)} | {minutes:.1f} | {' | '.join(cells)} | {dates[-1]} |"
+            )
     return lines
 
 
-def _cells(found: Match | None, steps: int, timed: bool) -> str:
+def _cells(found: Match | None, steps: int) -> str:
     if found is None:
         return f"never | {steps} | - | -"
-    time = f"{found.less_time:.2f}" if timed else "-"
-    return f"{found.step} | {steps} | {found.fewer_steps:.2f} | {time}"
+    return f"{found.step} | {steps} | {found.fewer_steps:.2f} | {found.less_time:.2f}"
 
 
 def replace(text: str, blocks: dict[str, list[str]]) -> str:

@@ -45,9 +45,8 @@ def compact(values: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def finished(path: Path, config: RunConfig) -> bool:
-    """Whether this very run has ended, well or by diverging."""
-    found = read(path)
+def finished(found: Result, config: RunConfig) -> bool:
+    """Whether this very run has ended, well or by diverging; `found` may be empty."""
     return found.get("status") in ENDED and _same(found["configuration"], config)
 
 
@@ -61,6 +60,11 @@ def _same(stored: dict[str, Any], config: RunConfig) -> bool:
     except ValidationError:
         return False
     return not differences(config, other)
+
+
+def read_all(path: Path | None) -> list[Result]:
+    """Those of a file of results; none without a file."""
+    return [] if path is None else json.loads(path.read_text())
 
 
 def collect(folder: Path) -> list[Result]:

@@ -1,6 +1,6 @@
 """Which run comes next, and whether it would still end in time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Condition
 from time import time
@@ -19,7 +19,8 @@ class Queue:
     """The runs of some stages, shared by the threads that wait for them.
 
     adapt: what is done to a run before anything else, such as naming its data. speed: tokens a second of a
-    run of which nothing is known. dry: write nothing.
+    run of which nothing is known. dry: write nothing. known: results that
+    lie elsewhere, whose runs are not made again.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Queue:
         deadline: float,
         speed: float,
         dry: bool = False,
+        known: Sequence[results.Result] = (),
     ) -> None:
         self.stages, self.out, self.adapt, self.dry = stages, out, adapt, dry
-        self.deadline, self.speed = deadline, speed
+        self.deadline, self.speed, self.known = deadline, speed, known
         self.speeds: dict[str, float] = {}
         self.left: list[Try] = []
         self.running: list[Try] = []
@@ -81,15 +83,16 @@ class Queue:
     def _add(self, tries: list[Try]) -> None:
         known = {(made.stage, made.name) for made in [*self.left, *self.running]}
         for made in (self.adapt(one) for one in tries if (one.stage, one.name) not in known):
-            if not results.finished(self.path(made), made.config) and not self._taken_over(made):
+            if not results.finished(results.read(self.path(made)), made.config) and not self._taken_over(
+                made
+            ):
                 self.left.append(made)
         self.left.sort(key=lambda made: (made.priority, -made.tokens))
 
     def _taken_over(self, made: Try) -> bool:
         """A run of another name with the same configuration that has ended is not made again."""
-        for path in sorted(self.out.rglob("*.json")):
-            if results.finished(path, made.config):
-                found = results.read(path)
+        for found in [*self.known, *results.collect(self.out)]:
+            if results.finished(found, made.config):
                 head = {"name": made.name, "stage": made.stage, "entry": made.entry["name"]}
                 head["run_as"] = f"{found['stage']}/{found['name']}"
                 if not self.dry:
