@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ssmoe.config.differences import differences
 from ssmoe.config.load import preset
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,9 @@ def test_a_match_is_the_first_evaluation_at_or_below_and_nothing_between() -> No
     assert results.match(made(losses=(4.0, 2.6, 2.5, 2.0)), baseline) == (3, 3.0, 4 / 3, 4 / 3)
     assert results.match(made(losses=(4.0, 2.4, 2.5, 2.0), seconds=2.0), baseline) == (2, 4.0, 2.0, 1.0)
     assert results.match(made(losses=(4.0, 3.0, 2.6, 2.51)), baseline) is None
+    last = made(losses=(4.0, 3.0, 2.6, 2.4))
+    last["evaluations"] = [[*row[:5], row[2] - 0.5] for row in last["evaluations"]]
+    assert results.match(last, last, results.LAST) == (4, 4.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="equal length"):
         results.match(made(steps=8), baseline)
 
@@ -166,12 +170,12 @@ def test_factors_that_helped_are_combined(tmp_path: Path) -> None:
     path.write_text(MINI)
     stage = plan.Stage(path)
     losses = {"mamba-plain-lr0.002": 3.0, "fine-plain-lr0.002": 2.5, "squared-plain-lr0.002": 2.4}
-    mamba, fine = stage.promote(losses, "plain")
+    mamba, fine = (stage.promote(entry, losses, "plain")[0] for entry in stage.promotions)
     assert mamba.name == "mamba-plain-lr0.002-0.004096m"
     assert fine.name == "fine+squared-plain-lr0.002-0.004096m"
     assert fine.config.model.pattern[1].activation == "relu_squared"
     assert (mamba.config.train.steps, fine.config.train.steps) == (32, 32)
-    _, fine = stage.promote(losses | {"squared-plain-lr0.002": 2.6}, "plain")
+    fine = stage.promote(stage.promotions[1], losses | {"squared-plain-lr0.002": 2.6}, "plain")[0]
     assert fine.name == "fine-plain-lr0.002-0.004096m"
 
 
@@ -223,16 +227,23 @@ def test_the_page_and_the_readme_say_what_the_results_say() -> None:
     text = (folder / page.PAGE).read_text()
     assert page.replace(text, page.tables(runs)) == text
     readme = (ROOT / "README.md").read_text()
-    assert page.replace(readme, {"headline": page.headline(runs)}) == readme
+    assert page.replace(readme, {"headline": page.for_readme(runs)}) == readme
     assert readme.index("<!-- headline -->") < 2500
 
 
 def test_the_headline_counts_every_seed() -> None:
     runs = [made("mamba", seed=s, losses=(5, 4, 3, 2)) for s in range(3)]
-    runs += [made("fine", seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
-    runs += [made("fine", seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
+    runs += [made("open", seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
+    runs += [made("open", seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
     text = page.headline(runs)[0]
     assert "in 1.78 (1.33 to 2.00) times fewer steps" in text
     assert "3 seeds" in text
     runs[-1]["evaluations"][-2:] = [[3, 30, 4.0, 3.0, 4.0], [4, 40, 3.0, 4.0, 3.0]]
     assert "2 of 3 seeds" in page.headline(runs)[0]
+
+
+def test_the_shipped_presets_are_the_final_runs() -> None:
+    made = {one.name: one for one in plan.Stage(HEADLINE / "stages" / "final.toml").tries}
+    for name, shipped in (("open-s0", "moe-mamba-fine-25m"), ("mamba-s0", "mamba-tuned-25m")):
+        lengths = ["data.tokenizer=bpe:50257", "train.keep_checkpoints=0", "train.checkpoint_every=1000"]
+        assert differences(preset(shipped, lengths), made[name].config) == {}

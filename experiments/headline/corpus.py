@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ssmoe.config.data import DataConfig
 from ssmoe.data.corpus import Encoded, read_corpus, write_corpus
@@ -40,11 +41,13 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     key = _key(files, loaded, piece)
     paths = [cache / f"headline-{key}-{part}.tokens" for part in ("train", "held-out")]
-    corpora = [read_corpus(path) for path in paths]
-    if None in corpora:
-        cache.mkdir(parents=True, exist_ok=True)
-        _tokenise(files, paths, tokenizer, loaded, processes or min(32, os.cpu_count() or 1), piece)
+    cache.mkdir(parents=True, exist_ok=True)
+    # of several runners that begin together one tokenises and the others wait
+    with FileLock(cache / f"headline-{key}.lock"):
         corpora = [read_corpus(path) for path in paths]
+        if None in corpora:
+            _tokenise(files, paths, tokenizer, loaded, processes or min(32, os.cpu_count() or 1), piece)
+            corpora = [read_corpus(path) for path in paths]
     train, held_out = corpora
     assert train is not None
     assert held_out is not None

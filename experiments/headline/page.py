@@ -1,7 +1,7 @@
 """docs/results/headline.md, its picture and README's headline, from the results of runs.
 
     python experiments/headline/page.py                        rebuild all from docs/results/headline.json
-    python experiments/headline/page.py --collect RESULTS ...  write that file from finished runs first
+    python experiments/headline/page.py --collect RESULTS ...  put finished runs into that file first
 
 Stages named "final" make the headline; all others are the search. Tables stand between marker lines, and only
 what is between them is replaced.
@@ -10,17 +10,35 @@ what is between them is replaced.
 import argparse
 import json
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from statistics import fmean, stdev
 
 from curves import draw
-from results import Match, Result, collect, final, match
+from results import LAST, Match, Result, collect, final, match, read_all
 
 ROOT = Path(__file__).parents[2]
 DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
-MAMBA, FINE, PAPER = "mamba", "fine", "paper"
-"""Entries of final.toml: the tuned Mamba, the winner, the paper's recipe, whose Mamba is "paper-mamba"."""
-DROPPED = ("configuration", "columns", "trace", "last_message", "raw_seconds", "overrides")
+MAMBA, FINE = "mamba", "open"
+"""Entries of final.toml: the tuned Mamba and the winner."""
+PAPERS_RATIO = 2.35
+"""Of arXiv 2401.04081, with 100 M active parameters and 31 billion tokens."""
+GROWTH = (
+    (
+        "first search (untied, cosine, weights that add up to one)",
+        ("search/fine-muon-lr0.008", "search/mamba-muon-lr0.008"),
+        ("search/fine-muon-lr0.008-100m", "search/mamba-muon-lr0.008-100m"),
+    ),
+    ("tuned", ("final/open-s0-18m", "final/mamba-s0-18m"), ("final/open-s0", "final/mamba-s0")),
+    (
+        "tuned, 256 experts",
+        ("final/open-more-s0-18m", "final/mamba-s0-18m"),
+        ("final/open-more-s0", "final/mamba-s0"),
+    ),
+    ("the paper's, AdamW, half of the text", ("pilot/paper-lr0.001", "pilot/mamba-lr0.002")),
+)
+"""Pairs of runs of different lengths: MoE-Mamba and the best Mamba of the same recipe."""
+DROPPED = ("columns", "trace", "last_message", "raw_seconds", "overrides")
 
 
 def main() -> None:
@@ -31,22 +49,22 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     given = parser.parse_args()
     if given.collect:
+        known = read_all(given.results / DATA) if (given.results / DATA).is_file() else []
         found = [shorten(run) for folder in given.collect for run in collect(folder)]
-        write(given.results / DATA, found)
-    runs = json.loads((given.results / DATA).read_text())
+        write(given.results / DATA, [*known, *found])
+    runs = read_all(given.results / DATA)
     page = given.results / PAGE
     page.write_text(replace(page.read_text() if page.is_file() else SKELETON, tables(runs)))
     if given.readme.is_file():
-        given.readme.write_text(replace(given.readme.read_text(), {"headline": headline(runs)}))
+        given.readme.write_text(replace(given.readme.read_text(), {"headline": for_readme(runs)}))
     draw(runs, given.results / PICTURE)
     print("\n".join(headline(runs)))
 
 
 def shorten(run: Result) -> Result:
-    """What the page needs, and the settings that make the run again."""
+    """What the page needs, and the configuration that makes the run again."""
     kept = {key: value for key, value in run.items() if key not in DROPPED}
     environment = run.get("environment", {})
-    kept["settings"] = " ".join(run["overrides"])
     kept["environment"] = {
         "device": environment.get("device"),
         "torch": environment.get("versions", {}).get("torch"),
@@ -70,6 +88,7 @@ def tables(runs: Sequence[Result]) -> dict[str, list[str]]:
         "seeds": seeds_table(runs),
         "models": models_table(runs),
         "growth": growth_table(runs),
+        "why": why(runs),
         "rules": rules(runs),
         "search": search_table(runs),
         "cost": cost(runs),
@@ -112,53 +131,70 @@ def headline(runs: Sequence[Result]) -> list[str]:
             f"{len(found)} seeds."
         ]
     steps = spread([each.fewer_steps for each in reached])
-    time = spread([each.less_time for each in reached])
+    time = f"{spread([each.less_time for each in reached])} times less time"
     losses = f"{fmean(final(b) for _, b in found):.3f} against {fmean(final(a) for a, _ in found):.3f} nats"
     return [
-        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and {time} "
-        f"times less time** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
+        f"**MoE-Mamba reaches the tuned Mamba's final held-out loss in {steps} times fewer steps and "
+        f"{time}** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
         f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
         f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
     ]
 
 
+def for_readme(runs: Sequence[Result]) -> list[str]:
+    """The headline, and where the rest is."""
+    return [
+        *headline(runs),
+        f"The paper's {PAPERS_RATIO} times is of 31 billion tokens; what this size allows, every run and the "
+        "commands are in [docs/results/headline.md](docs/results/headline.md).",
+    ]
+
+
 def spread(values: Sequence[float]) -> str:
     """The mean, and the range where there are several."""
-    mean = f"{fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+    mean, low, high = (f"{value:.2f}" for value in (fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def seeds_table(runs: Sequence[Result]) -> list[str]:
     """A row a seed, then mean and standard deviation."""
     lines = [
-        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time |",
-        "|---|---|---|---|---|---|---|",
+        "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time "
+        "| fewer steps, last weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    rows: list[tuple[Result, Result, Match | None]] = [
-        (run, baseline, match(run, baseline)) for run, baseline in pairs(runs, FINE, MAMBA)
+    rows: list[tuple[Result, Result, Match | None, Match | None]] = [
+        (run, baseline, match(run, baseline), match(run, baseline, LAST) if _has_last(run) else None)
+        for run, baseline in pairs(runs, FINE, MAMBA)
     ]
-    for run, baseline, found in rows:
+    for run, baseline, found, last in rows:
         losses = f"{final(baseline):.4f} | {final(run):.4f}"
-        lines.append(f"| {run['seed']} | {losses} | {_cells(found, run['steps'])} |")
-    reached = [found for *_, found in rows if found]
+        ratio = f"{last.fewer_steps:.2f}" if last else "-"
+        cells = _cells(found, run["steps"])
+        lines.append(f"| {run['seed']} | {losses} | {cells} | {ratio} |")
+    reached = [found for _, _, found, _ in rows if found]
     if len(rows) > 1 and len(reached) == len(rows):
         columns = (
-            [final(baseline) for _, baseline, _ in rows],
-            [final(run) for run, _, _ in rows],
+            [final(baseline) for _, baseline, _, _ in rows],
+            [final(run) for run, *_ in rows],
             [found.fewer_steps for found in reached],
             [found.less_time for found in reached],
         )
         cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in columns]
-        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} |")
+        lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} | |")
     return lines
+
+
+def _has_last(run: Result) -> bool:
+    return all(len(row) > LAST and row[LAST] is not None for row in run["evaluations"])
 
 
 def models_table(runs: Sequence[Result]) -> list[str]:
     """Every kind of model of the final stage, seed 0, beside the tuned Mamba of as many tokens."""
     lines = [
-        "| model | recipe | parameters, active of all (non-embedding) | tokens | learning rate | final loss "
+        "| model | parameters, active of all (non-embedding) | tokens | learning rate | final loss "
         "| tokens/s | matched at | of | fewer steps | less time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     mine = [run for run in runs if run["stage"] == "final" and run["status"] == "done" and run["seed"] == 0]
     for run in sorted(mine, key=lambda run: (-run["tokens"], final(run))):
@@ -167,8 +203,9 @@ def models_table(runs: Sequence[Result]) -> list[str]:
         size = f"{run['active'] / 1e6:.1f} M of {run['non_embedding'] / 1e6:.0f} M"
         name = run["entry"] + (" (one-sided)" if run["one_sided"] else "")
         lines.append(
-            f"| {name} | {run['recipe']} | {size} | {run['tokens'] / 1e6:.0f} M | {run['learning_rate']:g} "
-            f"| {final(run):.4f} | {run['tokens_per_second']:,} | {_cells(found, run['steps'])} |"
+            f"| {name} | {size} | {run['tokens'] / 1e6:.0f} M | {run['learning_rate']:g} "
+            f"| {final(run):.4f} | {run['tokens_per_second']:,} "
+            f"| {_cells(found, run['steps'])} |"
         )
     return lines
 
@@ -176,17 +213,45 @@ def models_table(runs: Sequence[Result]) -> list[str]:
 def growth_table(runs: Sequence[Result]) -> list[str]:
     """Speed-up of separate runs planned for different numbers of tokens."""
     lines = [
-        "| recipe | tokens | Mamba | MoE-Mamba | matched at step | of | fewer steps | less time |",
+        "| recipe | tokens | Mamba | MoE-Mamba | matched at | of | fewer steps | less time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lengths = sorted({run["tokens"] for run in runs if run["stage"] == "final"})
-    for title, entry, other in (("tuned", FINE, MAMBA), ("the paper's", PAPER, f"{PAPER}-{MAMBA}")):
-        for tokens in lengths:
-            for run, baseline in pairs(runs, entry, other, tokens)[:1]:
+    known = {f"{run['stage']}/{run['name']}": run for run in runs if run["status"] == "done"}
+    for title, *names in GROWTH:
+        for name, other in names:
+            if name in known and other in known:
+                run, baseline = known[name], known[other]
                 losses = f"{final(baseline):.4f} | {final(run):.4f}"
                 cells = _cells(match(run, baseline), run["steps"])
-                lines.append(f"| {title} | {tokens / 1e6:.0f} M | {losses} | {cells} |")
+                lines.append(f"| {title} | {run['tokens'] / 1e6:.0f} M | {losses} | {cells} |")
     return lines
+
+
+def why(runs: Sequence[Result]) -> list[str]:
+    """How far ahead a model would have to be for the paper's figure, from Mamba's runs of two lengths."""
+    mamba = {run["tokens"]: final(run) for run in of_any_length(runs, MAMBA)}
+    fine = {run["tokens"]: final(run) for run in of_any_length(runs, FINE)}
+    if len(mamba) < 2 or max(mamba) not in fine:
+        return ["Runs of two lengths are missing."]
+    short, long = min(mamba), max(mamba)
+    slope = (mamba[short] - mamba[long]) / log(long / short)
+    return [
+        f"From {short / 1e6:.0f} M to {long / 1e6:.0f} M tokens, each in a run of its own, the tuned Mamba's "
+        f"loss falls from {mamba[short]:.3f} to {mamba[long]:.3f}: {slope * log(2):.2f} nats each time the "
+        f"tokens double. To need {PAPERS_RATIO} times fewer of them a model would have to be about "
+        f"{slope * log(PAPERS_RATIO):.2f} nats ahead; MoE-Mamba is {mamba[long] - fine[long]:.3f} ahead at "
+        f"{long / 1e6:.0f} M"
+        + (f", {mamba[short] - fine[short]:.3f} at {short / 1e6:.0f} M." if short in fine else "."),
+    ]
+
+
+def of_any_length(runs: Sequence[Result], entry: str) -> list[Result]:
+    """The finished runs of an entry of the final stage with seed 0."""
+    return [
+        run
+        for run in runs
+        if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done" and run["seed"] == 0
+    ]
 
 
 def rules(runs: Sequence[Result]) -> list[str]:
@@ -220,16 +285,19 @@ def search_table(runs: Sequence[Result]) -> list[str]:
 
 
 def cost(runs: Sequence[Result]) -> list[str]:
-    """GPU minutes by stage, devices and dates."""
-    stages = sorted({run["stage"] for run in runs})
-    lines = ["| stage | runs | GPU minutes | device | torch | date |", "|---|---|---|---|---|---|"]
-    for stage in stages:
-        mine = [run for run in runs if run["stage"] == stage]
+    """GPU minutes by stage and side, devices and dates."""
+    keys = sorted({(run["stage"], run["side"]) for run in runs})
+    lines = ["| stage | side | runs | GPU minutes | device | torch | date |", "|---|---|---|---|---|---|---|"]
+    for stage, side in keys:
+        mine = [run for run in runs if (run["stage"], run["side"]) == (stage, side) and not run.get("run_as")]
         minutes = sum(run.get("occupied_seconds", 0.0) for run in mine) / 60
         known = [run["environment"] for run in mine if run["environment"]["device"]]
         cells = (", ".join(sorted({str(each[key]) for each in known})) for key in ("device", "torch"))
         dates = sorted(run["date"][:10] for run in mine)
-        lines.append(f"| {stage} | {len(mine)} | {minutes:.1f} | {' | '.join(cells)} | {dates[-1]} |")
+        if mine:
+            lines.append(
+                f"| {stage} | {side} | {len(mine)} | {minutes:.1f} | {' | '.join(cells)} | {dates[-1]} |"
+            )
     return lines
 
 
@@ -258,6 +326,7 @@ SKELETON = "# MoE-Mamba against Mamba\n\n" + "\n\n".join(
         ("seeds", "Seeds"),
         ("models", "All models"),
         ("growth", "Speed-up against tokens"),
+        ("why", "Why not more"),
         ("rules", "In what the two sides differ"),
         ("search", "The search"),
         ("cost", "Cost"),

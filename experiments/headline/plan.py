@@ -30,6 +30,8 @@ top = 1
 tokens = 100e6
 evaluations = 60                  # optional: instead of the stage's
 priority = 0
+seeds = [0, 1, 2]                 # optional: a run each
+as = "fine"                       # optional: the name of what is run
 combine = "fine"                  # instead of the best runs: that run with every factor that made it
                                   # better (held-out loss), with half of them, with the best alone ...
 """
@@ -51,11 +53,14 @@ RUN_KEYS = {
     "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided",
     "note", "on", "group", "evaluations",
 }  # fmt: skip
-PROMOTE_KEYS = {"side", "top", "tokens", "evaluations", "priority", "combine"}
+PROMOTE_KEYS = {"side", "top", "tokens", "evaluations", "seeds", "priority", "combine", "as"}
 
 
 class Try(NamedTuple):
-    """A run to be made. reference: the baseline's preset under the same shared overrides, to compare with."""
+    """A run to be made. reference: the baseline's preset under the same shared overrides, to compare with.
+
+    promoted: it continues what shorter runs, or runs with one seed, have shown.
+    """
 
     name: str
     stage: str
@@ -64,6 +69,7 @@ class Try(NamedTuple):
     overrides: tuple[str, ...]
     config: RunConfig
     reference: RunConfig
+    promoted: bool = False
 
     @property
     def tokens(self) -> int:
@@ -116,41 +122,48 @@ class Stage:
         """The runs that have waited for the best recipe."""
         return [made for entry in self.waiting for made in self._expand({**entry, "recipe": recipe or []})]
 
-    def promote(self, losses: Mapping[str, float], recipe: str | None) -> list[Try]:
-        """The best of finished runs (name -> final loss) at the tokens of [[promote]].
+    @property
+    def one_recipe(self) -> bool:
+        """Whether all runs are trained alike, so that no recipe has to be found first."""
+        return not self.waiting and len({made.recipe for made in self.tries}) == 1
+
+    def promote(self, entry: dict[str, Any], losses: Mapping[str, float], recipe: str | None) -> list[Try]:
+        """The best of finished runs (name -> final loss) as an entry of [[promote]] wants them.
 
         Challengers count only with the recipe that was best for the baseline's side. Of runs that differ only
         in the learning rate the best alone is taken.
         """
-        found: list[Try] = []
-        for entry in self.promotions:
-            ranked = sorted(
-                (
-                    made
-                    for made in [*self.tries, *self.with_recipe(recipe)]
-                    if made.name in losses
-                    and made.side == entry["side"]
-                    and not made.one_sided
-                    and (made.side == BASELINE or made.recipe == recipe)
-                ),
-                key=lambda made: losses[made.name],
-            )
-            if "combine" in entry:
-                found += combinations(ranked, losses, entry, self._longer)
-                continue
-            first: dict[str, Try] = {}
-            for made in ranked:
-                first.setdefault(f"{made.entry['name']} {made.recipe}", made)
-            found += [self._longer(made, entry) for made in list(first.values())[: entry["top"]]]
-        return found
+        ranked = sorted(
+            (
+                made
+                for made in [*self.tries, *self.with_recipe(recipe)]
+                if made.name in losses
+                and made.side == entry["side"]
+                and not made.one_sided
+                and (made.side == BASELINE or made.recipe == recipe)
+            ),
+            key=lambda made: losses[made.name],
+        )
+        if "combine" in entry:
+            return combinations(ranked, losses, entry, self._longer)
+        first: dict[str, Try] = {}
+        for made in ranked:
+            first.setdefault(f"{made.entry['name']} {made.recipe}", made)
+        best = list(first.values())[: entry["top"]]
+        return [longer for made in best for longer in self._longer(made, entry)]
 
-    def _longer(self, made: Try, entry: dict[str, Any]) -> Try:
-        tokens = float(entry["tokens"])
-        changed = {**made.entry, "tokens": tokens, "priority": entry.get("priority", 0)}
-        changed |= {key: entry[key] for key in ("evaluations",) if key in entry}
+    def _longer(self, made: Try, entry: dict[str, Any]) -> list[Try]:
+        """The run with the tokens, evaluations and seeds that a promotion asks for, under its name."""
+        changed = {
+            **made.entry,
+            "priority": entry.get("priority", 0),
+            "name": entry.get("as", made.entry["name"]),
+        }
+        changed |= {key: entry[key] for key in ("evaluations", "tokens") if key in entry}
         seed = made.config.train.seed if "seeds" in made.entry else None
         rate = made.config.train.learning_rate if "learning_rates" in made.entry else None
-        return self._make(changed, made.recipe, rate, seed)
+        longer = [self._make(changed, made.recipe, rate, each) for each in entry.get("seeds", [seed])]
+        return [each._replace(promoted=True) for each in longer]
 
     def _expand(self, entry: dict[str, Any]) -> list[Try]:
         rates, seeds, recipes = (entry.get(key) or [None] for key in ("learning_rates", "seeds", "recipe"))
@@ -200,7 +213,7 @@ def combinations(
     ranked: list[Try],
     losses: Mapping[str, float],
     entry: dict[str, Any],
-    longer: Callable[[Try, dict[str, Any]], Try],
+    longer: Callable[[Try, dict[str, Any]], list[Try]],
 ) -> list[Try]:
     """Runs of `entry["combine"]` with the factors that helped: all, half of them, ... the best alone.
 
@@ -218,17 +231,17 @@ def combinations(
         if group and made.entry.get("on") == entry["combine"] and gain > gains.get(group, (0.0, made))[0]:
             gains[group] = gain, made
     factors = [made.entry for _, made in sorted(gains.values(), key=lambda pair: -pair[0])]
-    found: dict[str, Try] = {}
+    found: dict[str, list[Try]] = {}
     for size in [*(round(len(factors) / 2**i) for i in range(10)), 0]:
         best = longer(bases[0], entry)
         chosen: list[dict[str, Any]] = []
         for factor in factors:
             changed = _with_factors(bases[0].entry, [*chosen, factor])
             made = longer(bases[0]._replace(entry=changed), entry)
-            if len(chosen) < size and not violations(made.config, made.reference):
+            if len(chosen) < size and not violations(made[0].config, made[0].reference):
                 best, chosen = made, [*chosen, factor]
-        found.setdefault(best.name, best)
-    return list(found.values())[: entry["top"]]
+        found.setdefault("+".join(factor["name"] for factor in chosen), best)
+    return [made for runs in list(found.values())[: entry["top"]] for made in runs]
 
 
 def _with_factors(base: dict[str, Any], factors: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,10 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from ssmoe.config.differences import differences
 from ssmoe.config.load import RunConfig
 
 Result = dict[str, Any]
 ENDED = ("done", "diverged")
+AVERAGED, LAST = 2, 5
+"""Columns of an evaluation: the loss of what is evaluated, averaged weights where the recipe has them, and
+that of the last weights, None where they are the same."""
 
 
 class Match(NamedTuple):
@@ -39,20 +45,26 @@ def compact(values: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def finished(path: Path, config: RunConfig) -> bool:
-    """Whether this very run has ended, well or by diverging."""
-    found = read(path)
-    return _same(found.get("configuration", {}), config.model_dump(mode="json")) and found["status"] in ENDED
+def finished(found: Result, config: RunConfig) -> bool:
+    """Whether this very run has ended, well or by diverging; `found` may be empty."""
+    return found.get("status") in ENDED and _same(found["configuration"], config)
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two configurations are of the same run, whatever it is called and wherever its data lies."""
-    fields = [
-        {**each, "name": None, "description": None, "data": {**each["data"], "cache_dir": None}}
-        for each in (one, other)
-        if each
-    ]
-    return len(fields) == 2 and fields[0] == fields[1]
+def _same(stored: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a stored configuration is of the same run, whatever it is called and wherever its data lies.
+
+    Keys that are newer than the stored run have their defaults.
+    """
+    try:
+        other = RunConfig.model_validate(stored)
+    except ValidationError:
+        return False
+    return not differences(config, other)
+
+
+def read_all(path: Path | None) -> list[Result]:
+    """Those of a file of results; none without a file."""
+    return [] if path is None else json.loads(path.read_text())
 
 
 def collect(folder: Path) -> list[Result]:
@@ -60,19 +72,21 @@ def collect(folder: Path) -> list[Result]:
     return [read(path) for path in sorted(folder.rglob("*.json"))]
 
 
-def reach(run: Result, loss: float) -> tuple[int, float] | None:
+def reach(run: Result, loss: float, column: int = AVERAGED) -> tuple[int, float] | None:
     """Step and seconds of the first evaluation at or below `loss`; no interpolation."""
-    found = next((row for row in run["evaluations"] if row[2] <= loss), None)
+    found = next((row for row in run["evaluations"] if row[column] <= loss), None)
     return None if found is None else (found[0], found[3])
 
 
-def final(run: Result) -> float:
+def final(run: Result, column: int = AVERAGED) -> float:
     """The last held-out loss."""
-    return run["evaluations"][-1][2]
+    return run["evaluations"][-1][column]
 
 
-def match(run: Result, baseline: Result) -> Match | None:
+def match(run: Result, baseline: Result, column: int = AVERAGED) -> Match | None:
     """Steps and time of `run` to the baseline's final loss; None if it never gets there.
+
+    column: AVERAGED, or LAST for the loss of the last weights on both sides.
 
     Raises ValueError for runs planned for different numbers of steps.
     """
@@ -81,7 +95,8 @@ def match(run: Result, baseline: Result) -> Match | None:
             f"{run['name']} was planned for {run['steps']} steps and {baseline['name']} for "
             f"{baseline['steps']}: compare runs of equal length"
         )
-    own, found = reach(baseline, final(baseline)), reach(run, final(baseline))
+    target = final(baseline, column)
+    own, found = reach(baseline, target, column), reach(run, target, column)
     assert own is not None
     return None if found is None else Match(*found, own[0] / found[0], own[1] / found[1])
 

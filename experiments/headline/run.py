@@ -38,13 +38,21 @@ def main() -> int:
     tries = [adapt(made) for stage in stages for made in [*stage.tries, *stage.with_recipe(None)]]
     check(tries)
     deadline = time() + given.deadline if given.deadline else float("inf")
-    queue = Queue(stages, given.out, adapt, deadline=deadline, speed=given.speed)
+    queue = Queue(
+        stages,
+        given.out,
+        adapt,
+        deadline=deadline,
+        speed=given.speed,
+        dry=given.dry_run,
+        known=results.read_all(given.known),
+    )
     for made in queue.left:
         tokens = f"{made.tokens / 1e6:.1f}M tokens"
         print(f"{made.stage}/{made.name}: {tokens}, {queue.seconds(made):.0f} s predicted")
         for line in describe(made.config, made.reference):
             print(f"    {line}")
-    if given.dry_run or not tries:
+    if given.dry_run or not (queue.left or queue.more_to_come()):
         return 0
     loader, begin = _loader(given, tries[0]), time()
     data = loader[0](*loader[1:])
@@ -78,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, help="seconds from now")
     parser.add_argument("--speed", type=float, default=SPEED, help="tokens/s of a run not seen yet")
     parser.add_argument("--only", default="*", metavar="GLOB", help="names of the runs")
+    parser.add_argument("--known", type=Path, help="a file of results, whose runs are not made again")
     parser.add_argument("--dry-run", action="store_true")
     return parser.parse_args()
 

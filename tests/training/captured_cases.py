@@ -13,13 +13,30 @@ from ssmoe.training.captured import CapturedStep
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.step import StepResult, train_step
 
+LATER = [
+    f"model.pattern.moe.{change}"
+    for change in (
+        "num_experts=42",
+        "d_expert=1024",
+        "granularity=8",
+        "capacity_factor=null",
+        "num_shared_experts=1",
+        "activation=swiglu",
+        "score=sigmoid",
+        "normalise_weights=true",
+        "balance=bias",
+    )
+]
+"""336 SwiGLU experts, top-8, one shared, loss-free balancing."""
+
 # preset, changes, documents kept apart
 CASES: dict[str, tuple[str, list[str], bool]] = {
     "moe": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.num_experts=8"], False),
     "dropless": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.capacity_factor=null"], False),
     "documents": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.num_experts=8"], True),
     "jitter": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.jitter=0.1"], False),
-    "fine": ("moe-mamba-fine-25m", ["model.repeat=2"], True),
+    "fine": ("moe-mamba-fine-25m", ["model.repeat=2"], False),
+    "later": ("moe-mamba-25m", ["model.repeat=2", *LATER], True),
     "mamba": ("mamba-25m", ["model.repeat=3"], False),
     "recompute": ("mamba-25m", ["model.repeat=3", "train.recompute=true"], True),
     "attention": ("transformer-25m", ["model.repeat=2"], False),
