@@ -2,7 +2,8 @@
 
     python benchmarks/scan_cuts.py [--forward] [--backward] [--shapes B8 B64 B1]
 
-bfloat16 activations, N = 16, no gate (as in `gpu.py`); milliseconds a launch, median over CUDA-graph replays.
+bfloat16 activations, N = 16, no gate unless asked for (as in `gpu.py`); milliseconds a launch, median over
+CUDA-graph replays.
 A cut is K lanes a channel, CH channels a lane, W warps a block, TILE positions staged, SUB in hand, blocks a
 multiprocessor asked of the compiler, and chunks of the length.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ssmoe.ops.triton import nvrtc, scan_cuda
 from ssmoe.ops.triton.scan_cuda import Cut
-from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
+from ssmoe.ops.triton.selective_scan import gate_backward, scan_backward, scan_forward
 
 SHAPES = {"B8": (8, 2048, 1536), "B64": (64, 1024, 1024), "B1": (1, 131072, 1536)}
 FORWARD = [
@@ -28,10 +29,8 @@ FORWARD = [
     Cut(8, 2, 4, 32, 8, 4),
 ]  # fmt: skip
 BACKWARD = [
-    Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 2, 4, 16, 8, 2),
-    Cut(4, 2, 4, 16, 8, 3),
-    Cut(4, 4, 4, 16, 4, 2), Cut(4, 4, 2, 16, 4, 4), Cut(4, 1, 4, 16, 8, 4), Cut(4, 1, 4, 16, 4, 5),
-    Cut(8, 2, 4, 16, 8, 4),
+    Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 4, 4, 16, 4, 2),
+    Cut(4, 4, 2, 16, 4, 4), Cut(4, 1, 4, 16, 4, 5), Cut(2, 2, 4, 16, 4, 2),
 ]  # fmt: skip
 CHUNKS = {
     ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (5, 9, 17, 33),
@@ -46,24 +45,37 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS in place of the list")
     parser.add_argument("--chunks", nargs="*", type=int, default=[])
-    parser.add_argument("--every", nargs="*", type=int, default=[0], help="positions between saved states")
+    parser.add_argument("--gate", action="store_true", help="with the gate z, as a model's layers have it")
+    parser.add_argument(
+        "--every", nargs="*", type=int, default=[0], help="positions between saved states; 0: none (forward)"
+    )
     args = parser.parse_args()
     given = [Cut(*map(int, cut.split(","))) for cut in args.cuts]
-    wanted = [macros(cut, True, every) for cut in given or FORWARD for every in args.every if args.forward]
-    compile_all(wanted + [macros(cut, False) for cut in given or BACKWARD if args.backward])
+    wanted = [
+        macros(cut, True, args.gate, every)
+        for cut in given or FORWARD
+        for every in args.every
+        if args.forward
+    ]
+    if args.backward:
+        wanted += [macros(cut, False, args.gate, every) for cut in given or BACKWARD for every in args.every]
+    compile_all(wanted)
     for shape in args.shapes:
         if args.forward:
-            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True], args.every)
+            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True], args.gate, args.every)
         if args.backward:
-            backward(shape, given or BACKWARD, args.chunks or CHUNKS[shape, False])
+            backward(shape, given or BACKWARD, args.chunks or CHUNKS[shape, False], args.gate, args.every)
 
 
-def macros(cut: Cut, forward: bool, every: int = 0) -> nvrtc.Macros:
+def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:
     """What `run_forward` and `run_backward` compile for these inputs."""
-    types = dict.fromkeys(("XT", "DT"), "bf16") | {"ZT": "float"} | dict.fromkeys(("BT", "CT"), "bf16")
-    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": False, **types}
+    z = {"ZT": "bf16" if gate else "float"}
+    types = dict.fromkeys(("XT", "DT"), "bf16") | z | dict.fromkeys(("BT", "CT"), "bf16")
+    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": gate, **types}
     if not forward:
-        return scan_cuda._macros(cut, 16, BACKWARD=1, **common)
+        rows = (torch.empty(0, dtype=torch.bfloat16),) * (4 if gate else 3)
+        shared = scan_cuda.backward_shared(cut, 16, True, False, rows)
+        return *scan_cuda._macros(cut, 16, BACKWARD=1, CKPT=every, **common), ("SHARED_BYTES", str(shared))
     return scan_cuda._macros(cut, 16, FORWARD=1, CKPT=every, **common)
 
 
@@ -83,7 +95,7 @@ def normal(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_()
 
 
-def inputs(b: int, length: int, d: int) -> tuple[Tensor | None, ...]:
+def inputs(b: int, length: int, d: int, gate: bool = False) -> tuple[Tensor | None, ...]:
     A = -torch.arange(1, 17, device="cuda").float().repeat(d, 1)
     D, bias = (torch.randn(d, device="cuda") for _ in range(2))
     return (
@@ -93,7 +105,7 @@ def inputs(b: int, length: int, d: int) -> tuple[Tensor | None, ...]:
         normal(b, length, 16),
         normal(b, length, 16),
         D,
-        None,
+        normal(b, length, d) if gate else None,
         bias,
     )
 
@@ -108,8 +120,8 @@ def apart(found: Tensor, expected: Tensor) -> float:
     )
 
 
-def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], saved: list[int]) -> None:
-    given = inputs(*SHAPES[shape])
+def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], gate: bool, saved: list[int]) -> None:
+    given = inputs(*SHAPES[shape], gate)
     y, final, _ = scan_forward(*given, None, None, False, False)
     for cut, c, every in product(cuts, chunks, saved):
         name = f"forward {shape:4} {tuple(cut)} chunks {c:3} saved every {every:2}"
@@ -123,27 +135,29 @@ def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], saved: list[in
             print(f"{name}: {str(error)[:200]}", flush=True)
 
 
-def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
+def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], gate: bool, everies: list[int]) -> None:
     b, length, d = SHAPES[shape]
-    given = inputs(b, length, d)
+    given = inputs(b, length, d, gate)
     dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
-    x, delta, A, B, C, D, _, bias = given
-    saved = scan_forward(*given, None, None, True, False)[2]
-    truth = scan_backward(dy, dfinal, x, delta, A, B, C, D, bias, None, saved, False)
-    del saved
-    for every in sorted({cut.sub for cut in cuts}):
+    x, delta, A, B, C, D, z, bias = given
+    y, _, saved = scan_forward(x, delta, A, B, C, D, None, bias, None, None, True, gate)
+    through = gate_backward(dy, y, z, None)[0] if gate else dy
+    truth = scan_backward(through, dfinal, x, delta, A, B, C, D, None, bias, None, saved, False)
+    kept = (0, 1, 2, 3, 4, 5, 7)  # all but the gate's and the initial state's
+    del saved, y, through
+    for every in everies:
         saved = scan_cuda.run_forward(scan_cuda.FORWARD, 17 if b == 1 else 1, *given, None, None, every)[2]
-        for cut, c in product([k for k in cuts if k.sub == every], chunks):
+        for cut, c in product(cuts, chunks):
+            name = f"backward {shape:4} {tuple(cut)} chunks {c:3} saved every {every:2}"
             try:
-                arguments = (dy, dfinal, *given, None, saved, False)
+                arguments = (dy, dfinal, *given, None, saved, False, every)
                 out = scan_cuda.run_backward(cut, c, *arguments)
-                found = [out[i] for i in (0, 1, 2, 3, 4, 5, 7)]
-                wrong = " ".join(f"{apart(f, t):.0e}" for f, t in zip(found, truth, strict=False))
-                del out, found
+                wrong = " ".join(f"{apart(out[i], truth[i]):.0e}" for i in kept)
+                del out
                 ms = time(lambda k=cut, c=c, a=arguments: scan_cuda.run_backward(k, c, *a))
-                print(f"backward {shape:4} {tuple(cut)} chunks {c:3}: {ms:7.4f}   {wrong}", flush=True)
+                print(f"{name}: {ms:7.4f}   {wrong}", flush=True)
             except RuntimeError as error:
-                print(f"backward {shape:4} {tuple(cut)} chunks {c:3}: {str(error)[:200]}", flush=True)
+                print(f"{name}: {str(error)[:200]}", flush=True)
         del saved, arguments
 
 

@@ -15,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_TURN, DONE };
 struct Index {
     unsigned x;
 };
@@ -24,6 +24,7 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait;
     unsigned parity;
+    int turn;
 };
 static std::vector<Fiber> fibers;
 static std::vector<float> exchange[2];
@@ -38,12 +39,38 @@ static void yield(Wait why) {
     swapcontext(&fiber.context, &scheduler);
 }
 static void BARRIER() { yield(AT_BLOCK); }
+static int arrived[16];  // threads, at the barriers with numbers
+static void ARRIVE(int id) { arrived[id]++; }
+static void AWAIT(int id) {
+    fibers[threadIdx.x].turn = id;
+    yield(AT_TURN);
+}
 static void WARP_BARRIER() { yield(AT_WARP); }
 static float SWAP(float value, int mask) {
     unsigned me = threadIdx.x, side = fibers[me].parity++ & 1;
     exchange[side][me] = value;
     yield(AT_WARP);
     return exchange[side][me ^ mask];
+}
+static std::vector<float> factors[2];
+static float tf32(float v) {
+    unsigned u;
+    memcpy(&u, &v, 4);
+    u &= 0xffffe000u;
+    memcpy(&v, &u, 4);
+    return v;
+}
+static void product(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    unsigned me = threadIdx.x, warp = me / 32 * 32, lane = me % 32, side = fibers[me].parity++ & 1;
+    for (int i = 0; i < 4; i++) factors[side][6 * me + i] = tf32(a[i]);
+    factors[side][6 * me + 4] = tf32(b0);
+    factors[side][6 * me + 5] = tf32(b1);
+    yield(AT_WARP);
+    const float* all = &factors[side][6 * warp];
+    for (int c = 0; c < 4; c++)
+        for (int k = 0; k < 8; k++)
+            d[c] += all[6 * (lane / 4 * 4 + k % 4) + c / 2 + k / 4 * 2] *
+                    all[6 * ((lane % 4 * 2 + c % 2) * 4 + k % 4) + 4 + k / 4];
 }
 static float ex2(float v) { return exp2f(v); }
 static float rcp(float v) { return 1.0f / v; }
@@ -107,6 +134,10 @@ static void run_block(unsigned threads, bool backwards) {
         finished = 0;
         for (unsigned w = 0; w < threads / 32; w++) {
             unsigned warp = (backwards ? threads / 32 - 1 - w : w) * 32;
+            if (fibers[warp].wait == AT_TURN && arrived[fibers[warp].turn] >= 32) {
+                arrived[fibers[warp].turn] -= 32;
+                for (unsigned i = 0; i < 32; i++) fibers[warp + i].wait = RUNS;
+            }
             while (fibers[warp].wait == RUNS || fibers[warp].wait == AT_WARP) {
                 for (unsigned i = 0; i < 32; i++) {
                     threadIdx.x = warp + (backwards ? 31 - i : i);
@@ -141,8 +172,10 @@ extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const
     call(kernel);
     fibers.resize(threads);
     for (Fiber& fiber : fibers) fiber.stack.resize(1 << 17);
+    for (int& count : arrived) count = 0;
     exchange[0].assign(threads, NAN);
     exchange[1].assign(threads, NAN);
+    for (auto& side : factors) side.assign(6 * threads, NAN);
     for (long block = 0; block < blocks; block++) {
         blockIdx.x = (unsigned)(backwards ? blocks - 1 - block : block);
         run_block(threads, backwards);
