@@ -29,7 +29,6 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     head_cross_entropy: Callable[..., Tensor]
-    argmax: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
@@ -111,7 +110,6 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_linear=module.expert_linear,
         linear=module.linear,
         head_cross_entropy=module.head_cross_entropy,
-        argmax=module.argmax,
         residual_norm=module.residual_norm,
         mamba_step=module.mamba_step,
         mamba_steps=module.mamba_steps,

@@ -17,10 +17,8 @@ from ssmoe.ops.cpu.linear import linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
-from ssmoe.ops.reference.argmax import argmax
 
 __all__ = [
-    "argmax",
     "causal_conv1d",
     "describe",
     "expert_linear",

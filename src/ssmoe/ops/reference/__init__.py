@@ -1,6 +1,5 @@
 """The definitions: slow, obvious, on any device, differentiable in every floating input."""
 
-from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
@@ -11,7 +10,6 @@ from ssmoe.ops.reference.residual_norm import residual_norm
 from ssmoe.ops.reference.selective_scan import selective_scan
 
 __all__ = [
-    "argmax",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",

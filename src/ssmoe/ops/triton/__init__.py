@@ -1,6 +1,5 @@
 """The GPU backend: kernels compiled when first used, from Triton or by NVRTC, with no CUDA build."""
 
-from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
@@ -11,7 +10,6 @@ from ssmoe.ops.triton.residual_norm import residual_norm
 from ssmoe.ops.triton.selective_scan import selective_scan
 
 __all__ = [
-    "argmax",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",

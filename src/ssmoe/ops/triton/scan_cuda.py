@@ -40,9 +40,9 @@ class Cut(NamedTuple):
 
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
 # one channel a lane where that alone fills the GPU
-FORWARD_SPREAD = Cut(4, 1, 4, 64, 16, 4)
+FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
 BACKWARD = Cut(4, 2, 4, 16, 4, 3)
-LONG = 2048
+LONG = 2560
 MULTIPROCESSORS = 128
 """As many as are filled at once: an H200 has 132."""
 
