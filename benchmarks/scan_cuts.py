@@ -26,15 +26,15 @@ FORWARD = [
     Cut(4, 1, 4, 32, 8, 4), Cut(4, 1, 2, 32, 8, 8), Cut(4, 1, 4, 32, 16, 4), Cut(4, 2, 4, 32, 8, 3),
     Cut(4, 2, 4, 32, 8, 4), Cut(4, 2, 2, 32, 8, 6), Cut(4, 4, 4, 32, 8, 2), Cut(2, 1, 4, 32, 8, 3),
     Cut(2, 2, 4, 32, 8, 2), Cut(1, 1, 4, 32, 8, 3), Cut(1, 1, 2, 32, 8, 6), Cut(8, 1, 4, 32, 8, 6),
-    Cut(8, 2, 4, 32, 8, 4),
+    Cut(8, 2, 4, 32, 8, 4), Cut(4, 1, 4, 64, 16, 4),
 ]  # fmt: skip
 BACKWARD = [
     Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 4, 4, 16, 4, 2),
     Cut(4, 4, 2, 16, 4, 4), Cut(4, 1, 4, 16, 4, 5), Cut(2, 2, 4, 16, 4, 2),
 ]  # fmt: skip
 CHUNKS = {
-    ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (5, 9, 17, 33),
-    ("B8", False): (1, 3, 4, 6), ("B64", False): (1,), ("B1", False): (12, 17, 23, 45),
+    ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (22, 43),
+    ("B8", False): (1, 3, 4, 6), ("B64", False): (1,), ("B1", False): (33, 49, 97),
 }  # fmt: skip
 
 
@@ -47,24 +47,23 @@ def main() -> None:
     parser.add_argument("--chunks", nargs="*", type=int, default=[])
     parser.add_argument("--gate", action="store_true", help="with the gate z, as a model's layers have it")
     parser.add_argument(
-        "--every", nargs="*", type=int, default=[0], help="positions between saved states; 0: none (forward)"
+        "--every", nargs="*", type=int, default=[], help="positions between saved states; 0: none (forward)"
     )
     args = parser.parse_args()
     given = [Cut(*map(int, cut.split(","))) for cut in args.cuts]
-    wanted = [
-        macros(cut, True, args.gate, every)
-        for cut in given or FORWARD
-        for every in args.every
-        if args.forward
-    ]
+    # (forward, its cuts, positions between saved states)
+    passes: list[tuple[bool, list[Cut], list[int]]] = []
+    if args.forward:
+        passes.append((True, given or FORWARD, args.every or [0]))
     if args.backward:
-        wanted += [macros(cut, False, args.gate, every) for cut in given or BACKWARD for every in args.every]
-    compile_all(wanted)
+        passes.append((False, given or BACKWARD, args.every or [4, 8, 16]))
+    compile_all(
+        [macros(cut, ahead, args.gate, n) for ahead, cuts, every in passes for cut in cuts for n in every]
+    )
     for shape in args.shapes:
-        if args.forward:
-            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True], args.gate, args.every)
-        if args.backward:
-            backward(shape, given or BACKWARD, args.chunks or CHUNKS[shape, False], args.gate, args.every)
+        for ahead, cuts, every in passes:
+            chunks = args.chunks or CHUNKS[shape, ahead]
+            (forward if ahead else backward)(shape, cuts, tuple(chunks), args.gate, every)
 
 
 def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:

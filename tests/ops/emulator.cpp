@@ -15,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_TURN, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
 struct Index {
     unsigned x;
 };
@@ -24,7 +24,6 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait;
     unsigned parity;
-    int turn;
 };
 static std::vector<Fiber> fibers;
 static std::vector<float> exchange[2];
@@ -39,12 +38,6 @@ static void yield(Wait why) {
     swapcontext(&fiber.context, &scheduler);
 }
 static void BARRIER() { yield(AT_BLOCK); }
-static int arrived[16];  // threads, at the barriers with numbers
-static void ARRIVE(int id) { arrived[id]++; }
-static void AWAIT(int id) {
-    fibers[threadIdx.x].turn = id;
-    yield(AT_TURN);
-}
 static void WARP_BARRIER() { yield(AT_WARP); }
 static float SWAP(float value, int mask) {
     unsigned me = threadIdx.x, side = fibers[me].parity++ & 1;
@@ -134,10 +127,6 @@ static void run_block(unsigned threads, bool backwards) {
         finished = 0;
         for (unsigned w = 0; w < threads / 32; w++) {
             unsigned warp = (backwards ? threads / 32 - 1 - w : w) * 32;
-            if (fibers[warp].wait == AT_TURN && arrived[fibers[warp].turn] >= 32) {
-                arrived[fibers[warp].turn] -= 32;
-                for (unsigned i = 0; i < 32; i++) fibers[warp + i].wait = RUNS;
-            }
             while (fibers[warp].wait == RUNS || fibers[warp].wait == AT_WARP) {
                 for (unsigned i = 0; i < 32; i++) {
                     threadIdx.x = warp + (backwards ? 31 - i : i);
@@ -172,7 +161,6 @@ extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const
     call(kernel);
     fibers.resize(threads);
     for (Fiber& fiber : fibers) fiber.stack.resize(1 << 17);
-    for (int& count : arrived) count = 0;
     exchange[0].assign(threads, NAN);
     exchange[1].assign(threads, NAN);
     for (auto& side : factors) side.assign(6 * threads, NAN);

@@ -142,18 +142,6 @@ def test_the_order_of_threads_changes_nothing(chunks: int, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("lanes", "channels", "sub"), [(2, 2, 4), (4, 2, 8), (8, 1, 16)])
-def test_warps_that_take_turns(
-    lanes: int, channels: int, sub: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut(monkeypatch, Cut(lanes, channels, 3, 16, sub, 1, relay=True), SMALL[1], 1)
-    close(errors("selective_scan", scan_inputs(1, 35, 50, 16, dtype)))
-    inputs = scan_inputs(2, 35, 37, 16, torch.float32)
-    close(errors("selective_scan", inputs, segments=documents(2, 35)))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lanes", "channels", "sub"), [(1, 1, 4), (2, 2, 4), (4, 4, 4), (4, 1, 8), (8, 2, 8)]
 )

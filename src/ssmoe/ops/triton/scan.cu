@@ -8,9 +8,6 @@
 #ifndef EMULATED
 #define BARRIER() __syncthreads()
 #define WARP_BARRIER() __syncwarp()
-// the 32 threads that arrive and the 32 that wait meet at a barrier with a number
-#define ARRIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
-#define AWAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 __device__ __forceinline__ float ex2(float v) {
     float r;
@@ -390,163 +387,6 @@ struct Arguments {
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl;
 };
 
-#if RELAY
-
-// The warps of a block take turns on the positions of the same channels: each loads, prepares and computes the
-// decays of SUB positions, takes the state over from the warp before, hands it on, and then finishes its outputs.
-
-struct alignas(16) Shared {
-    float B[WARPS][SUB * N];
-    float C[WARPS][SUB * N];
-    float pair[WARPS][SUB][GROUPS][2 * CH];
-    float hand[WARPS][CH][32][S];
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
-    __shared__ Shared shared;
-    constexpr int PIECES = SUB * N / 32;  // values of B that a lane carries
-    constexpr int STRIDE = 32 / N;        // rows between them
-    static_assert(SUB * N % 32 == 0 && 32 % N == 0, "a lane carries one state of whole rows");
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_of = lane / N;
-    const i64 groups = (g.d + WARP_CHANNELS - 1) / WARP_CHANNELS;
-    const i64 b = blockIdx.x / groups;
-    const Place p = place((blockIdx.x - b * groups) * WARP_CHANNELS - warp * WARP_CHANNELS, b, g.d);
-    float a[CH][S], bias[CH], skip[CH];
-    load_A(g.A, g.d, p, a);
-    load_channels(g.bias, p, bias);
-    load_channels(g.skip, p, skip);
-    const int end = (int)g.length;
-    int t = warp * SUB;
-    const XT* x_at = g.x + b * g.sxb + (t + p.k) * g.sxl + p.channel;
-    const DT* d_at = g.delta + b * g.sdb + (t + p.k) * g.sdl + p.channel;
-    const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
-    const BT* b_at = g.B + b * g.sbb + (t + row_of) * g.sbl + lane % N;
-    const CT* c_at = g.C + b * g.scb + (t + row_of) * g.scl + lane % N;
-    const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t : 0);
-    XT* y_at = g.y + (b * g.length + t + p.k) * g.d + p.channel;
-    constexpr int EVERY = CKPT > 0 ? CKPT : SUB;
-    const i64 blocks = (g.length + EVERY - 1) / EVERY;
-    float* saved = g.saved + (b * blocks * g.d + p.channel) * N + p.k * S;
-
-    Raw<XT> next_x[ROWS];
-    Raw<DT> next_d[ROWS];
-    Raw<ZT> next_z[ROWS];
-    signed char next_flag[ROWS];
-    unsigned next_b[PIECES], next_c[PIECES];
-    auto ahead = [&](int t0) {
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            bool live = t0 + r * K + p.k < end;
-            next_x[r] = load_row(x_at + r * K * g.sxl, live, p.left);
-            next_d[r] = load_row(d_at + r * K * g.sdl, live, p.left);
-            if (HAS_Z) next_z[r] = load_row(z_at + r * K * g.szl, live, p.left);
-            if (SEGMENTS) next_flag[r] = live ? flag_at[r * K + p.k] : 0;
-        }
-        UNROLL for (int i = 0; i < PIECES; i++) {
-            bool live = t0 + row_of + i * STRIDE < end && is_real(flag_at, row_of + i * STRIDE);
-            next_b[i] = load_one(b_at + i * STRIDE * g.sbl, live);
-            next_c[i] = load_one(c_at + i * STRIDE * g.scl, live);
-        }
-        x_at += WARPS * SUB * g.sxl;
-        d_at += WARPS * SUB * g.sdl;
-        if (HAS_Z) z_at += WARPS * SUB * g.szl;
-        b_at += WARPS * SUB * g.sbl;
-        c_at += WARPS * SUB * g.scl;
-        if (SEGMENTS) flag_at += WARPS * SUB;
-    };
-
-    ahead(t);
-    float(*pair)[GROUPS][2 * CH] = shared.pair[warp];
-    const float* B = shared.B[warp] + p.k * S;
-    const float* C = shared.C[warp] + p.k * S;
-    const int after = warp + 1 < WARPS ? warp + 1 : 0;
-    for (; t < end; t += WARPS * SUB) {
-        float xs[ROWS][CH];
-        Raw<ZT> zs[ROWS];
-        bool real[ROWS];
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            bool live = t + r * K + p.k < end;
-            real[r] = SEGMENTS ? live && (next_flag[r] & 1) : live;
-            float both[2 * CH];
-            UNROLL for (int j = 0; j < CH; j++) {
-                float slope, step = softplus(next_d[r].get(j) + bias[j], slope);
-                step = real[r] ? step : 0.0f;
-                xs[r][j] = unless_padding(next_x[r].get(j), real[r]);
-                both[j] = SEGMENTS && real[r] && (next_flag[r] & 2) ? RESET : step * LOG2E;
-                both[CH + j] = step * xs[r][j];
-            }
-            if (HAS_Z) zs[r] = next_z[r];
-            write<2 * CH>(pair[r * K + p.k][p.group], both);
-        }
-        UNROLL for (int i = 0; i < PIECES; i++) {
-            shared.B[warp][lane + 32 * i] = one<BT>(next_b[i]);
-            shared.C[warp][lane + 32 * i] = one<CT>(next_c[i]);
-        }
-        ahead(t + WARPS * SUB);
-        WARP_BARRIER();
-        float state[SUB][CH][S], h[CH][S];  // first the decays
-        UNROLL for (int row = 0; row < SUB; row++) {
-            float both[CH];
-            read<CH>(pair[row][p.group], both);
-            UNROLL for (int j = 0; j < CH; j++)
-                UNROLL for (int s = 0; s < S; s++) state[row][j][s] = ex2(both[j] * a[j][s]);
-        }
-        if (t > 0) {
-            AWAIT(1 + warp);
-            UNROLL for (int j = 0; j < CH; j++) read<S>(shared.hand[warp][j][lane], h[j]);
-        } else if (g.initial) {
-            load_states(g.initial, b, g.d, p, h);
-        } else {
-            UNROLL for (int j = 0; j < CH; j++)
-                UNROLL for (int s = 0; s < S; s++) h[j][s] = 0.0f;
-        }
-        if (CKPT > 0 && t % EVERY == 0) {
-            float* at = saved + t / EVERY * g.d * N;
-            UNROLL for (int j = 0; j < CH; j++)
-                if (j < p.left) write<S>(at + j * N, h[j]);
-        }
-        UNROLL for (int row = 0; row < SUB; row++) {
-            float drive[CH], bs[S];
-            read<CH>(pair[row][p.group] + CH, drive);
-            read<S>(B + row * N, bs);
-            UNROLL for (int j = 0; j < CH; j++)
-                UNROLL for (int s = 0; s < S; s++) {
-                    h[j][s] = fmaf(state[row][j][s], h[j][s], drive[j] * bs[s]);
-                    state[row][j][s] = h[j][s];
-                }
-        }
-        if (t + SUB < end) {
-            UNROLL for (int j = 0; j < CH; j++) write<S>(shared.hand[after][j][lane], h[j]);
-            ARRIVE(1 + after);
-        } else {
-            store_states(g.last_state, b, g.d, p, h);
-        }
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            float part[K][CH], out[CH];
-            UNROLL for (int i = 0; i < K; i++) {
-                float cs[S];
-                read<S>(C + (r * K + i) * N, cs);
-                UNROLL for (int j = 0; j < CH; j++) {
-                    part[i][j] = cs[0] * state[r * K + i][j][0];
-                    UNROLL for (int s = 1; s < S; s++) part[i][j] = fmaf(cs[s], state[r * K + i][j][s], part[i][j]);
-                }
-            }
-            to_owner(part, out, p.k);
-            UNROLL for (int j = 0; j < CH; j++) {
-                out[j] = fmaf(skip[j], xs[r][j], out[j]);
-                if (HAS_Z) {
-                    float gate = unless_padding(zs[r].get(j), real[r]);
-                    out[j] = out[j] * gate * rcp(1.0f + ex2(-gate * LOG2E));
-                }
-            }
-            store_row(y_at + r * K * g.d, out, t + r * K + p.k < end, p.left);
-        }
-        y_at += WARPS * SUB * g.d;
-        WARP_BARRIER();
-    }
-}
-
-#else
-
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
@@ -701,8 +541,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         walk<false>(g, shared, channel, chunk, rest / slots);
     }
 }
-
-#endif
 
 #endif
 

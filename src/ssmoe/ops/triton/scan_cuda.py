@@ -30,12 +30,10 @@ class Cut(NamedTuple):
     tile: int
     sub: int
     min_blocks: int
-    relay: bool = False
-    """The warps of a block take turns on the positions of the same channels (forward only)."""
 
     @property
     def block_channels(self) -> int:
-        return 32 // self.lanes * self.channels * (1 if self.relay else self.warps)
+        return 32 // self.lanes * self.channels * self.warps
 
 
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
@@ -113,7 +111,7 @@ def _aligned(cut: Cut, *tensors: Tensor | None) -> bool:
 def _macros(cut: Cut, n: int, **values: object) -> nvrtc.Macros:
     cut_values = {
         "N": n, "K": cut.lanes, "CH": cut.channels, "WARPS": cut.warps, "TILE": cut.tile, "SUB": cut.sub,
-        "MIN_BLOCKS": cut.min_blocks, "RELAY": cut.relay,
+        "MIN_BLOCKS": cut.min_blocks,
     }  # fmt: skip
     return tuple((k, str(int(v) if isinstance(v, bool) else v)) for k, v in (cut_values | values).items())
 
