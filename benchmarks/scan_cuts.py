@@ -2,7 +2,8 @@
 
     python benchmarks/scan_cuts.py [--forward] [--backward] [--shapes B8 B64 B1]
 
-bfloat16 activations, N = 16, no gate (as in `gpu.py`); milliseconds a launch, median over CUDA-graph replays.
+bfloat16 activations, N = 16, no gate unless asked for (as in `gpu.py`); milliseconds a launch, median over
+CUDA-graph replays.
 A cut is K lanes a channel, CH channels a lane, W warps a block, TILE positions staged, SUB in hand, blocks a
 multiprocessor asked of the compiler, and chunks of the length.
 """
@@ -18,24 +19,22 @@ from torch import Tensor
 
 from ssmoe.ops.triton import nvrtc, scan_cuda
 from ssmoe.ops.triton.scan_cuda import Cut
-from ssmoe.ops.triton.selective_scan import scan_backward, scan_forward
+from ssmoe.ops.triton.selective_scan import gate_backward, scan_backward, scan_forward
 
 SHAPES = {"B8": (8, 2048, 1536), "B64": (64, 1024, 1024), "B1": (1, 131072, 1536)}
 FORWARD = [
     Cut(4, 1, 4, 32, 8, 4), Cut(4, 1, 2, 32, 8, 8), Cut(4, 1, 4, 32, 16, 4), Cut(4, 2, 4, 32, 8, 3),
     Cut(4, 2, 4, 32, 8, 4), Cut(4, 2, 2, 32, 8, 6), Cut(4, 4, 4, 32, 8, 2), Cut(2, 1, 4, 32, 8, 3),
     Cut(2, 2, 4, 32, 8, 2), Cut(1, 1, 4, 32, 8, 3), Cut(1, 1, 2, 32, 8, 6), Cut(8, 1, 4, 32, 8, 6),
-    Cut(8, 2, 4, 32, 8, 4),
+    Cut(8, 2, 4, 32, 8, 4), Cut(4, 1, 4, 64, 16, 4),
 ]  # fmt: skip
 BACKWARD = [
-    Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 2, 4, 16, 8, 2),
-    Cut(4, 2, 4, 16, 8, 3),
-    Cut(4, 4, 4, 16, 4, 2), Cut(4, 4, 2, 16, 4, 4), Cut(4, 1, 4, 16, 8, 4), Cut(4, 1, 4, 16, 4, 5),
-    Cut(8, 2, 4, 16, 8, 4),
+    Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 4, 4, 16, 4, 2),
+    Cut(4, 4, 2, 16, 4, 4), Cut(4, 1, 4, 16, 4, 5), Cut(2, 2, 4, 16, 4, 2),
 ]  # fmt: skip
 CHUNKS = {
-    ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (5, 9, 17, 33),
-    ("B8", False): (1, 3, 4, 6), ("B64", False): (1,), ("B1", False): (12, 17, 23, 45),
+    ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (22, 43),
+    ("B8", False): (1, 3, 4, 6), ("B64", False): (1,), ("B1", False): (33, 49, 97),
 }  # fmt: skip
 
 
@@ -46,24 +45,36 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS in place of the list")
     parser.add_argument("--chunks", nargs="*", type=int, default=[])
-    parser.add_argument("--every", nargs="*", type=int, default=[0], help="positions between saved states")
+    parser.add_argument("--gate", action="store_true", help="with the gate z, as a model's layers have it")
+    parser.add_argument(
+        "--every", nargs="*", type=int, default=[], help="positions between saved states; 0: none (forward)"
+    )
     args = parser.parse_args()
     given = [Cut(*map(int, cut.split(","))) for cut in args.cuts]
-    wanted = [macros(cut, True, every) for cut in given or FORWARD for every in args.every if args.forward]
-    compile_all(wanted + [macros(cut, False) for cut in given or BACKWARD if args.backward])
+    # (forward, its cuts, positions between saved states)
+    passes: list[tuple[bool, list[Cut], list[int]]] = []
+    if args.forward:
+        passes.append((True, given or FORWARD, args.every or [0]))
+    if args.backward:
+        passes.append((False, given or BACKWARD, args.every or [4, 8, 16]))
+    compile_all(
+        [macros(cut, ahead, args.gate, n) for ahead, cuts, every in passes for cut in cuts for n in every]
+    )
     for shape in args.shapes:
-        if args.forward:
-            forward(shape, given or FORWARD, args.chunks or CHUNKS[shape, True], args.every)
-        if args.backward:
-            backward(shape, given or BACKWARD, args.chunks or CHUNKS[shape, False])
+        for ahead, cuts, every in passes:
+            chunks = args.chunks or CHUNKS[shape, ahead]
+            (forward if ahead else backward)(shape, cuts, tuple(chunks), args.gate, every)
 
 
-def macros(cut: Cut, forward: bool, every: int = 0) -> nvrtc.Macros:
+def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:
     """What `run_forward` and `run_backward` compile for these inputs."""
-    types = dict.fromkeys(("XT", "DT"), "bf16") | {"ZT": "float"} | dict.fromkeys(("BT", "CT"), "bf16")
-    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": False, **types}
+    z = {"ZT": "bf16" if gate else "float"}
+    types = dict.fromkeys(("XT", "DT"), "bf16") | z | dict.fromkeys(("BT", "CT"), "bf16")
+    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": gate, **types}
     if not forward:
-        return scan_cuda._macros(cut, 16, BACKWARD=1, **common)
+        rows = (torch.empty(0, dtype=torch.bfloat16),) * (4 if gate else 3)
+        shared = scan_cuda.backward_shared(cut, 16, True, False, rows)
+        return *scan_cuda._macros(cut, 16, BACKWARD=1, CKPT=every, **common), ("SHARED_BYTES", str(shared))
     return scan_cuda._macros(cut, 16, FORWARD=1, CKPT=every, **common)
 
 
@@ -83,7 +94,7 @@ def normal(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_()
 
 
-def inputs(b: int, length: int, d: int) -> tuple[Tensor | None, ...]:
+def inputs(b: int, length: int, d: int, gate: bool = False) -> tuple[Tensor | None, ...]:
     A = -torch.arange(1, 17, device="cuda").float().repeat(d, 1)
     D, bias = (torch.randn(d, device="cuda") for _ in range(2))
     return (
@@ -93,7 +104,7 @@ def inputs(b: int, length: int, d: int) -> tuple[Tensor | None, ...]:
         normal(b, length, 16),
         normal(b, length, 16),
         D,
-        None,
+        normal(b, length, d) if gate else None,
         bias,
     )
 
@@ -108,8 +119,8 @@ def apart(found: Tensor, expected: Tensor) -> float:
     )
 
 
-def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], saved: list[int]) -> None:
-    given = inputs(*SHAPES[shape])
+def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], gate: bool, saved: list[int]) -> None:
+    given = inputs(*SHAPES[shape], gate)
     y, final, _ = scan_forward(*given, None, None, False, False)
     for cut, c, every in product(cuts, chunks, saved):
         name = f"forward {shape:4} {tuple(cut)} chunks {c:3} saved every {every:2}"
@@ -123,27 +134,29 @@ def forward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], saved: list[in
             print(f"{name}: {str(error)[:200]}", flush=True)
 
 
-def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...]) -> None:
+def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], gate: bool, everies: list[int]) -> None:
     b, length, d = SHAPES[shape]
-    given = inputs(b, length, d)
+    given = inputs(b, length, d, gate)
     dy, dfinal = normal(b, length, d), torch.zeros(b, d, 16, device="cuda")
-    x, delta, A, B, C, D, _, bias = given
-    saved = scan_forward(*given, None, None, True, False)[2]
-    truth = scan_backward(dy, dfinal, x, delta, A, B, C, D, bias, None, saved, False)
-    del saved
-    for every in sorted({cut.sub for cut in cuts}):
+    x, delta, A, B, C, D, z, bias = given
+    y, _, saved = scan_forward(x, delta, A, B, C, D, None, bias, None, None, True, gate)
+    through = gate_backward(dy, y, z, None)[0] if gate else dy
+    truth = scan_backward(through, dfinal, x, delta, A, B, C, D, None, bias, None, saved, False)
+    kept = (0, 1, 2, 3, 4, 5, 7)  # all but the gate's and the initial state's
+    del saved, y, through
+    for every in everies:
         saved = scan_cuda.run_forward(scan_cuda.FORWARD, 17 if b == 1 else 1, *given, None, None, every)[2]
-        for cut, c in product([k for k in cuts if k.sub == every], chunks):
+        for cut, c in product(cuts, chunks):
+            name = f"backward {shape:4} {tuple(cut)} chunks {c:3} saved every {every:2}"
             try:
-                arguments = (dy, dfinal, *given, None, saved, False)
+                arguments = (dy, dfinal, *given, None, saved, False, every)
                 out = scan_cuda.run_backward(cut, c, *arguments)
-                found = [out[i] for i in (0, 1, 2, 3, 4, 5, 7)]
-                wrong = " ".join(f"{apart(f, t):.0e}" for f, t in zip(found, truth, strict=False))
-                del out, found
+                wrong = " ".join(f"{apart(out[i], truth[i]):.0e}" for i in kept)
+                del out
                 ms = time(lambda k=cut, c=c, a=arguments: scan_cuda.run_backward(k, c, *a))
-                print(f"backward {shape:4} {tuple(cut)} chunks {c:3}: {ms:7.4f}   {wrong}", flush=True)
+                print(f"{name}: {ms:7.4f}   {wrong}", flush=True)
             except RuntimeError as error:
-                print(f"backward {shape:4} {tuple(cut)} chunks {c:3}: {str(error)[:200]}", flush=True)
+                print(f"{name}: {str(error)[:200]}", flush=True)
         del saved, arguments
 
 

@@ -45,6 +45,26 @@ static float SWAP(float value, int mask) {
     yield(AT_WARP);
     return exchange[side][me ^ mask];
 }
+static std::vector<float> factors[2];
+static float tf32(float v) {
+    unsigned u;
+    memcpy(&u, &v, 4);
+    u &= 0xffffe000u;
+    memcpy(&v, &u, 4);
+    return v;
+}
+static void product(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    unsigned me = threadIdx.x, warp = me / 32 * 32, lane = me % 32, side = fibers[me].parity++ & 1;
+    for (int i = 0; i < 4; i++) factors[side][6 * me + i] = tf32(a[i]);
+    factors[side][6 * me + 4] = tf32(b0);
+    factors[side][6 * me + 5] = tf32(b1);
+    yield(AT_WARP);
+    const float* all = &factors[side][6 * warp];
+    for (int c = 0; c < 4; c++)
+        for (int k = 0; k < 8; k++)
+            d[c] += all[6 * (lane / 4 * 4 + k % 4) + c / 2 + k / 4 * 2] *
+                    all[6 * ((lane % 4 * 2 + c % 2) * 4 + k % 4) + 4 + k / 4];
+}
 static float ex2(float v) { return exp2f(v); }
 static float rcp(float v) { return 1.0f / v; }
 static float __uint_as_float(unsigned v) {
@@ -143,6 +163,7 @@ extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const
     for (Fiber& fiber : fibers) fiber.stack.resize(1 << 17);
     exchange[0].assign(threads, NAN);
     exchange[1].assign(threads, NAN);
+    for (auto& side : factors) side.assign(6 * threads, NAN);
     for (long block = 0; block < blocks; block++) {
         blockIdx.x = (unsigned)(backwards ? blocks - 1 - block : block);
         run_block(threads, backwards);

@@ -62,6 +62,16 @@ def test_scan(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: b
 
 
 @BOTH
+@pytest.mark.parametrize("every", [4, 8, 16])
+def test_scan_with_states_saved_apart(
+    every: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan_cuda = pytest.importorskip("ssmoe.ops.triton.scan_cuda", reason="needs triton: pip install triton")
+    monkeypatch.setattr(scan_cuda, "saved_every", lambda *_: every)
+    within_twice_eager(errors("selective_scan", scan_inputs(2, 301, 160, 16, dtype, "cuda")), dtype)
+
+
+@BOTH
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700, 512), (65, 768), (2, 9, 5120)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, centre: bool) -> None:

@@ -42,7 +42,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
         return ctypes.CDLL(str(library))
 
     def launch(
-        source: Path, kernel: str, macros: nvrtc.Macros, blocks: int, threads: int, words: list[int]
+        source: Path,
+        kernel: str,
+        macros: nvrtc.Macros,
+        blocks: int,
+        threads: int,
+        words: list[int],
+        shared: int = 0,
     ) -> None:
         if macros not in libraries:
             libraries[macros] = build(source, macros)
@@ -58,10 +64,10 @@ def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int) -> None:
+def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int, every: int = 0) -> None:
     monkeypatch.setattr(scan_cuda, "forward_cut", lambda *_: forward)
     monkeypatch.setattr(scan_cuda, "backward_cut", lambda *_: backward)
-    monkeypatch.setattr(scan_cuda, "SAVED_EVERY", backward.sub)
+    monkeypatch.setattr(scan_cuda, "saved_every", lambda *_: every or backward.tile)
     monkeypatch.setattr(scan_cuda, "_chunks", lambda *_: chunks)
 
 
@@ -70,7 +76,7 @@ def close(found: dict[str, tuple[float, float]], floor: float = 5e-7) -> None:
         assert ours <= 2 * eager + floor, f"{name}: {ours:.1e}, eager {eager:.1e}"
 
 
-SMALL = Cut(4, 2, 2, 8, 8, 1), Cut(4, 2, 2, 8, 4, 1)
+SMALL = Cut(4, 2, 2, 16, 8, 1), Cut(4, 2, 2, 16, 4, 1)
 
 
 @pytest.mark.slow
@@ -79,6 +85,13 @@ SMALL = Cut(4, 2, 2, 8, 8, 1), Cut(4, 2, 2, 8, 4, 1)
 def test_parity(dtype: torch.dtype, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, *SMALL, chunks)
     close(errors("selective_scan", scan_inputs(2, 35, 38, 16, dtype)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [4, 8])
+def test_saved_closer(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, 2, every)
+    close(errors("selective_scan", scan_inputs(2, 35, 38, 16, torch.bfloat16)))
 
 
 @pytest.mark.slow
@@ -162,10 +175,20 @@ def test_which_kernels_take_a_scan(
     ("b", "length", "d"), [(1, 1, 1), (8, 2048, 1536), (64, 1024, 1024), (1, 2**17, 1536)]
 )
 def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) -> None:
-    for chosen in (scan_cuda.forward_cut(b, d), scan_cuda.backward_cut(b, d, 16)):
+    for chosen in (scan_cuda.forward_cut(b, d), scan_cuda.backward_cut(16)):
         chunks = scan_cuda._chunks(chosen, b, length, d)
-        assert chunks == 1 or scan_cuda._waves(chosen, b, d) * (chunks - 1) <= 1
+        assert chunks == 1 or scan_cuda._waves(chosen, b, d) * (chunks - 1) <= 3
         assert chunks == 1 or length >= 8 * chosen.tile * chunks
+
+
+@pytest.mark.parametrize(
+    ("shape", "every"),
+    [((8, 2048, 1536), 8), ((64, 1024, 1024), 16), ((2, 100, 256), 4), ((64, 2048, 4096), 16)],
+)
+def test_states_are_saved_as_close_as_their_memory_allows(shape: tuple[int, int, int], every: int) -> None:
+    x, A = torch.empty(shape, device="meta"), torch.empty(shape[2], 16)
+    assert scan_cuda.saved_every(x, A) == every
+    assert every == 16 or 4 * x.numel() * 16 // every <= scan_cuda.SAVED
 
 
 def test_opcheck() -> None:

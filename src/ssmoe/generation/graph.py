@@ -128,12 +128,19 @@ class _Step:
         self.state = model.init_state(rows, capacity)
         self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.draws = torch.zeros(rows, dtype=torch.float64, device=device)
+        # the host's side of both: copied to and fro by the graph itself
+        pinned = device.type == "cuda"
+        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, pin_memory=pinned)
+        self.drawn = torch.zeros(rows, dtype=torch.float64, pin_memory=pinned)
         self.replay = capture(self._work, device)
 
     def _work(self) -> None:
+        if self.sampling.temperature > 0:
+            self.draws.copy_(self.drawn, non_blocking=True)
         out = self.model(self.ids, self.state, logits="last", in_place=True)
         assert out.logits is not None
         self.ids.copy_(choose(out.logits, self.draws, self.sampling).unsqueeze(1))
+        self.tokens.copy_(self.ids, non_blocking=True)
 
     def load(self, state: State, tokens: Sequence[int]) -> None:
         """Begin with `state` and the tokens to be read next."""
@@ -147,20 +154,22 @@ class _Step:
                 else:
                     place.copy_(leaf)
         self.ids.copy_(torch.tensor(tokens).unsqueeze(1))
+        if self.ids.is_cuda:
+            torch.cuda.current_stream(self.ids.device).synchronize()
 
     def run(self, draws: Sequence[float] | None) -> list[int]:
         """Read the tokens, then return the next ones. draws: a number a row, None if greedy."""
         if draws is not None:
-            self.draws.copy_(torch.tensor(draws, dtype=torch.float64))
+            self.drawn.copy_(torch.tensor(draws, dtype=torch.float64))
         self.replay()
-        return [int(token) for token in self.ids.flatten().cpu()]
+        return cast(list[int], self.tokens.flatten().tolist())
 
 
 def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` once to compile what is not compiled yet, then as a graph: a function that runs it again.
+    """`work` once to compile what is not compiled yet, then as a graph: a function that runs it to its end.
 
     Kernels with memory of their own keep it by the stream, so the graph always runs on the stream that it was
-    captured on; what is read or written around it on the caller's stream comes before and after.
+    captured on. What it reads must be there when it is called: it does not wait for the caller's stream.
     """
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -171,11 +180,9 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
         work()
 
     def replay() -> None:
-        caller = torch.cuda.current_stream(device)
-        stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             graph.replay()
-        caller.wait_stream(stream)
+        stream.synchronize()
 
     return replay
 

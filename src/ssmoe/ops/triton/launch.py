@@ -37,3 +37,18 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 def some(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """Every tensor, dense; the kernel never reads the stand-in of an absent one."""
     return [stand_in if t is None else t.contiguous() for t in tensors]
+
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(x: Tensor, size: int) -> Tensor:
+    """At least `size` int32 zeros, which kernels leave at zero; one set a stream, whose kernels run in turn."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    found = _zeros.get((x.device, stream))
+    if found is None or found.numel() < size:
+        found = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
+        # memory taken during a capture belongs to its graph, which clears it each time
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _zeros[x.device, stream] = found
+    return found

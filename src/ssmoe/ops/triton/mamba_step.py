@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.mamba_step import Layer, check, in_turn
 from ssmoe.ops.triton import step_kernels as kernels
-from ssmoe.ops.triton.launch import on_device
+from ssmoe.ops.triton.launch import counters, on_device
 
 FEW = 4
 """Up to so many rows each is its own matrix-vector products; beyond, rows share tensor-core tiles.
@@ -245,7 +245,7 @@ def step_few(call: _Call, tiles: Few) -> Tensor:
     kernels.enter_kernel[(parts, b)](
         x, call.norm_weight, x if call.norm_bias is None else call.norm_bias, call.in_proj, call.conv_weight,
         call.conv_bias, call.x_proj, call.conv_state, call.out_conv, inner, gate, partial, grouped,
-        _counters(x, b * groups), call.norm_eps,
+        counters(x, b * groups), call.norm_eps,
         D=d, C=c, P=p, TAPS=taps, LAYERNORM=call.norm_bias is not None, COLUMNS=_power(d),
         BC=tiles.enter_channels, BK=tiles.enter_columns, PP=_power(p), WINDOW=_power(taps + 1),
         GROUP=tiles.group, PDL=pdl, num_warps=tiles.enter_warps, **_launch(pdl),
@@ -305,7 +305,7 @@ def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Prod
     grid = (triton.cdiv(n, t.columns), triton.cdiv(b, t.rows), split)
     partial = torch.empty((split, b, n) if split > 1 else (0,), dtype=torch.float32, device=a.device)
     kernels.product_kernel[grid](
-        a, w, out if residual is None else residual, out, partial, _counters(a, grid[0] * grid[1]), b,
+        a, w, out if residual is None else residual, out, partial, counters(a, grid[0] * grid[1]), b,
         K=k, N=n, SPLIT=split, SPAN=span, RESIDUAL=residual is not None, BM=t.rows, BN=t.columns, BK=t.terms,
         PRECISION=_precision(a, a.dtype), STAGES=t.stages, PDL=pdl,
         num_warps=t.warps, **_launch(pdl),
@@ -324,21 +324,6 @@ def _precision(x: Tensor, dtype: torch.dtype) -> str:
 
 def _launch(pdl: int) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
-
-
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters(x: Tensor, size: int) -> Tensor:
-    """At least `size` int32 zeros, which kernels leave at zero; one set a stream, whose kernels run in turn."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    found = _zeros.get((x.device, stream))
-    if found is None or found.numel() < size:
-        found = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
-        # memory taken during a capture belongs to its graph, which clears it each time
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _zeros[x.device, stream] = found
-    return found
 
 
 def mamba_steps(

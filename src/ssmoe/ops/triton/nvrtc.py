@@ -94,8 +94,12 @@ def _ensure_context(device: int) -> None:
         _check(driver.cuCtxSetCurrent(current), "setting the context")
 
 
+_DYNAMIC_SHARED_SIZE = 8
+"""The driver's number for how much shared memory a launch of a function may ask for."""
+
+
 @cache
-def _function(source: Path, kernel: str, macros: Macros, device: int) -> ctypes.c_void_p:
+def _function(source: Path, kernel: str, macros: Macros, shared: int, device: int) -> ctypes.c_void_p:
     major, minor = torch.cuda.get_device_capability(device)
     binary = compile_source(source, macros, f"sm_{major}{minor}")
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -103,23 +107,35 @@ def _function(source: Path, kernel: str, macros: Macros, device: int) -> ctypes.
     _check(
         _driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()), f"finding {kernel}"
     )
+    if shared > 48 * 1024:
+        _check(
+            _driver().cuFuncSetAttribute(function, _DYNAMIC_SHARED_SIZE, shared),
+            f"asking for {shared} bytes of shared memory for {kernel}",
+        )
     return function
 
 
 def launch(
-    source: Path, kernel: str, macros: Macros, blocks: int, threads: int, words: Sequence[int]
+    source: Path,
+    kernel: str,
+    macros: Macros,
+    blocks: int,
+    threads: int,
+    words: Sequence[int],
+    shared: int = 0,
 ) -> None:
     """Start `kernel`, whose one parameter is a struct of 64-bit words, on the current device and stream.
 
-    A source and its macros are compiled when first launched on a device, and kept.
+    shared: bytes of memory that each block is given. A source and its macros are compiled when first launched on
+    a device, and kept.
     """
     if blocks > 2**31 - 1:
         raise ValueError(f"{kernel} would need {blocks} blocks: a launch has at most {2**31 - 1}")
     device = torch.cuda.current_device()
     _ensure_context(device)
-    function = _function(source, kernel, macros, device)
+    function = _function(source, kernel, macros, shared, device)
     values = (ctypes.c_int64 * len(words))(*words)
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(values))
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, None)
+    result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None)
     _check(result, f"launching {kernel}")

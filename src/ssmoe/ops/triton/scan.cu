@@ -61,6 +61,19 @@ __device__ __forceinline__ void copy_later(float* to, const float* from, bool li
     }
 }
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// d += a b of 16 x 8 and 8 x 8, in tf32: of each factor the upper 19 bits count
+__device__ __forceinline__ void product(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+        " {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+#define SHARED(type, name) \
+    extern __shared__ float4 memory[]; \
+    type& name = *reinterpret_cast<type*>(memory)
+#else
+#define SHARED(type, name) static type name
 #endif
 
 struct bf16 {
@@ -70,6 +83,12 @@ typedef long long i64;
 
 constexpr int S = N / K;
 constexpr int GROUPS = 32 / K;
+// distance of the lanes of one channel: the backward sums over channels with matrix products, over neighbours
+#ifdef BACKWARD
+constexpr int KSTRIDE = 4;
+#else
+constexpr int KSTRIDE = 1;
+#endif
 constexpr int WARP_CHANNELS = GROUPS * CH;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int THREADS = 32 * WARPS;
@@ -209,7 +228,7 @@ __device__ __forceinline__ void to_owner(float (&part)[K][CH], float (&out)[CH],
             UNROLL for (int j = 0; j < CH; j++) {
                 float send = upper ? part[i][j] : part[i + m][j];
                 float keep = upper ? part[i + m][j] : part[i][j];
-                part[i][j] = keep + SWAP(send, m);
+                part[i][j] = keep + SWAP(send, m * KSTRIDE);
             }
         }
     }
@@ -226,8 +245,8 @@ __device__ __forceinline__ Place place(i64 block_channel, i64 b, i64 d) {
     Place p;
     int lane = threadIdx.x % 32;
     p.warp = threadIdx.x / 32;
-    p.k = lane % K;
-    p.group = lane / K;
+    p.k = lane / KSTRIDE % K;
+    p.group = lane % KSTRIDE + lane / (KSTRIDE * K) * KSTRIDE;
     p.channel = block_channel + p.warp * WARP_CHANNELS + p.group * CH;
     i64 left = d - p.channel;
     p.left = left < 0 ? 0 : left < CH ? (int)left : CH;
@@ -283,7 +302,7 @@ __device__ __forceinline__ void leave(float* states, float* steps, i64 chunks, i
                                       const float (&h)[CH][S], float (&total)[CH]) {
     store_states(states, p.b * chunks + chunk, d, p, h);
     UNROLL for (int j = 0; j < CH; j++) {
-        UNROLL for (int m = 1; m < K; m *= 2) total[j] += SWAP(total[j], m);
+        UNROLL for (int m = 1; m < K; m *= 2) total[j] += SWAP(total[j], m * KSTRIDE);
         if (p.k == 0 && j < p.left) steps[(p.b * chunks + chunk) * d + p.channel + j] = total[j];
     }
 }
@@ -295,6 +314,9 @@ __device__ __forceinline__ bool is_real(const signed char* flags, i64 at) {
     return true;
 #endif
 }
+
+// A row past the end is zero as it was loaded; padding between documents may be anything.
+__device__ __forceinline__ float unless_padding(float v, bool real) { return SEGMENTS && !real ? 0.0f : v; }
 
 template <class T>
 __device__ __forceinline__ float one(unsigned w) {
@@ -444,7 +466,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 UNROLL for (int j = 0; j < CH; j++) {
                     float slope, step = softplus(next_d[r].get(j) + bias[j], slope);
                     step = real[r] ? step : 0.0f;
-                    xs[r][j] = real[r] ? next_x[r].get(j) : 0.0f;
+                    xs[r][j] = unless_padding(next_x[r].get(j), real[r]);
                     both[j] = SEGMENTS && real[r] && (next_flag[r] & 2) ? RESET : step * LOG2E;
                     both[CH + j] = step * xs[r][j];
                     if (LOCAL) total[j] += both[j];
@@ -486,7 +508,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int j = 0; j < CH; j++) {
                         out[j] = fmaf(skip[j], xs[r][j], out[j]);
                         if (HAS_Z) {
-                            float gate = real[r] ? zs[r].get(j) : 0.0f;
+                            float gate = unless_padding(zs[r].get(j), real[r]);
                             out[j] = out[j] * gate * rcp(1.0f + ex2(-gate * LOG2E));
                         }
                     }
@@ -551,42 +573,97 @@ struct Arguments {
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl, syb, syl;
 };
 
-constexpr int VALUES = 2 * S;
-// values a lane holds after the sum over the GROUPS lanes that share its states
-constexpr int KEPT = VALUES > GROUPS ? VALUES / GROUPS : 1;
-constexpr int COPIES = GROUPS > VALUES ? GROUPS / VALUES : 1;
+constexpr int STEPS = TILE / SUB;
+// positions of a tile, and of a step, that a lane owns
+constexpr int OWNED = TILE / K;
+// lanes of one k that a product does not sum over: so many partial sums a warp
+constexpr int HALVES = 8 / K;
+constexpr int COPIES = WARPS * HALVES;
+constexpr int QUADS = (S + 3) / 4;
+constexpr int OWN = 1 + SEGMENTS + HAS_Z;
+constexpr bool EXACT = sizeof(BT) == 4 || sizeof(CT) == 4;
+// words of a position's sums: four more than the numbers, so that lanes of two positions meet in no bank
+constexpr int LINE = 2 * N + 8;
+constexpr int PER = CKPT / SUB;  // steps between two saved states
+static_assert(K <= 8 && SUB % 4 == 0, "a product has four columns of states and takes four positions");
+static_assert(CKPT % SUB == 0 && TILE % CKPT == 0, "states are saved before whole steps");
 
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
-    float partial[2][WARPS][TILE * 2 * N];
-    float pair[WARPS][SUB][GROUPS][2 * CH];
-    float grad[WARPS][SUB][GROUPS][CH];
-    float saved[2][CH][THREADS][S];
+    float partial[COPIES][TILE * LINE];
+    float pair[WARPS][TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
+    float grad[WARPS][TILE][GROUPS][CH];
+    float own[WARPS][TILE][GROUPS][OWN][CH];  // slope, step with segments, the gate's slope
+    float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
+    Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
+    Raw<DT> d[OWNED][THREADS];
+    Raw<ZT> z[HAS_Z ? OWNED : 1][THREADS];
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "scan_cuda.py counts the same shared memory");
 
-// Sums over the lanes of equal k; the lane of `group` keeps values [group / COPIES * KEPT, + KEPT).
-template <int MASK = GROUPS / 2, int HELD = VALUES>
-__device__ __forceinline__ void over_channels(float (&v)[VALUES], int group) {
-    if constexpr (MASK >= 1) {
-        if constexpr (HELD > 1) {
-            bool upper = group & MASK;
-            UNROLL for (int i = 0; i < HELD / 2; i++) {
-                float send = upper ? v[i] : v[i + HELD / 2];
-                float keep = upper ? v[i + HELD / 2] : v[i];
-                v[i] = keep + SWAP(send, MASK * K);
+// A lane's row on its way to its own place in shared memory
+template <class T>
+__device__ __forceinline__ void bring(Raw<T>& to, const T* at, bool live, int left) {
+    if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
+        copy_later<sizeof(T) * CH / 4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at),
+                                       live && left > 0);
+    } else {
+        to = load_row(at, live, left);
+    }
+}
+
+typedef float Sums[SUB / 4][QUADS][4];
+
+// Adds v at position `row` of a step, summed over the four lanes that differ in the last two bits, to sums.
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row) {
+    const int line = threadIdx.x % 32 / 4;
+    float low = line == row % 4 ? 1.0f : 0.0f, high = line == row % 4 + 4 ? 1.0f : 0.0f;
+    UNROLL for (int q = 0; q < QUADS; q++) {
+        float part[4], rest[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            part[i] = 4 * q + i < S ? v[4 * q + i < S ? 4 * q + i : 0] : 0.0f;
+            if (EXACT) {
+                rest[i] = part[i];
+                part[i] = __uint_as_float(__float_as_uint(part[i]) & 0xffffe000u);
+                rest[i] -= part[i];
             }
-        } else {
-            v[0] += SWAP(v[0], MASK * K);
         }
-        over_channels<MASK / 2, (HELD > 1 ? HELD / 2 : 1)>(v, group);
+        product(sums[row / 4][q], part, low, high);
+        if (EXACT) product(sums[row / 4][q], rest, low, high);
+    }
+}
+
+// Writes sums to the rows of a step at `to`, whose column is the lane's first state.
+__device__ __forceinline__ void lay(float* to, const Sums& sums) {
+    const int part = threadIdx.x % 4;
+    UNROLL for (int r = 0; r < SUB / 4; r++) {
+        UNROLL for (int q = 0; q < QUADS; q++) {
+            const int s = 4 * q + part / 2 * 2;
+            float* at = to + (r * 4 + part % 2 * 2) * LINE + s;
+            if constexpr (S > 1) {
+                float one[2] = {sums[r][q][0], sums[r][q][2]}, next[2] = {sums[r][q][1], sums[r][q][3]};
+                if (s < S) {
+                    write<2>(at, one);
+                    write<2>(at + LINE, next);
+                }
+            } else if (s == 0) {
+                at[0] = sums[r][q][0];
+                at[LINE] = sums[r][q][1];
+            }
+        }
     }
 }
 
 // LOCAL: only the adjoint that leaves the chunk when zero enters it, and the sum of its steps.
+//
+// A tile, from the last to the first: every lane prepares the positions that it owns; the states before its steps
+// are made from those that were saved; then each step, again from the last, is replayed in registers and walked
+// back.
 template <bool LOCAL>
 __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
     const Place p = place(block_channel, b, g.d);
+    const int me = threadIdx.x;
     float a[CH][S], adjoint[CH][S], sum_A[CH][S], bias[CH], skip[CH], total[CH], sum_skip[CH], sum_bias[CH];
     load_A(g.A, g.d, p, a);
     load_channels(g.bias, p, bias);
@@ -605,194 +682,244 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const i64 first = chunk * g.chunk_tiles;
     const i64 tiles = (g.length + TILE - 1) / TILE;
     const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
-    const int length = (int)g.length;
-    int t = (int)(last * TILE) - SUB;  // of the first position of the rows in hand
+    const int length = (int)g.length, begin = (int)(first * TILE);
+    int t = (int)((last - 1) * TILE);  // of the tile in hand
     const XT* x_at = g.x + b * g.sxb + (t + p.k) * g.sxl + p.channel;
     const DT* d_at = g.delta + b * g.sdb + (t + p.k) * g.sdl + p.channel;
     const XT* y_at = g.dy + b * g.syb + (t + p.k) * g.syl + p.channel;
     const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
     const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t + p.k : 0);
     i64 out_at = (b * g.length + t + p.k) * g.d + p.channel;
-    const i64 blocks = (g.length + SUB - 1) / SUB;
-    const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / SUB) * g.d + p.channel) * N + p.k * S;
+    const i64 blocks = (g.length + CKPT - 1) / CKPT;
+    const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / CKPT) * g.d + p.channel) * N + p.k * S;
     const i64 group = block_channel / BLOCK_CHANNELS;
-    float* partial_at = g.partial + ((group * g.batch + b) * g.length + (last - 1) * TILE) * 2 * N;
+    float* partial_at = g.partial + ((group * g.batch + b) * g.length + t) * 2 * N;
 
-    Raw<XT> next_x[ROWS], next_y[ROWS];
-    Raw<DT> next_d[ROWS];
-    Raw<ZT> next_z[ROWS];
-    signed char next_flag[ROWS];
-    int side = 0;  // of the saved states on their way
+    signed char next_flag[OWNED];
+    // what the tile at t0 needs at once, and what has a place when the step has been taken that had it before
     auto ahead = [&](int t0) {
-        bool inside = t0 >= first * TILE;
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            bool live = inside && t0 + r * K + p.k < length;
-            next_x[r] = load_row(x_at + r * K * g.sxl, live && !LOCAL, p.left);
-            next_d[r] = load_row(d_at + r * K * g.sdl, live, p.left);
-            next_y[r] = load_row(y_at + r * K * g.syl, live, p.left);
-            if (HAS_Z) next_z[r] = load_row(z_at + r * K * g.szl, live, p.left);
+        UNROLL for (int r = 0; r < OWNED; r++) {
+            bool live = t0 >= begin && t0 + r * K + p.k < length;
+            bring(shared.d[r][me], d_at + r * K * g.sdl, live, p.left);
+            bring(shared.y[r][me], y_at + r * K * g.syl, live, p.left);
+            if (HAS_Z) bring(shared.z[r][me], z_at + r * K * g.szl, live, p.left);
             if (SEGMENTS) next_flag[r] = live ? flag_at[r * K] : 0;
         }
-        x_at -= SUB * g.sxl;
-        d_at -= SUB * g.sdl;
-        y_at -= SUB * g.syl;
-        if (HAS_Z) z_at -= SUB * g.szl;
-        if (SEGMENTS) flag_at -= SUB;
-        if (!LOCAL) {
+        d_at -= TILE * g.sdl;
+        y_at -= TILE * g.syl;
+        if (HAS_Z) z_at -= TILE * g.szl;
+        if (SEGMENTS) flag_at -= TILE;
+    };
+    auto ahead_step = [&](int t0, int sub) {
+        UNROLL for (int i = 0; i < SUB / K; i++) {
+            const int r = sub * (SUB / K) + i;
+            bring(shared.x[r][me], x_at + r * K * g.sxl, t0 >= begin && t0 + r * K + p.k < length, p.left);
+        }
+        if (sub % PER == 0) {
+            const bool live = t0 >= begin && t0 + sub * SUB < length;
+            const float* at = saved_at + sub / PER * g.d * N;
             UNROLL for (int j = 0; j < CH; j++)
-                copy_later<S>(shared.saved[side][j][threadIdx.x], saved_at + j * N, inside && t0 < length && j < p.left);
-            saved_at -= g.d * N;
+                copy_later<S>(shared.entry[sub][j][me], at + j * N, live && j < p.left);
         }
     };
+    auto ahead_steps_done = [&] {
+        x_at -= TILE * g.sxl;
+        saved_at -= TILE / CKPT * g.d * N;
+    };
 
-    int t0 = (int)((last - 1) * TILE);  // of the tile in hand
-    Stage<!LOCAL, true> stage(g.B, g.C, g.flags, b, t0, g.length, g.sbb, g.sbl, g.scb, g.scl);
-    stage.fetch(length - t0, -1);
+    Stage<!LOCAL, true> stage(g.B, g.C, g.flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl);
+    stage.fetch(length - t, -1);
     ahead(t);
+    if (!LOCAL) {
+        for (int sub = 0; sub < STEPS; sub++) ahead_step(t, sub);
+        ahead_steps_done();
+    }
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
     float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
     float(*grads)[GROUPS][CH] = shared.grad[p.warp];
+    float(*owns)[GROUPS][OWN][CH] = shared.own[p.warp];
+    float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
-        float* partial = shared.partial[buffer][p.warp];
-        _Pragma("unroll 1") for (int sub = TILE / SUB - 1; sub >= 0; sub--) {
-            float xs[ROWS][CH], step[ROWS][CH], slope[ROWS][CH], grad[ROWS][CH], gate_slope[ROWS][CH];
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                bool real = t + r * K + p.k < length && (!SEGMENTS || (next_flag[r] & 1));
-                float both[2 * CH];
-                UNROLL for (int j = 0; j < CH; j++) {
-                    step[r][j] = softplus(next_d[r].get(j) + bias[j], slope[r][j]);
-                    step[r][j] = real ? step[r][j] : 0.0f;
-                    slope[r][j] = real ? slope[r][j] : 0.0f;
-                    xs[r][j] = real ? next_x[r].get(j) : 0.0f;
-                    grad[r][j] = real ? next_y[r].get(j) : 0.0f;
-                    if (HAS_Z) {
-                        float gate = real ? next_z[r].get(j) : 0.0f;
-                        float sigmoid = rcp(1.0f + ex2(-gate * LOG2E));
-                        gate_slope[r][j] = grad[r][j] * sigmoid * fmaf(gate, 1.0f - sigmoid, 1.0f);
-                        grad[r][j] *= gate * sigmoid;
-                    }
-                    both[j] = SEGMENTS && real && (next_flag[r] & 2) ? RESET : step[r][j] * LOG2E;
-                    both[CH + j] = step[r][j] * xs[r][j];
-                    if (LOCAL) total[j] += both[j];
+        wait_copies();
+        unsigned real_rows = 0;
+        UNROLL for (int r = 0; r < OWNED; r++) {
+            const int row = r * K + p.k;
+            const bool real = t + row < length && (!SEGMENTS || (next_flag[r] & 1));
+            real_rows |= (unsigned)real << r;
+            Raw<DT> raw_d = shared.d[r][me];
+            Raw<XT> raw_y = shared.y[r][me];
+            Raw<XT> raw_x;
+            Raw<ZT> raw_z;
+            if (!LOCAL) raw_x = shared.x[r][me];
+            if (HAS_Z) raw_z = shared.z[r][me];
+            float both[2 * CH], grad[CH], own[OWN][CH];
+            UNROLL for (int j = 0; j < CH; j++) {
+                float slope, step = softplus(raw_d.get(j) + bias[j], slope);
+                step = real ? step : 0.0f;
+                grad[j] = unless_padding(raw_y.get(j), real);
+                own[0][j] = real ? slope : 0.0f;
+                if (SEGMENTS) own[1][j] = step;
+                if (HAS_Z) {
+                    float gate = unless_padding(raw_z.get(j), real);
+                    float sigmoid = rcp(1.0f + ex2(-gate * LOG2E));
+                    own[OWN - 1][j] = grad[j] * sigmoid * fmaf(gate, 1.0f - sigmoid, 1.0f);
+                    grad[j] *= gate * sigmoid;
                 }
-                write<2 * CH>(pair[r * K + p.k][p.group], both);
-                write<CH>(grads[r * K + p.k][p.group], grad[r]);
+                both[j] = SEGMENTS && real && (next_flag[r] & 2) ? RESET : step * LOG2E;
+                both[CH + j] = LOCAL ? 0.0f : step * unless_padding(raw_x.get(j), real);
+                if (LOCAL) total[j] += both[j];
             }
-            float h[SUB + 1][CH][S], decay[SUB][CH][S];
-            if (!LOCAL) {
-                wait_copies();
-                UNROLL for (int j = 0; j < CH; j++) read<S>(shared.saved[side][j][threadIdx.x], h[0][j]);
-                side ^= 1;
+            write<2 * CH>(pair[row][p.group], both);
+            write<CH>(grads[row][p.group], grad);
+            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[row][p.group][i], own[i]);
+        }
+        ahead(t - TILE);
+        WARP_BARRIER();
+        if (LOCAL) {
+            _Pragma("unroll 4") for (int row = TILE - 1; row >= 0; row--) {
+                float both[2 * CH], dys[CH], cs[S];
+                read<2 * CH>(pair[row][p.group], both);
+                read<CH>(grads[row][p.group], dys);
+                read<S>(C + row * N, cs);
+                UNROLL for (int j = 0; j < CH; j++)
+                    UNROLL for (int s = 0; s < S; s++)
+                        adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
             }
-            ahead(t - SUB);
-            WARP_BARRIER();
-            if (!LOCAL) {
-                UNROLL for (int r = 0; r < ROWS; r++) {
+        } else {
+            if constexpr (PER > 1) {
+                float h[CH][S];
+                _Pragma("unroll 1") for (int sub = 0; sub < STEPS; sub++) {
+                    if (sub % PER == PER - 1) continue;
+                    if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
+                    UNROLL for (int i = 0; i < SUB; i++) {
+                        float both[2 * CH], bs[S];
+                        read<2 * CH>(pair[sub * SUB + i][p.group], both);
+                        read<S>(B + (sub * SUB + i) * N, bs);
+                        UNROLL for (int j = 0; j < CH; j++)
+                            UNROLL for (int s = 0; s < S; s++)
+                                h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], both[CH + j] * bs[s]);
+                    }
+                    UNROLL for (int j = 0; j < CH; j++) write<S>(shared.entry[sub + 1][j][me], h[j]);
+                }
+            }
+            // the sums of the tile before have been read
+            BARRIER();
+            _Pragma("unroll 1") for (int sub = STEPS - 1; sub >= 0; sub--) {
+                float h[SUB][CH][S], decay[SUB][CH][S];
+                UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[0][j]);
+                Raw<XT> own_x[SUB / K];
+                UNROLL for (int r = 0; r < SUB / K; r++) own_x[r] = shared.x[sub * (SUB / K) + r][me];
+                ahead_step(t - TILE, sub);
+                Sums sums = {};
+                UNROLL for (int r = 0; r < SUB / K; r++) {
                     float part[K][CH];
                     UNROLL for (int i = 0; i < K; i++) {
                         const int row = r * K + i;
-                        float both[2 * CH], bs[S], cs[S];
-                        read<2 * CH>(pair[row][p.group], both);
+                        float both[2 * CH], bs[S], cs[S], dys[CH], values[S];
+                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
+                        read<CH>(grads[sub * SUB + row][p.group], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
                             float sum = 0.0f;
                             UNROLL for (int s = 0; s < S; s++) {
                                 decay[row][j][s] = ex2(both[j] * a[j][s]);
-                                h[row + 1][j][s] = fmaf(decay[row][j][s], h[row][j][s], both[CH + j] * bs[s]);
-                                if (HAS_Z) sum = s ? fmaf(cs[s], h[row + 1][j][s], sum) : cs[s] * h[row + 1][j][s];
+                                float next = fmaf(decay[row][j][s], h[row][j][s], both[CH + j] * bs[s]);
+                                values[s] = j ? fmaf(next, dys[j], values[s]) : next * dys[0];
+                                if (HAS_Z) sum = s ? fmaf(cs[s], next, sum) : cs[s] * next;
+                                if (row + 1 < SUB) h[row + 1][j][s] = next;
                             }
                             part[i][j] = sum;
                         }
+                        collect(sums, values, row);
                     }
                     if (HAS_Z) {
                         float out[CH];
                         to_owner(part, out, p.k);
-                        UNROLL for (int j = 0; j < CH; j++) out[j] = fmaf(skip[j], xs[r][j], out[j]) * gate_slope[r][j];
-                        store_row(g.dz + out_at + r * K * g.d, out, t + r * K + p.k < length, p.left);
-                    }
-                }
-            }
-            UNROLL for (int r = ROWS - 1; r >= 0; r--) {
-                float drive[K][CH], through[K][CH];
-                UNROLL for (int i = K - 1; i >= 0; i--) {
-                    const int row = r * K + i;
-                    float both[2 * CH], dys[CH], bs[S], cs[S];
-                    read<2 * CH>(pair[row][p.group], both);
-                    read<CH>(grads[row][p.group], dys);
-                    read<S>(C + (sub * SUB + row) * N, cs);
-                    if (LOCAL) {
-                        UNROLL for (int j = 0; j < CH; j++)
-                            UNROLL for (int s = 0; s < S; s++)
-                                adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
-                        continue;
-                    }
-                    read<S>(B + (sub * SUB + row) * N, bs);
-                    float values[VALUES];
-                    UNROLL for (int j = 0; j < CH; j++) {
-                        float driven = 0.0f, passed = 0.0f;
-                        UNROLL for (int s = 0; s < S; s++) {
-                            float q = fmaf(cs[s], dys[j], adjoint[j][s]);
-                            values[s] = j ? fmaf(q, both[CH + j], values[s]) : q * both[CH];
-                            values[S + s] = j ? fmaf(h[row + 1][j][s], dys[j], values[S + s]) : h[row + 1][0][s] * dys[0];
-                            driven = s ? fmaf(q, bs[s], driven) : q * bs[s];
-                            q *= decay[row][j][s];
-                            float back = q * h[row][j][s];
-                            sum_A[j][s] = fmaf(back, both[j], sum_A[j][s]);
-                            passed = s ? fmaf(back, a[j][s], passed) : back * a[j][s];
-                            adjoint[j][s] = q;
+                        const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
+                        UNROLL for (int j = 0; j < CH; j++) {
+                            float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[row][p.group][OWN - 1][j];
                         }
-                        drive[i][j] = driven;
-                        through[i][j] = passed;
-                    }
-                    over_channels(values, p.group);
-                    UNROLL for (int v = 0; v < KEPT; v++) {
-                        int index = p.group / COPIES * KEPT + v;
-                        if (p.group % COPIES == 0)
-                            partial[(sub * SUB + row) * 2 * N + index / S * N + p.k * S + index % S] = values[v];
+                        store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
                     }
                 }
-                if (!LOCAL) {
-                    float driven[CH], passed[CH];
+                lay(partial + sub * SUB * LINE + N, sums);
+                UNROLL for (int r = 0; r < SUB / 4; r++)
+                    UNROLL for (int q = 0; q < QUADS; q++)
+                        UNROLL for (int i = 0; i < 4; i++) sums[r][q][i] = 0.0f;
+                UNROLL for (int r = SUB / K - 1; r >= 0; r--) {
+                    float drive[K][CH], through[K][CH];
+                    UNROLL for (int i = K - 1; i >= 0; i--) {
+                        const int row = r * K + i;
+                        float both[2 * CH], dys[CH], bs[S], cs[S], values[S];
+                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
+                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        read<S>(B + (sub * SUB + row) * N, bs);
+                        read<S>(C + (sub * SUB + row) * N, cs);
+                        UNROLL for (int j = 0; j < CH; j++) {
+                            float driven = 0.0f, passed = 0.0f;
+                            UNROLL for (int s = 0; s < S; s++) {
+                                float q = fmaf(cs[s], dys[j], adjoint[j][s]);
+                                values[s] = j ? fmaf(q, both[CH + j], values[s]) : q * both[CH];
+                                driven = s ? fmaf(q, bs[s], driven) : q * bs[s];
+                                q *= decay[row][j][s];
+                                float back = q * h[row][j][s];
+                                sum_A[j][s] = fmaf(back, both[j], sum_A[j][s]);
+                                passed = s ? fmaf(back, a[j][s], passed) : back * a[j][s];
+                                adjoint[j][s] = q;
+                            }
+                            drive[i][j] = driven;
+                            through[i][j] = passed;
+                        }
+                        collect(sums, values, row);
+                    }
+                    float driven[CH], passed[CH], both[2 * CH], grad[CH], own[OWN][CH];
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
-                    bool live = t + r * K + p.k < length;
+                    const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
+                    read<2 * CH>(pair[row][p.group], both);
+                    read<CH>(grads[row][p.group], grad);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[row][p.group][i], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
-                        passed[j] = fmaf(xs[r][j], driven[j], passed[j]) * slope[r][j];
-                        driven[j] = fmaf(step[r][j], driven[j], skip[j] * grad[r][j]);
-                        sum_skip[j] = fmaf(xs[r][j], grad[r][j], sum_skip[j]);
+                        float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
+                        float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
+                        passed[j] = fmaf(x, driven[j], passed[j]) * own[0][j];
+                        driven[j] = fmaf(step, driven[j], skip[j] * grad[j]);
+                        sum_skip[j] = fmaf(x, grad[j], sum_skip[j]);
                         sum_bias[j] += passed[j];
                     }
-                    store_row(g.dx + out_at + r * K * g.d, driven, live, p.left);
-                    store_row(g.ddelta + out_at + r * K * g.d, passed, live, p.left);
+                    store_row(g.dx + out_at + mine * K * g.d, driven, t + row < length, p.left);
+                    store_row(g.ddelta + out_at + mine * K * g.d, passed, t + row < length, p.left);
                 }
+                lay(partial + sub * SUB * LINE, sums);
             }
-            out_at -= SUB * g.d;
-            t -= SUB;
-            WARP_BARRIER();
+            ahead_steps_done();
         }
-        stage.put(shared.B[buffer ^ 1], shared.C[buffer ^ 1]);
+        buffer ^= 1;
+        stage.put(shared.B[buffer], shared.C[buffer]);
         BARRIER();
         if (!LOCAL) {
-            const int inside = (length - t0 < TILE ? length - t0 : TILE) * 2 * N;
-            UNROLL for (int e = 4 * threadIdx.x; e < TILE * 2 * N; e += 4 * THREADS) {
+            const int inside = (length - t < TILE ? length - t : TILE) * 2 * N;
+            UNROLL for (int e = 4 * me; e < TILE * 2 * N; e += 4 * THREADS) {
                 float sum[4], own[4];
-                read<4>(shared.partial[buffer][0] + e, sum);
-                UNROLL for (int w = 1; w < WARPS; w++) {
-                    read<4>(shared.partial[buffer][w] + e, own);
+                const int at = e / (2 * N) * LINE + e % (2 * N);
+                read<4>(shared.partial[0] + at, sum);
+                UNROLL for (int w = 1; w < COPIES; w++) {
+                    read<4>(shared.partial[w] + at, own);
                     UNROLL for (int i = 0; i < 4; i++) sum[i] += own[i];
                 }
                 if (e < inside) write<4>(partial_at + e, sum);
             }
             partial_at -= TILE * 2 * N;
         }
-        t0 -= TILE;
-        buffer ^= 1;
+        out_at -= TILE * g.d;
+        t -= TILE;
     }
     if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);
     if (!LOCAL) {
@@ -800,8 +927,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         UNROLL for (int j = 0; j < CH; j++) {
             UNROLL for (int s = 0; s < S; s++) sum_A[j][s] *= LN2;
             UNROLL for (int m = 1; m < K; m *= 2) {
-                sum_skip[j] += SWAP(sum_skip[j], m);
-                sum_bias[j] += SWAP(sum_bias[j], m);
+                sum_skip[j] += SWAP(sum_skip[j], m * KSTRIDE);
+                sum_bias[j] += SWAP(sum_bias[j], m * KSTRIDE);
             }
             if (p.k == 0 && j < p.left) {
                 if (g.dskip) g.dskip[part * g.d + p.channel + j] = sum_skip[j];
@@ -815,7 +942,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
 
 // phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Arguments g) {
-    __shared__ Shared shared;
+    SHARED(Shared, shared);
     const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
     const i64 slots = g.phase ? g.chunks - 1 : 1;
     const i64 rest = blockIdx.x / groups;

@@ -11,13 +11,14 @@ from triton import cdiv
 
 from ssmoe.ops.triton import nvrtc
 from ssmoe.ops.triton.launch import on_device, row_major
+from ssmoe.ops.triton.scan_gradient import fake_outputs, register
 
 SOURCE = Path(__file__).with_name("scan.cu")
 WIDTHS = (8, 16, 32)
 """State widths that the kernels are written for; others take the Triton kernels."""
 LONGEST = 2**31 - 2**16
-SAVED_EVERY = 4
-"""Positions between two saved states; the backward replays this many from registers."""
+SAVED = 2**28
+"""Bytes of saved states that a call keeps for its backward, rather than making more of them anew there."""
 
 
 class Cut(NamedTuple):
@@ -38,9 +39,8 @@ class Cut(NamedTuple):
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
 # one channel a lane where that alone fills the GPU
 FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
-BACKWARD = Cut(4, 2, 4, 16, SAVED_EVERY, 3)
-# fewer instructions a channel, for half the warps
-BACKWARD_MANY = Cut(4, 4, 4, 16, SAVED_EVERY, 2)
+BACKWARD = Cut(4, 2, 4, 16, 4, 3)
+LONG = 2560
 MULTIPROCESSORS = 128
 """As many as are filled at once: an H200 has 132."""
 
@@ -55,14 +55,17 @@ def forward_cut(b: int, d: int) -> Cut:
     return FORWARD_SPREAD if 0.5 <= _waves(FORWARD_SPREAD, b, d) <= 1 else FORWARD
 
 
-def backward_cut(b: int, d: int, n: int) -> Cut:
-    """Many channels a lane where that fills the GPU.
+def backward_cut(n: int) -> Cut:
+    """One channel a lane for wide states, which take as many registers."""
+    return BACKWARD if n <= 16 else BACKWARD._replace(channels=1)
 
-    Wide states: one channel and fewer positions staged, for registers and 48 KiB of shared memory.
-    """
-    if n > 16:
-        return BACKWARD._replace(channels=1, tile=8)
-    return BACKWARD_MANY if _waves(BACKWARD_MANY, b, d) > 1 else BACKWARD
+
+def saved_every(x: Tensor, A: Tensor) -> int:
+    """Positions between two saved states: the closer they are, the less the backward makes anew."""
+    near = BACKWARD.sub
+    while near < BACKWARD.tile and 4 * x.numel() * A.shape[1] > near * SAVED:
+        near *= 2
+    return near
 
 
 def _waves(cut: Cut, b: int, d: int) -> float:
@@ -70,9 +73,15 @@ def _waves(cut: Cut, b: int, d: int) -> float:
 
 
 def _chunks(cut: Cut, b: int, length: int, d: int) -> int:
-    """1, or how many parts the length is cut into, so that each of the two launches that it takes is one wave."""
+    """1, or how many parts the length is cut into: each of the two launches that it takes is whole waves.
+
+    Up to three, as long as parts stay at LONG positions: the more waves, the less their ends are waited for.
+    """
     waves = _waves(cut, b, d)
-    return 1 if waves > 2 / 3 else max(1, min(1 + int(1 / waves), cdiv(length, cut.tile) // 8))
+    if waves > 2 / 3:
+        return 1
+    most = max(1, min(3, int(length * waves / LONG)))
+    return max(1, min(1 + int(most / waves), cdiv(length, cut.tile) // 8))
 
 
 def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
@@ -105,6 +114,18 @@ def _macros(cut: Cut, n: int, **values: object) -> nvrtc.Macros:
         "MIN_BLOCKS": cut.min_blocks,
     }  # fmt: skip
     return tuple((k, str(int(v) if isinstance(v, bool) else v)) for k, v in (cut_values | values).items())
+
+
+def backward_shared(cut: Cut, n: int, aligned: bool, segments: bool, rows: tuple[Tensor, ...]) -> int:
+    """Bytes of the backward's `Shared`. rows: x, delta, dy and, where there is one, z."""
+    channels, owned = cut.warps * cut.tile * (32 // cut.lanes) * cut.channels, cut.tile // cut.lanes
+    own = 1 + segments + (len(rows) > 3)
+    staged = 4 * cut.tile * n + cut.warps * (8 // cut.lanes) * cut.tile * (2 * n + 8)
+    kept = cut.tile // cut.sub * cut.channels * 32 * cut.warps * (n // cut.lanes)
+    packed = [cdiv(t.element_size() * cut.channels, 4) if aligned else cut.channels for t in rows]
+    # without a gate one word a lane stands in its place
+    raw = owned * sum(packed) + (0 if len(rows) > 3 else cut.channels)
+    return 4 * (staged + channels * (3 + own) + kept + raw * 32 * cut.warps)
 
 
 def _words(*values: Tensor | int | None) -> list[int]:
@@ -181,8 +202,9 @@ def run_backward(
     flags: Tensor | None,
     saved: Tensor,
     initial: bool,
+    saved_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, delta, A, B, C, D, z, delta_bias and the initial state, empty where there is no input."""
+    """`scan_gradient.Gradients` from the states before every `saved_every`-th position."""
     b, length, d = x.shape
     n = A.shape[1]
     like = {"dtype": torch.float32, "device": x.device}
@@ -202,11 +224,16 @@ def run_backward(
     steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
+    aligned = _aligned(cut, x, delta, z, dy)
+    shared = backward_shared(
+        cut, n, aligned, flags is not None, (x, delta, dy) if z is None else (x, delta, dy, z)
+    )
     macros = _macros(
-        cut, n, BACKWARD=1, ALIGNED=_aligned(cut, x, delta, z, dy), SEGMENTS=flags is not None,
+        cut, n, BACKWARD=1, CKPT=saved_every, ALIGNED=aligned, SEGMENTS=flags is not None,
         HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(z), BT=_type(B), CT=_type(C),
     )  # fmt: skip
     kept = [_plain(t) for t in (A, D, delta_bias, dfinal)]
+    macros += (("SHARED_BYTES", str(shared)),)
     with on_device(x):
         for phase in (1, 2) if chunks > 1 else (0,):
             words = _words(
@@ -215,7 +242,13 @@ def run_backward(
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
-                SOURCE, "scan_backward", macros, b * max(1, chunks - 1) * groups, 32 * cut.warps, words
+                SOURCE,
+                "scan_backward",
+                macros,
+                b * max(1, chunks - 1) * groups,
+                32 * cut.warps,
+                words,
+                shared,
             )
         blocks = cdiv(b * length * 2 * n, 256)
         nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, _words(partial, dB, dC, groups, b * length))
@@ -238,25 +271,20 @@ def scan_cuda(
     flags: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final state, the states before every SAVED_EVERY-th position if `save`).
+    """(y, final state, the states before every `saved_every`-th position if `save`).
 
     x, delta, z: (b, l, d); A: (d, n), n in WIDTHS; B, C: (b, l, n); flags: (b, l) int8, bit 0 real, bit 1 reset.
     """
     b, length, d = x.shape
     cut = forward_cut(b, d)
     chunks = _chunks(cut, b, length, d)
-    every = SAVED_EVERY if save else 0
+    every = saved_every(x, A) if save else 0
     return run_forward(cut, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)
 
 
 @scan_cuda.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, initial, flags, save):  # noqa: ARG001
-    b, length, d = x.shape
-    n = A.shape[1]
-    blocks = (length + SAVED_EVERY - 1) // SAVED_EVERY
-    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
-    final = x.new_empty((b, d, n), dtype=torch.float32)
-    return y, final, x.new_empty((b, blocks, d, n) if save else (0,), dtype=torch.float32)
+    return fake_outputs(x, A, save, saved_every(x, A), x.dtype)
 
 
 @torch.library.custom_op("ssmoe::scan_cuda_backward", mutates_args=())
@@ -275,45 +303,12 @@ def scan_cuda_backward(
     saved: Tensor,
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in the order of `run_backward`."""
-    cut = backward_cut(x.shape[0], *A.shape)
-    chunks = _chunks(cut, *x.shape)
-    return run_backward(cut, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial)
+    """`scan_gradient.Gradients`."""
+    cut = backward_cut(A.shape[1])
+    chunks, every = _chunks(cut, *x.shape), saved_every(x, A)
+    return run_backward(
+        cut, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial, every
+    )
 
 
-@scan_cuda_backward.register_fake
-def _(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial):  # noqa: ARG001
-    def like(t, shape, present=True):
-        return torch.empty(shape if present else (0,), dtype=t.dtype, device=x.device)
-
-    return (
-        like(x, x.shape), like(delta, delta.shape), like(A, A.shape), like(B, B.shape), like(C, C.shape),
-        like(saved if D is None else D, A.shape[:1], D is not None),
-        like(x if z is None else z, x.shape, z is not None),
-        like(saved if delta_bias is None else delta_bias, A.shape[:1], delta_bias is not None),
-        like(saved, (x.shape[0], *A.shape), initial),
-    )  # fmt: skip
-
-
-def _save(ctx, inputs, output):
-    x, delta, A, B, C, D, z, delta_bias, initial, flags, _ = inputs
-    ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, flags, output[2])
-    ctx.initial = initial is not None
-    ctx.mark_non_differentiable(output[2])
-    # no zeros as large as the saved states for the gradient that they do not have
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dy, dfinal, _):
-    x, delta, A, B, C, D, z, delta_bias, flags, saved = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    dfinal = x.new_zeros((x.shape[0], *A.shape), dtype=torch.float32) if dfinal is None else dfinal
-    grads = scan_cuda_backward(dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, ctx.initial)
-    dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
-    return (
-        dx, ddelta, dA, dB, dC, dD if D is not None else None, dz if z is not None else None,
-        dbias if delta_bias is not None else None, dinitial if ctx.initial else None, None, None,
-    )  # fmt: skip
-
-
-scan_cuda.register_autograd(_backward, setup_context=_save)
+register(scan_cuda, scan_cuda_backward)

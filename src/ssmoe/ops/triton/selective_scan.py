@@ -15,6 +15,7 @@ from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton import scan_kernels as kernels
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+from ssmoe.ops.triton.scan_gradient import fake_outputs, register
 
 # positions between two saved states; the backward replays this many from registers
 CHECKPOINT = 4
@@ -180,12 +181,7 @@ def _combine(
 
 @scan_forward.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, initial, flags, save, wide):  # noqa: ARG001
-    b, length, d = x.shape
-    n = A.shape[1]
-    blocks = (length + CHECKPOINT - 1) // CHECKPOINT
-    y = torch.empty(b, length, d, dtype=torch.float32 if wide else x.dtype, device=x.device)
-    final = x.new_empty((b, d, n), dtype=torch.float32)
-    return y, final, x.new_empty((b, blocks, d, n) if save else (0,), dtype=torch.float32)
+    return fake_outputs(x, A, save, CHECKPOINT, torch.float32 if wide else x.dtype)
 
 
 @torch.library.custom_op("ssmoe::scan_backward", mutates_args=())
@@ -198,12 +194,14 @@ def scan_backward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
     flags: Tensor | None,
     checkpoints: Tensor,
     initial: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and the initial state, empty where there is no input."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`scan_gradient.Gradients`."""
+    assert z is None, "with gradients the gate is gate_forward's"
     b, length, d = x.shape
     n = A.shape[1]
     width = triton.next_power_of_2(n)
@@ -247,46 +245,10 @@ def scan_backward(
     dC = dpacked[..., width : width + n].to(C.dtype, copy=True)
     dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
     dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
-    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, dbias, dinitial
+    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, x.new_empty(0), dbias, dinitial
 
 
-@scan_backward.register_fake
-def _(dy, dfinal, x, delta, A, B, C, D, delta_bias, flags, checkpoints, initial):  # noqa: ARG001
-    def like(t, shape, present=True):
-        return torch.empty(shape if present else (0,), dtype=t.dtype, device=x.device)
-
-    state = checkpoints
-    return (
-        like(x, x.shape), like(delta, delta.shape), like(A, A.shape), like(B, B.shape), like(C, C.shape),
-        like(state if D is None else D, A.shape[:1], D is not None),
-        like(state if delta_bias is None else delta_bias, A.shape[:1], delta_bias is not None),
-        like(state, (x.shape[0], *A.shape), initial),
-    )  # fmt: skip
-
-
-def _save(ctx, inputs, output):
-    x, delta, A, B, C, D, z, delta_bias, initial, flags, *_ = inputs
-    assert z is None, "with gradients the gate is gate_forward's"
-    ctx.save_for_backward(x, delta, A, B, C, D, delta_bias, flags, output[2])
-    ctx.initial = initial is not None
-    ctx.mark_non_differentiable(output[2])
-    # no zeros as large as the checkpoints for the gradient that they do not have
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dy, dfinal, _):
-    x, delta, A, B, C, D, delta_bias, flags, checkpoints = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    dfinal = x.new_zeros((x.shape[0], *A.shape), dtype=torch.float32) if dfinal is None else dfinal
-    grads = scan_backward(dy, dfinal, x, delta, A, B, C, D, delta_bias, flags, checkpoints, ctx.initial)
-    dx, ddelta, dA, dB, dC, dD, dbias, dinitial = grads
-    return (
-        dx, ddelta, dA, dB, dC, dD if D is not None else None, None,
-        dbias if delta_bias is not None else None, dinitial if ctx.initial else None, None, None, None,
-    )  # fmt: skip
-
-
-scan_forward.register_autograd(_backward, setup_context=_save)
+register(scan_forward, scan_backward)
 
 
 def _gate(y: Tensor, z: Tensor, flags: Tensor | None, dout: Tensor | None, out: Tensor, dz: Tensor) -> None:
