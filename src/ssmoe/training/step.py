@@ -153,6 +153,9 @@ def _routers(outs: list[ModelOut]) -> dict[int, list[RouterStats]]:
 
 
 def _merge(stats: list[RouterStats]) -> RouterStats:
+    if len(stats) == 1:
+        return stats[0]
+
     def mean(name: str) -> Tensor:
         return torch.stack([getattr(s, name) for s in stats]).mean()
 
