@@ -53,7 +53,7 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
   const void* weights = inputs.get(weight, accumulator(kind), {t, k}, "weight");
   const Assigned sorted = assign(static_cast<const int32_t*>(inputs.get(expert, ScalarType::Int, {t, k}, "expert")), t,
                                  k, e);
-  const int64_t rows = int64_t(sorted.token.size()), packed = packed_item(kind), d_stride = padded(d),
+  const int64_t rows = int64_t(sorted.token.size()), packed = kernels().packed[kind], d_stride = padded(d),
                 f_stride = padded(f);
 
   Scratch scratch;
@@ -67,7 +67,7 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
   auto product = [&](const char* bank, int64_t outputs, int64_t width, void* from, int64_t stride, void* to,
                      const Group& group) {
     Skinny s{};
-    s.rows = outputs, s.n = width, s.batch = group.count, s.pairs = has_pairs(kind), s.x_stride = stride;
+    s.rows = outputs, s.n = width, s.batch = group.count, s.x_stride = stride;
     s.weight = bank + group.expert * outputs * width * size;
     s.x = static_cast<char*>(from) + group.first * stride * packed;
     s.out = static_cast<char*>(to) + group.first * outputs * size;
@@ -81,14 +81,14 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
   }
   for (int64_t row = 0; row < rows; ++row) {
     Skinny s{};
-    s.n = d, s.pairs = has_pairs(kind), s.source = tokens + sorted.token[row] * d * size;
+    s.n = d, s.source = tokens + sorted.token[row] * d * size;
     s.x = static_cast<char*>(in) + row * d_stride * packed;
     kernel.pack_vectors[kind](s, 0, 1);
   }
   Activate act{};
   act.up = hidden, act.gate = gate ? opened : nullptr, act.inner = inner, act.width = f, act.activation = activation;
   Skinny repack{};
-  repack.n = f, repack.pairs = has_pairs(kind), repack.source = inner, repack.x = middle, repack.x_stride = f_stride;
+  repack.n = f, repack.source = inner, repack.x = middle, repack.x_stride = f_stride;
   Tensor y = empty({t, d}, type);
   const Combine sum{out, sorted.place.data(), weights, y.mutable_data_ptr(), k, d};
 
@@ -107,7 +107,7 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
                       kernel.pack_vectors[kind](repack, i, i + 1);
                     }},
               products(second, d), Phase{t, [&](int64_t i) { kernel.combine[kind](sum, i, i + 1); }}},
-             int64_t(sorted.groups.size()) * f * d * (gate ? 3 : 2) * size);
+             int64_t(sorted.groups.size()) * f * d * (gate ? 3 : 2) * size, rows);
   return y;
 }
 
