@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cpu_peers import Others, median_ms, require_parity
+from cpu_peers import CALM, TRIES, Others, median_ms, require_parity
 from decode_peers import Step, llama, transformers, write_gguf
 
 import ssmoe
@@ -39,7 +39,6 @@ from ssmoe.model.weights import load_weights, save_weights
 WINDOWS = 9
 TOKENS = 8
 """Tokens in a window."""
-CALM, TRIES = 0.1, 6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

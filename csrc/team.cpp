@@ -23,6 +23,7 @@ constexpr double kLate = 64;           //   so many, or
 constexpr double kLatest = 1;          //   so many seconds, whichever takes longer
 constexpr double kChanged = 1.25;      // a cost that differs so much means that the machine has changed
 constexpr size_t kWorks = 64;          // kinds of work that are known at a time
+constexpr int64_t kParts = 8;          // of a phase's tasks, at most
 
 // How long the last runs took with each number of threads, for one kind of work. Cores are shared with processes that
 // nobody here knows of, so a number of threads that was slow is tried again: soon after a change, then ever later.
@@ -108,9 +109,19 @@ Paces& paces() {
 }
 
 // own lines, so that claiming does not disturb waiting
-struct Progress {
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+struct alignas(64) Count {
+  std::atomic<int64_t> value{0};
+};
+// Of every phase the tasks done, and those claimed of each part.
+class Progress {
+ public:
+  Progress(size_t phases, int64_t parts) : parts(parts), counts_(phases * (parts + 1)) {}
+  std::atomic<int64_t>& done(size_t phase) { return counts_[phase * (parts + 1)].value; }
+  std::atomic<int64_t>& claimed(size_t phase, int64_t part) { return counts_[phase * (parts + 1) + part + 1].value; }
+  const int64_t parts;
+
+ private:
+  std::vector<Count> counts_;
 };
 
 void wait_for(const std::atomic<int64_t>& done, int64_t tasks) {
@@ -123,36 +134,42 @@ void wait_for(const std::atomic<int64_t>& done, int64_t tasks) {
   }
 }
 
-void work(const Phase* phases, Progress* progress, size_t count) {
-  for (size_t p = 0; p < count; ++p) {
-    for (int64_t i; (i = progress[p].next.fetch_add(1, std::memory_order_relaxed)) < phases[p].tasks;) {
-      phases[p].run(i);
-      progress[p].done.fetch_add(1, std::memory_order_release);
+// A worker goes through its own part of the tasks, where memory is read in order, and then helps with the others.
+void work(const std::vector<Phase>& phases, Progress& progress, int64_t worker) {
+  const int64_t parts = progress.parts;
+  for (size_t p = 0; p < phases.size(); ++p) {
+    const int64_t tasks = phases[p].tasks;
+    for (int64_t other = 0; other < parts; ++other) {
+      const int64_t part = (worker + other) % parts, begin = part * tasks / parts, end = (part + 1) * tasks / parts;
+      for (int64_t i; (i = begin + progress.claimed(p, part).fetch_add(1, std::memory_order_relaxed)) < end;) {
+        phases[p].run(i);
+        progress.done(p).fetch_add(1, std::memory_order_release);
+      }
     }
-    if (p + 1 < count) wait_for(progress[p].done, phases[p].tasks);
+    if (p + 1 < phases.size()) wait_for(progress.done(p), tasks);
   }
 }
 
-void run_alone(const Phase* phases, size_t count) {
-  for (size_t p = 0; p < count; ++p)
-    for (int64_t i = 0; i < phases[p].tasks; ++i) phases[p].run(i);
+void run_alone(const std::vector<Phase>& phases) {
+  for (const Phase& phase : phases)
+    for (int64_t i = 0; i < phase.tasks; ++i) phase.run(i);
 }
 
 }  // namespace
 
 void run_phases(const std::vector<Phase>& phases, int64_t bytes, int64_t rows) {
   const int64_t most = torch::stable::get_num_threads();
-  if (most <= 1 || bytes < kSmall) return run_alone(phases.data(), phases.size());
+  if (most <= 1 || bytes < kSmall) return run_alone(phases);
   const int level = paces().level(most, bytes, rows);
   const int64_t threads = most >> level;
   const auto begin = std::chrono::steady_clock::now();
   if (threads <= 1) {
-    run_alone(phases.data(), phases.size());
+    run_alone(phases);
   } else {
-    std::vector<Progress> progress(phases.size());
+    Progress progress(phases.size(), std::min(threads, kParts));
     // a worker that starts when all is claimed finds nothing to wait for
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) work(phases.data(), progress.data(), phases.size());
+      for (int64_t i = first; i < last; ++i) work(phases, progress, i);
     });
   }
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
