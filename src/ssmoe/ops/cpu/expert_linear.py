@@ -1,4 +1,4 @@
-"""The bank of linear maps on the CPU: `ssmoe.ops.reference.expert_linear`, every expert's product in one call.
+"""The bank of linear maps on the CPU: `ssmoe.ops.reference.expert_linear`, all experts' products in one call.
 
 Rows are gathered expert by expert, and `csrc/dense.cpp` multiplies all groups at once, forward and backward.
 """
