@@ -45,7 +45,7 @@ def median_ms(f: Callable[[], object], repeats: int = 7) -> float:
         spent += sum(times)
     cores, median = min(found)
     if cores >= CALM:
-        print(f"[others took {cores:.2f} cores] ", end="", flush=True)
+        print(f"[others took {cores:.2f} cores]", file=sys.stderr, flush=True)
     return median
 
 

@@ -155,8 +155,8 @@ def test_compiles_as_one_graph(backend: str) -> None:
     layer = tuple(
         tensors.get(name)
         for name in (
-            "norm_weight", "norm_bias", "in_proj", "conv_weight", "conv_bias", "x_proj", "delta_proj", "A_log",
-            "D", "delta_bias", "out_proj",
+            "norm_weight", "norm_bias", "in_proj", "conv_weight", "conv_bias", "x_proj", "delta_proj",
+            "A_log", "D", "delta_bias", "out_proj",
         )
     )  # fmt: skip
 
