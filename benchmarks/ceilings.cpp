@@ -5,6 +5,10 @@
 
 #include "vec.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 double seconds() {
@@ -74,6 +78,24 @@ double fma_rate() {
       SSMOE_EACH_VECTOR opaque(v[i]);
     }
   });
+}
+
+// products of bfloat16 pairs added to floats a second, in vectors of floats; 0 without instructions of their own
+double pair_rate() {
+#ifdef __AVX512BF16__
+  constexpr int N = 12, kRounds = 4000;
+  return best_rate(double(N) * kRounds, [] {
+    Vec<float> v[N], a = splat<float>(0.999f), b = splat<float>(0.001f);
+    opaque(a), opaque(b);
+    SSMOE_EACH_VECTOR v[i] = splat<float>(float(i));
+    for (int r = 0; r < kRounds; ++r) {
+      SSMOE_EACH_VECTOR v[i] = (Vec<float>)_mm512_dpbf16_ps((__m512)v[i], (__m512bh)a, (__m512bh)b);
+      SSMOE_EACH_VECTOR opaque(v[i]);
+    }
+  });
+#else
+  return 0;
+#endif
 }
 
 // bytes a second: two arrays read, one written, as the scan does

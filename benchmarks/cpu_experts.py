@@ -25,7 +25,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from cpu_ceiling import ceiling
+from cpu_floor import flops
 from cpu_peers import median_ms, require_parity
 from torch import Tensor
 
@@ -136,7 +136,7 @@ def busy_ms(step: Step, repeats: int) -> tuple[float, float]:
 
 
 def measure(dtype: torch.dtype, threads: int, peers: bool, repeats: int) -> None:
-    floor = FLOPS / ceiling(dtype, threads) * 1e3
+    floor = FLOPS / flops(dtype, threads) * 1e3
     print(f"\n{threads} threads, {str(dtype).removeprefix('torch.')}: ceiling {floor:.1f} ms", flush=True)
     torch.manual_seed(0)
     x, dy = torch.randn(TOKENS, D_MODEL).to(dtype).requires_grad_(), torch.randn(TOKENS, D_MODEL).to(dtype)

@@ -1,4 +1,4 @@
-"""What the scan could take at best here, from ceilings measured in the same run (`ceilings.cpp`)."""
+"""What a kernel could take at best here, from ceilings measured in the same run (`ceilings.cpp`)."""
 
 import ctypes
 import os
@@ -66,6 +66,21 @@ class Ceilings:
             max(forward, 3 * row / self.stream) * 1e3,
             (max(forward, 3 * row / self.stream) + max(backward, 5 * row / self.stream)) * 1e3,
         )
+
+
+def flops(dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of multiply-adds on registers. bfloat16 without its own instructions has float32's ceiling.
+
+    Needs a C++ compiler.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        library = compiled(Path(folder))
+        if library is None:
+            raise RuntimeError("no C++ compiler: the ceiling cannot be measured; install g++ or clang")
+        library.fma_rate.restype = library.pair_rate.restype = ctypes.c_double
+        single = 2 * together(threads, lambda _: library.fma_rate())
+        pairs = 4 * together(threads, lambda _: library.pair_rate())
+        return library.lanes() * (pairs if dtype == torch.bfloat16 and pairs else single)
 
 
 def measure(threads: int, count: int) -> Ceilings | None:

@@ -24,9 +24,9 @@ class Steps {
                     "mamba_step: x must have the layer's dtype or be at least float32");
     MambaStep& s = shape_;
     s.b = x.size(0), s.d = x.size(1), s.inner = conv.size(1), s.k = conv.size(2) + 1, s.n = ssm.size(2);
-    s.rank = delta_proj.size(1), s.pairs = has_pairs(kind_), s.wide_residual = x.scalar_type() == wide_;
+    s.rank = delta_proj.size(1), s.wide_residual = x.scalar_type() == wide_;
     s.x = inputs_.get(x, x.scalar_type(), {s.b, s.d}, "x"), s.out = y_.mutable_data_ptr();
-    const int64_t packed = packed_item(kind_), full = kind_ == kFloat64 ? 8 : 4;
+    const int64_t packed = kernels().packed[kind_], full = kind_ == kFloat64 ? 8 : 4;
     s.d_stride = padded(s.d), s.inner_stride = padded(s.inner), s.rank_stride = padded(s.rank);
     s.parts_stride = padded(s.rank + 2 * s.n);
     Scratch scratch;
@@ -78,7 +78,7 @@ class Steps {
     }
     const MambaStep& s = shape_;
     const int64_t bytes = item(kind_) * s.inner * (3 * s.d + 2 * s.rank + 2 * s.n) + s.b * s.inner * s.n * 8;
-    run_phases(phases, bytes * int64_t(layers_.size()));
+    run_phases(phases, bytes * int64_t(layers_.size()), s.b);
     return y_;
   }
 
@@ -165,10 +165,9 @@ Tensor skinny_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   s.weight = inputs.get(weight, x.scalar_type(), {s.rows, s.n}, "weight");
   s.bias = bias ? inputs.get(*bias, accumulator(kind), {s.rows}, "bias") : nullptr;
   s.source = inputs.get(x, x.scalar_type(), {s.batch, s.n}, "x");
-  s.pairs = has_pairs(kind);
   s.x_stride = padded(s.n);
   Scratch scratch;
-  s.x = scratch.take(s.batch * s.x_stride * packed_item(kind));
+  s.x = scratch.take(s.batch * s.x_stride * kernels().packed[kind]);
   place(s.x, scratch.base());
   Tensor out = empty({s.batch, s.rows}, x.scalar_type());
   s.out = out.mutable_data_ptr();
@@ -177,7 +176,7 @@ Tensor skinny_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   constexpr int64_t kRows = 64;
   run_phases(std::vector<Phase>{Phase{(s.rows + kRows - 1) / kRows,
                     [&](int64_t i) { task(s, i * kRows, std::min(s.rows, (i + 1) * kRows)); }}},
-             item(kind) * s.rows * s.n);
+             item(kind) * s.rows * s.n, s.batch);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// What the decode ops share: scratch memory, contiguous inputs, and how vectors are packed on this processor.
+// What the decode ops share: scratch memory and contiguous inputs.
 #pragma once
 #include <cstring>
 
@@ -8,18 +8,6 @@ namespace ssmoe {
 
 inline int64_t item(Kind kind) { return kind == kFloat64 ? 8 : kind == kFloat32 ? 4 : 2; }
 inline int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
-
-// Whether products of this type are the processor's own of bfloat16 pairs.
-inline bool has_pairs(Kind kind) {
-#ifdef SSMOE_X86
-  static const bool found = &kernels() == &kAvx512 && __builtin_cpu_supports("avx512bf16");
-  return found && kind == kBFloat16;
-#else
-  return false;
-#endif
-}
-// bytes of a packed vector's element (skinny.h)
-inline int64_t packed_item(Kind kind) { return has_pairs(kind) ? 2 : kind == kFloat64 ? 8 : 4; }
 
 // Zeroed memory of the calling thread that grows and stays.
 class Scratch {

@@ -1,6 +1,7 @@
 // Matrix products of whole tensors, and the head's cross-entropy made of them.
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "library.h"
@@ -76,6 +77,83 @@ Tensor product(const Tensor& a, const Tensor& b, bool wide) {
   return c;
 }
 
+// Several products of contiguous results side by side, their pieces claimed by all threads, the largest first.
+void multiply_each(const std::vector<Dense>& products, Kind kind) {
+  struct Work {
+    const Dense* product;
+    Piece piece;
+  };
+  std::vector<Work> works;
+  for (const Dense& p : products) {
+    if (!p.m || !p.n) continue;
+    if (!p.k) {
+      std::memset(p.c, 0, p.m * p.n * (kind == kFloat64 ? 8 : kind == kFloat32 || p.c_wide ? 4 : 2));
+      continue;
+    }
+    const int64_t rows = parts(p.m, 168), width = (parts(p.n, parts(p.n, 512)) + 31) / 32 * 32;
+    for (int64_t left = 0; left < p.n; left += width)
+      for (int64_t i = 0; i < rows; ++i)
+        works.push_back({&p, {i * p.m / rows, (i + 1) * p.m / rows, left, std::min(p.n, left + width)}});
+  }
+  auto size = [](const Work& w) {
+    return (w.piece.bottom - w.piece.top) * (w.piece.right - w.piece.left) * w.product->k;
+  };
+  std::stable_sort(works.begin(), works.end(), [&](const Work& a, const Work& b) { return size(a) > size(b); });
+  for_each(int64_t(works.size()), [&](int64_t i) {
+    const auto& [p, piece] = works[i];
+    const int64_t bytes = kernels().dense_scratch[kind](*p, piece.bottom - piece.top, piece.right - piece.left);
+    kernels().dense[kind](*p, piece, scratch(bytes));
+  });
+}
+
+// Rows sorted by expert, expert e's from offset[e] to offset[e + 1]. Without `gradient` a (rows, k) times b (e, k, n) to
+// (rows, n); with it a (rows, m) transposed times b (rows, n) to (e, m, n), zeros for an expert without rows. wide: the
+// result has the accumulator's type.
+Tensor grouped_product(const Tensor& a, const Tensor& b, const Tensor& offset, bool gradient, bool wide) {
+  const Kind kind = std::max(kind_of(a), kind_of(b)) == kFloat64 ? kFloat64 : std::max(kind_of(a), kind_of(b));
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == (gradient ? 2 : 3) && offset.dim() == 1 && offset.size(0) > 0,
+                  "ssmoe cpu: grouped_product takes a (rows, k), b (e, k, n) or (rows, n), offset (e + 1,)");
+  expect(offset, ScalarType::Long, "offset");
+  Keep keep;
+  const int64_t experts = offset.size(0) - 1;
+  const auto* begin = static_cast<const int64_t*>(keep.flat(offset, experts + 1, "offset"));
+  for (int64_t e = 0; e <= experts; ++e)
+    STD_TORCH_CHECK(begin[e] >= (e ? begin[e - 1] : 0) && begin[e] <= a.size(0), "ssmoe cpu: offset must rise from 0 to ",
+                    a.size(0), " rows");
+  STD_TORCH_CHECK(begin[0] == 0 && begin[experts] == a.size(0) && (gradient ? b.size(0) == a.size(0) : b.size(0) == experts),
+                  "ssmoe cpu: grouped_product: the shapes of a, b and offset disagree");
+  const ScalarType type = wide ? accumulator(kind) : kind == kBFloat16 ? ScalarType::BFloat16 : accumulator(kind);
+  auto bytes = [](const Tensor& t) -> int64_t {
+    return t.scalar_type() == ScalarType::Double ? 8 : t.scalar_type() == ScalarType::BFloat16 ? 2 : 4;
+  };
+  auto some = [&](const View& v, const Tensor& t, int64_t e) {
+    View own = v;
+    own.rows = begin[e + 1] - begin[e];
+    own.data = static_cast<const char*>(v.data) + begin[e] * v.row * bytes(t);
+    return own;
+  };
+  const View left = view(keep, a, kind, "a");
+  std::vector<Dense> products;
+  if (gradient) {
+    const View right = view(keep, b, kind, "b");
+    Tensor c = empty({experts, left.columns, right.columns}, type);
+    for (int64_t e = 0; e < experts; ++e) {
+      products.push_back(dense(some(left, a, e).t(), some(right, b, e), c, kind));
+      products.back().c = static_cast<char*>(c.mutable_data_ptr()) + e * left.columns * right.columns * bytes(c);
+    }
+    multiply_each(products, kind);
+    return c;
+  }
+  Tensor c = empty({left.rows, b.size(2)}, type);
+  for (int64_t e = 0; e < experts; ++e) {
+    const View right = view(keep, torch::stable::select(b, 0, e), kind, "b");
+    products.push_back(dense(some(left, a, e), right, c, kind));
+    products.back().c = static_cast<char*>(c.mutable_data_ptr()) + begin[e] * b.size(2) * bytes(c);
+  }
+  multiply_each(products, kind);
+  return c;
+}
+
 constexpr int64_t kMostLogits = int64_t(32) << 20;  // of a part of the rows
 
 // (mean loss, gradients of x, weight and bias)
@@ -141,11 +219,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_cross_entropy(const Tensor& x, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmoe, m) {
   m.def("product(Tensor a, Tensor b, bool wide) -> Tensor");
+  m.def("grouped_product(Tensor a, Tensor b, Tensor offset, bool gradient, bool wide) -> Tensor");
   m.def(
       "head_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor targets) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CPU, m) {
   m.impl("product", TORCH_BOX(&ssmoe::product));
+  m.impl("grouped_product", TORCH_BOX(&ssmoe::grouped_product));
   m.impl("head_cross_entropy", TORCH_BOX(&ssmoe::head_cross_entropy));
 }

@@ -37,6 +37,30 @@ Assigned assign(const int32_t* expert, int64_t t, int64_t k, int64_t experts) {
   return found;
 }
 
+// The matrices (e, rows, columns) of a bank, each in the activations' type: where they lie, or cast when asked for.
+class Matrices {
+ public:
+  Matrices(const Tensor& all, ScalarType type, int64_t e, int64_t rows, int64_t columns, const char* name)
+      : all_(all), type_(type), there_(all.scalar_type() == type && all.is_contiguous()) {
+    STD_TORCH_CHECK(all.dim() == 3 && all.size(0) == e && all.size(1) == rows && all.size(2) == columns,
+                    "ssmoe cpu: expert_mlp: ", name, " must have shape (", e, ", ", rows, ", ", columns, ")");
+    bytes_ = rows * columns * item(kind_of(all));
+  }
+  const void* of(int64_t expert) {
+    if (there_) return static_cast<const char*>(all_.const_data_ptr()) + expert * bytes_;
+    const Tensor one = torch::stable::contiguous(torch::stable::select(all_, 0, expert));
+    cast_.push_back(one.scalar_type() == type_ ? one : torch::stable::to(one, type_));
+    return cast_.back().const_data_ptr();
+  }
+
+ private:
+  const Tensor all_;
+  const ScalarType type_;
+  const bool there_;
+  int64_t bytes_;
+  std::vector<Tensor> cast_;
+};
+
 // x (t, d), up, gate (e, f, d), down (e, d, f), expert (t, k), weight (t, k) -> (t, d)
 Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const Maybe& gate, const Tensor& expert,
                    const Tensor& weight, int64_t activation) {
@@ -47,13 +71,12 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
   const int64_t t = x.size(0), d = x.size(1), e = up.size(0), f = up.size(1), k = expert.size(1), size = item(kind);
   Inputs inputs;
   const auto* tokens = static_cast<const char*>(inputs.get(x, type, {t, d}, "x"));
-  const auto* ups = static_cast<const char*>(inputs.get(up, type, {e, f, d}, "up"));
-  const auto* downs = static_cast<const char*>(inputs.get(down, type, {e, d, f}, "down"));
-  const auto* gates = gate ? static_cast<const char*>(inputs.get(*gate, type, {e, f, d}, "gate")) : nullptr;
+  Matrices ups(up, type, e, f, d, "up"), downs(down, type, e, d, f, "down");
+  Matrices gates(gate ? *gate : up, type, e, f, d, "gate");
   const void* weights = inputs.get(weight, accumulator(kind), {t, k}, "weight");
   const Assigned sorted = assign(static_cast<const int32_t*>(inputs.get(expert, ScalarType::Int, {t, k}, "expert")), t,
                                  k, e);
-  const int64_t rows = int64_t(sorted.token.size()), packed = packed_item(kind), d_stride = padded(d),
+  const int64_t rows = int64_t(sorted.token.size()), packed = kernels().packed[kind], d_stride = padded(d),
                 f_stride = padded(f);
 
   Scratch scratch;
@@ -64,11 +87,11 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
   for (void** pointer : {&in, &inner, &hidden, &opened, &middle, &out}) place(*pointer, base);
 
   const Kernels& kernel = kernels();
-  auto product = [&](const char* bank, int64_t outputs, int64_t width, void* from, int64_t stride, void* to,
+  auto product = [&](Matrices& bank, int64_t outputs, int64_t width, void* from, int64_t stride, void* to,
                      const Group& group) {
     Skinny s{};
-    s.rows = outputs, s.n = width, s.batch = group.count, s.pairs = has_pairs(kind), s.x_stride = stride;
-    s.weight = bank + group.expert * outputs * width * size;
+    s.rows = outputs, s.n = width, s.batch = group.count, s.x_stride = stride;
+    s.weight = bank.of(group.expert);
     s.x = static_cast<char*>(from) + group.first * stride * packed;
     s.out = static_cast<char*>(to) + group.first * outputs * size;
     return s;
@@ -81,14 +104,14 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
   }
   for (int64_t row = 0; row < rows; ++row) {
     Skinny s{};
-    s.n = d, s.pairs = has_pairs(kind), s.source = tokens + sorted.token[row] * d * size;
+    s.n = d, s.source = tokens + sorted.token[row] * d * size;
     s.x = static_cast<char*>(in) + row * d_stride * packed;
     kernel.pack_vectors[kind](s, 0, 1);
   }
   Activate act{};
   act.up = hidden, act.gate = gate ? opened : nullptr, act.inner = inner, act.width = f, act.activation = activation;
   Skinny repack{};
-  repack.n = f, repack.pairs = has_pairs(kind), repack.source = inner, repack.x = middle, repack.x_stride = f_stride;
+  repack.n = f, repack.source = inner, repack.x = middle, repack.x_stride = f_stride;
   Tensor y = empty({t, d}, type);
   const Combine sum{out, sorted.place.data(), weights, y.mutable_data_ptr(), k, d};
 
@@ -107,7 +130,7 @@ Tensor expert_step(const Tensor& x, const Tensor& up, const Tensor& down, const 
                       kernel.pack_vectors[kind](repack, i, i + 1);
                     }},
               products(second, d), Phase{t, [&](int64_t i) { kernel.combine[kind](sum, i, i + 1); }}},
-             int64_t(sorted.groups.size()) * f * d * (gate ? 3 : 2) * size);
+             int64_t(sorted.groups.size()) * f * d * (gate ? 3 : 2) * size, rows);
   return y;
 }
 

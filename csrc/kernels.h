@@ -167,14 +167,13 @@ struct Skinny {
   const void* source;  // (batch, n) vectors
   void* x;             // the vectors packed (skinny.h), x_stride elements apart
   int64_t x_stride;
-  bool pairs;          // packed for the processor's product of bfloat16 pairs
   void* out;           // (batch, rows)
 };
 
 // One token through a residual Mamba sub-layer; S the layer's type, T its accumulator.
 struct MambaStep {
   int64_t b, d, inner, n, k, rank;
-  bool pairs, wide_residual;            // x and out in T, else in S
+  bool wide_residual;                       // x and out in T, else in S
   double eps;
   const void *x, *norm_weight, *norm_bias;  // norm in T; norm_bias null for RMSNorm
   void* out;
@@ -215,6 +214,7 @@ struct Kernels {
   int64_t (*expert_scratch[kKinds])(const Bank&, int64_t block_rows, int64_t expert_rows, int64_t outputs);
   Task<Combine> combine[kKinds];
   Task<Activate> activate[kKinds];
+  int64_t packed[kKinds];  // bytes of a packed vector's element (skinny.h)
   Task<Skinny> pack_vectors[kKinds];
   Task<Skinny> skinny[kKinds];
   Task<MambaStep> step_norm[kKinds];  // of batch rows

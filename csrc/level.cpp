@@ -36,6 +36,7 @@ const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     SSMOE_EACH(::expert_scratch),
     SSMOE_EACH(::combine),
     SSMOE_EACH(::activate),
+    {kPacked<float>, kPacked<bfloat16>, kPacked<double>},
     SSMOE_EACH(::pack_vectors),
     SSMOE_EACH(::skinny),
     SSMOE_EACH(::step_norm),

@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
   m.def("cpu_level() -> str");
   m.def("cpu_products() -> str");
   m.def("cpu_release_memory() -> ()");
+  m.def("cpu_kept_memory() -> int");
   m.def("cpu_lanes(bool float64) -> int");
   m.def(
       "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
@@ -89,6 +90,7 @@ STABLE_TORCH_LIBRARY(ssmoe, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ssmoe, CompositeExplicitAutograd, m) {
   m.impl("cpu_release_memory", TORCH_BOX(&ssmoe::release_memory));
+  m.impl("cpu_kept_memory", TORCH_BOX(&ssmoe::kept_memory));
   m.impl("settled", TORCH_BOX(&ssmoe::settled));
   m.impl("cpu_level", TORCH_BOX(&ssmoe::level));
   m.impl("cpu_lanes", TORCH_BOX(&ssmoe::lanes));

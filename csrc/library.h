@@ -139,5 +139,6 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType type);
 // A contiguous copy to be read often: on huge pages where the system has them, not recycled.
 Tensor settled(const Tensor& x);
 void release_memory();
+int64_t kept_memory();  // bytes
 
 }  // namespace ssmoe

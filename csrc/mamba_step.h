@@ -43,7 +43,7 @@ void step_norm(const MambaStep& args, int64_t begin, int64_t end) {
     }
     const T scale = T(1) / T(__builtin_sqrt(double(sum<T>(squares) / T(args.d)) + args.eps));
     for (int64_t i = 0; i < args.d; ++i) row[i] = row[i] * scale * weight[i] + (bias ? bias[i] : T(0));
-    pack<S>(row, 0, args.d, args.pairs, const_cast<void*>(packed_row<S>(args.normed, b * args.d_stride, args.pairs)));
+    pack<S>(row, 0, args.d, const_cast<void*>(packed_row<S>(args.normed, b * args.d_stride)));
   }
 }
 
@@ -60,9 +60,9 @@ void step_in(const MambaStep& args, int64_t begin, int64_t end) {
     const int64_t channels = end - c0 < kStepTile ? end - c0 : kStepTile;
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
-      const void* normed = packed_row<S>(args.normed, b0 * args.d_stride, args.pairs);
-      multiply<S>(in_proj + c0 * args.d, args.d, channels, args.d, args.pairs, normed, args.d_stride, batch, x, kStepTile);
-      multiply<S>(in_proj + (args.inner + c0) * args.d, args.d, channels, args.d, args.pairs, normed, args.d_stride,
+      const void* normed = packed_row<S>(args.normed, b0 * args.d_stride);
+      multiply<S>(in_proj + c0 * args.d, args.d, channels, args.d, normed, args.d_stride, batch, x, kStepTile);
+      multiply<S>(in_proj + (args.inner + c0) * args.d, args.d, channels, args.d, normed, args.d_stride,
                   batch, z, kStepTile);
       for (int64_t c = c0; c < c0 + channels; c += W) {
         const int64_t lanes = c0 + channels - c;
@@ -77,8 +77,8 @@ void step_in(const MambaStep& args, int64_t begin, int64_t end) {
         }
       }
       for (int64_t b = b0; b < b0 + batch; ++b)
-        pack<S>(static_cast<const T*>(args.u) + b * args.inner_stride + c0, c0, channels, args.pairs,
-                const_cast<void*>(packed_row<S>(args.mixed, b * args.inner_stride, args.pairs)));
+        pack<S>(static_cast<const T*>(args.u) + b * args.inner_stride + c0, c0, channels,
+                const_cast<void*>(packed_row<S>(args.mixed, b * args.inner_stride)));
     }
   }
 }
@@ -89,14 +89,14 @@ void step_parts(const MambaStep& args, int64_t begin, int64_t end) {
   using T = typename Accumulator<S>::type;
   T* parts = static_cast<T*>(args.parts);
   for (int64_t b0 = 0; b0 < args.b; b0 += kBlock)
-    multiply<S>(static_cast<const S*>(args.x_proj) + begin * args.inner, args.inner, end - begin, args.inner, args.pairs,
-                packed_row<S>(args.mixed, b0 * args.inner_stride, args.pairs), args.inner_stride,
+    multiply<S>(static_cast<const S*>(args.x_proj) + begin * args.inner, args.inner, end - begin, args.inner,
+                packed_row<S>(args.mixed, b0 * args.inner_stride), args.inner_stride,
                 args.b - b0 < kBlock ? args.b - b0 : kBlock,
                 parts + b0 * args.parts_stride + begin, args.parts_stride);
   if (begin < args.rank)
     for (int64_t b = 0; b < args.b; ++b)
-      pack<S>(parts + b * args.parts_stride + begin, begin, (end < args.rank ? end : args.rank) - begin, args.pairs,
-              const_cast<void*>(packed_row<S>(args.delta, b * args.rank_stride, args.pairs)));
+      pack<S>(parts + b * args.parts_stride + begin, begin, (end < args.rank ? end : args.rank) - begin,
+              const_cast<void*>(packed_row<S>(args.delta, b * args.rank_stride)));
 }
 
 // A vector of channels of one row: h = exp(delta A) h + delta B u; y = <C, h>. A: (channels, width), width = n in
@@ -159,8 +159,8 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
               -exp_wide<T>(load_some(static_cast<const T*>(args.A_log) + (c0 + c) * args.n + i, args.n - i)));
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
-      multiply<S>(static_cast<const S*>(args.delta_proj) + c0 * args.rank, args.rank, channels, args.rank, args.pairs,
-                  packed_row<S>(args.delta, b0 * args.rank_stride, args.pairs), args.rank_stride, batch, delta, kStepTile);
+      multiply<S>(static_cast<const S*>(args.delta_proj) + c0 * args.rank, args.rank, channels, args.rank,
+                  packed_row<S>(args.delta, b0 * args.rank_stride), args.rank_stride, batch, delta, kStepTile);
       for (int64_t c = 0; c < channels; c += W) {
         const Vec<T> bias = load_some(static_cast<const T*>(args.delta_bias) + c0 + c, channels - c);
         for (int64_t b = 0; b < batch; ++b) {
@@ -186,8 +186,8 @@ void step_scan(const MambaStep& args, int64_t begin, int64_t end) {
           put<T>(y + b * kStepTile + c,
                  (get(y + b * kStepTile + c) + D * u) * load(static_cast<const T*>(args.gate) + at + c));
         }
-        pack<S>(y + b * kStepTile, c0, channels, args.pairs,
-                const_cast<void*>(packed_row<S>(args.gated, (b0 + b) * args.inner_stride, args.pairs)));
+        pack<S>(y + b * kStepTile, c0, channels,
+                const_cast<void*>(packed_row<S>(args.gated, (b0 + b) * args.inner_stride)));
       }
     }
   }
@@ -202,8 +202,8 @@ void step_out(const MambaStep& args, int64_t begin, int64_t end) {
     const int64_t rows = end - row < kStepTile ? end - row : kStepTile;
     for (int64_t b0 = 0; b0 < args.b; b0 += kBlock) {
       const int64_t batch = args.b - b0 < kBlock ? args.b - b0 : kBlock;
-      multiply<S>(static_cast<const S*>(args.out_proj) + row * args.inner, args.inner, rows, args.inner, args.pairs,
-                  packed_row<S>(args.gated, b0 * args.inner_stride, args.pairs), args.inner_stride, batch, found, kStepTile);
+      multiply<S>(static_cast<const S*>(args.out_proj) + row * args.inner, args.inner, rows, args.inner,
+                  packed_row<S>(args.gated, b0 * args.inner_stride), args.inner_stride, batch, found, kStepTile);
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t at = (b0 + b) * args.d + row + r;

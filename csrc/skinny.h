@@ -44,23 +44,32 @@ SSMOE_INLINE void sum_vectors(const Vec<T>* v, T* out) {
   for (int i = 0; i < kLanes<T>; ++i) out[i] = sum<T>(v[i]);
 }
 
-// How a vector is kept for its products, padded with zeros to whole steps: `pairs` as bfloat16 for the processor's own
-// product of pairs, else in the accumulator type; for bfloat16 weights then the even places of a step before its odd
-// ones, which is how its weights are widened.
+// Whether products of this type are the processor's own of bfloat16 pairs.
+#ifdef __AVX512BF16__
+template <class S>
+constexpr bool kPaired = sizeof(S) == 2;
+#else
+template <class S>
+constexpr bool kPaired = false;
+#endif
+
+// How a vector is kept for its products, padded with zeros to whole steps: as bfloat16 for the processor's own product
+// of pairs, else in the accumulator type; for bfloat16 weights then the even places of a step before its odd ones,
+// which is how its weights are widened.
+template <class S>
+constexpr int64_t kPacked = kPaired<S> ? 2 : sizeof(typename Accumulator<S>::type);
 template <class S>
 constexpr int kStep = kLanes<typename Accumulator<S>::type> * (sizeof(S) == 2 ? 2 : 1);
 
 template <class S>
-void pack(const typename Accumulator<S>::type* from, int64_t begin, int64_t count, bool pairs, void* to) {
+void pack(const typename Accumulator<S>::type* from, int64_t begin, int64_t count, void* to) {
   using T = typename Accumulator<S>::type;
-  if constexpr (sizeof(S) == 2) {
-    if (pairs) {
-      bfloat16* out = static_cast<bfloat16*>(to) + begin;
-      int64_t i = 0;
-      for (; i + kLanes<T> <= count; i += kLanes<T>) store(out + i, load(from + i));
-      for (; i < count; ++i) narrow(out + i, from[i]);
-      return;
-    }
+  if constexpr (kPaired<S>) {
+    bfloat16* out = static_cast<bfloat16*>(to) + begin;
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store(out + i, load(from + i));
+    for (; i < count; ++i) narrow(out + i, from[i]);
+  } else if constexpr (sizeof(S) == 2) {
     constexpr int step = kStep<S>;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = begin + i, place = at % step;
@@ -141,40 +150,44 @@ SSMOE_INLINE void multiply_rows(const S* weight, int64_t stride, int64_t n, cons
     for (int b = 0; b < B; ++b) out[b * out_stride + r] = sum<T>(sums[r][b]);
 }
 
-#if SSMOE_BYTES == 64
-#define SSMOE_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prefer-vector-width=512")))
+#ifdef __AVX512BF16__
+// values of R rows against B vectors over one step of n
+template <int R, int B>
+SSMOE_INLINE void multiply_pairs_step(const __m512i* values, const bfloat16* x, int64_t x_stride, __m512 (&sums)[R][B]) {
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    const __m512i other = _mm512_load_si512(x + b * x_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)values[r], (__m512bh)other);
+  }
+}
 
 template <int R, int B>
-SSMOE_PAIRS void multiply_pairs(const bfloat16* weight, int64_t stride, int64_t rows, int64_t n, const bfloat16* x,
-                                int64_t x_stride, float* out, int64_t out_stride) {
+void multiply_pairs(const bfloat16* weight, int64_t stride, int64_t rows, int64_t n, const bfloat16* x,
+                    int64_t x_stride, float* out, int64_t out_stride) {
   for (int64_t row = 0; row + R <= rows; row += R) {
-    __m512 sums[R][B];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) sums[r][b] = _mm512_setzero_ps();
+    __m512 sums[R][B] = {};
+    __m512i values[R];
     const bfloat16* w = weight + row * stride;
-    for (int64_t k = 0; k < n; k += 32) {
-      const __mmask32 mask = n - k >= 32 ? ~__mmask32(0) : (__mmask32(1) << (n - k)) - 1;
-      __m512i values[R];
+    int64_t k = 0;
+    for (; k + 32 <= n; k += 32) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const bfloat16* from = w + r * stride + k;
         _mm_prefetch(reinterpret_cast<const char*>(from) + kReadAhead + (R - 1) * stride * 2, _MM_HINT_T0);
-        values[r] = _mm512_maskz_loadu_epi16(mask, from);
+        values[r] = _mm512_loadu_si512(from);
       }
+      multiply_pairs_step<R, B>(values, x + k, x_stride, sums);
+    }
+    if (k < n) {
 #pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) {
-        const __m512i other = _mm512_load_si512(x + b * x_stride + k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-          sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)values[r], (__m512bh)other);
-      }
+      for (int r = 0; r < R; ++r)
+        values[r] = _mm512_maskz_loadu_epi16((__mmask32(1) << (n - k)) - 1, w + r * stride + k);
+      multiply_pairs_step<R, B>(values, x + k, x_stride, sums);
     }
     if constexpr (R * B == 16) {
-      const __m512 totals = sum_each(&sums[0][0]);
       alignas(64) float found[16];
-      _mm512_store_ps(found, totals);
+      _mm512_store_ps(found, sum_each(&sums[0][0]));
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b)
 #pragma GCC unroll 2
@@ -191,23 +204,21 @@ SSMOE_PAIRS void multiply_pairs(const bfloat16* weight, int64_t stride, int64_t 
 
 // x: packed vectors, x_stride elements apart; out[b * out_stride + r] for `rows` rows and B vectors
 template <class S, int B>
-void multiply_block(const S* weight, int64_t stride, int64_t rows, int64_t n, bool pairs, const void* x,
-                    int64_t x_stride, typename Accumulator<S>::type* out, int64_t out_stride) {
+void multiply_block(const S* weight, int64_t stride, int64_t rows, int64_t n, const void* x, int64_t x_stride,
+                    typename Accumulator<S>::type* out, int64_t out_stride) {
   using T = typename Accumulator<S>::type;
   constexpr int R = B > 1 ? 2 : 1;
-  int64_t row = 0;
-#if SSMOE_BYTES == 64
-  if constexpr (sizeof(S) == 2) {
-    if (pairs) {
-      const auto* vectors = static_cast<const bfloat16*>(x);
-      multiply_pairs<R, B>(weight, stride, rows, n, vectors, x_stride, out, out_stride);
-      row = rows / R * R;
-      if (row < rows)
-        multiply_pairs<1, B>(weight + row * stride, stride, rows - row, n, vectors, x_stride, out + row, out_stride);
-      return;
-    }
+#ifdef __AVX512BF16__
+  if constexpr (kPaired<S>) {
+    const auto* vectors = static_cast<const bfloat16*>(x);
+    multiply_pairs<R, B>(weight, stride, rows, n, vectors, x_stride, out, out_stride);
+    const int64_t done = rows / R * R;
+    if (done < rows)
+      multiply_pairs<1, B>(weight + done * stride, stride, rows - done, n, vectors, x_stride, out + done, out_stride);
+    return;
   }
 #endif
+  int64_t row = 0;
   const T* vectors = static_cast<const T*>(x);
   for (; row + R <= rows; row += R)
     multiply_rows<S, R, B>(weight + row * stride, stride, n, vectors, x_stride, out + row, out_stride);
@@ -215,18 +226,17 @@ void multiply_block(const S* weight, int64_t stride, int64_t rows, int64_t n, bo
 }
 
 template <class S>
-SSMOE_INLINE const void* packed_row(const void* x, int64_t at, bool pairs) {
-  using T = typename Accumulator<S>::type;
-  return static_cast<const char*>(x) + at * (pairs ? sizeof(bfloat16) : sizeof(T));
+SSMOE_INLINE const void* packed_row(const void* x, int64_t at) {
+  return static_cast<const char*>(x) + at * kPacked<S>;
 }
 
 // the same for 1 to kBlock vectors
 template <class S>
-void multiply(const S* weight, int64_t stride, int64_t rows, int64_t n, bool pairs, const void* x, int64_t x_stride,
-              int64_t batch, typename Accumulator<S>::type* out, int64_t out_stride) {
+void multiply(const S* weight, int64_t stride, int64_t rows, int64_t n, const void* x, int64_t x_stride, int64_t batch,
+              typename Accumulator<S>::type* out, int64_t out_stride) {
 #define SSMOE_BATCH(B) \
   case B:              \
-    return multiply_block<S, B>(weight, stride, rows, n, pairs, x, x_stride, out, out_stride);
+    return multiply_block<S, B>(weight, stride, rows, n, x, x_stride, out, out_stride);
   switch (batch) {
     SSMOE_BATCH(1)
     SSMOE_BATCH(2)
@@ -252,7 +262,7 @@ void skinny(const Skinny& args, int64_t begin, int64_t end) {
     const S* weight = static_cast<const S*>(args.weight) + row * args.n;
     for (int64_t b0 = 0; b0 < args.batch; b0 += kBlock) {
       const int64_t batch = args.batch - b0 < kBlock ? args.batch - b0 : kBlock;
-      multiply<S>(weight, args.n, rows, args.n, args.pairs, packed_row<S>(args.x, b0 * args.x_stride, args.pairs),
+      multiply<S>(weight, args.n, rows, args.n, packed_row<S>(args.x, b0 * args.x_stride),
                   args.x_stride, batch, found, kRows);
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r)
@@ -268,10 +278,10 @@ void pack_vectors(const Skinny& args, int64_t begin, int64_t end) {
   using T = typename Accumulator<S>::type;
   for (int64_t b = begin; b < end; ++b) {
     const S* from = static_cast<const S*>(args.source) + b * args.n;
-    void* to = const_cast<void*>(packed_row<S>(args.x, b * args.x_stride, args.pairs));
+    void* to = const_cast<void*>(packed_row<S>(args.x, b * args.x_stride));
     for (int64_t i = 0; i < args.n; ++i) {
       const T value = widen(from[i]);
-      pack<S>(&value, i, 1, args.pairs, to);
+      pack<S>(&value, i, 1, to);
     }
   }
 }

@@ -13,9 +13,10 @@ struct Phase {
   std::function<void(int64_t)> run;
 };
 
-// Runs the phases with the number of threads that has lately been the fastest for memory-bound work: all of torch's,
-// or fewer while other processes hold some of the cores. Tasks are claimed one at a time, so that a thread that comes
-// late does less, and the results do not depend on who did them. bytes: of weights that are read, the measure of work.
-void run_phases(const std::vector<Phase>& phases, int64_t bytes);
+// Runs the phases with the number of threads that has lately been the fastest for this work: all of torch's, or fewer
+// while other processes hold some of the cores. Every thread claims the tasks of a part of its own, which lie side by
+// side in memory, one at a time, and then those of the others, so that a thread that comes late does less; the results
+// do not depend on who did them. bytes of weights that are read and rows tell one kind of work from another.
+void run_phases(const std::vector<Phase>& phases, int64_t bytes, int64_t rows);
 
 }  // namespace ssmoe

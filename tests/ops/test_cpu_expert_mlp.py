@@ -159,3 +159,15 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(compiled(), experts(**args).sum())
     compiled().backward()
     assert args["up"].grad is not None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_few_tokens_read_a_wide_bank_as_if_it_were_cast_whole(gated: bool) -> None:
+    args = bank(5)
+    args["x"] = args["x"].bfloat16()
+    wide = {"up": args["up"], "down": args["down"], "gate": torch.randn(3, 24, 16) if gated else None}
+    narrow = {name: None if t is None else t.bfloat16() for name, t in wide.items()}
+    with torch.no_grad():
+        assert torch.equal(experts(**{**args, **wide}), experts(**{**args, **narrow}))
+        tensors = (args["x"], args["up"], args["down"], wide["gate"], args["expert"], args["weight"], 2)
+        torch.library.opcheck(torch.ops.ssmoe.expert_step, tensors)

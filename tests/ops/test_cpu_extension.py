@@ -18,6 +18,7 @@ from ssmoe import ops
 from ssmoe.ops import cpu, reference
 from tests.ops.test_cpu_causal_conv1d import drawn as conv
 from tests.ops.test_cpu_expert_mlp import drawn as experts
+from tests.ops.test_cpu_mamba_step import random_step as step
 from tests.ops.test_cpu_selective_scan import drawn as scan
 from tests.ops.parity import documents, judge
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -27,6 +28,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     judge(lambda: conv(2, 50, 35, 4, dtype, True, some), reference.causal_conv1d, cpu.causal_conv1d, dtype)
     judge(lambda: conv(2, 50, 67, 4, dtype, True, None), reference.causal_conv1d, cpu.causal_conv1d, dtype)
     judge(lambda: experts(60, 24, 40, 5, 2, dtype, "silu", True), reference.expert_mlp, cpu.expert_mlp, dtype)
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    wide = torch.promote_types(dtype, torch.float32)
+    for b in (1, 8):
+        shape = (b, 33, 49, 16, 4, 3)
+        judge(lambda: step(shape, dtype, wide, bias=True), reference.mamba_step, cpu.mamba_step, dtype)
 print(cpu.describe()["level"])
 """
 

@@ -125,3 +125,46 @@ def test_what_it_cannot_do_is_named(backend: str) -> None:
         step(op, tensors, out_conv=torch.empty(2, 32, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="out_ssm"):
         step(op, tensors, out_ssm=torch.empty(2, 32, 5))
+
+
+@pytest.mark.skipif(bool(missing("cpu")), reason=str(missing("cpu")))
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
+    load("cpu")
+    t = cast(inputs(2, 33, 49, 16, 4, 6, dtype, bias=bias), dtype, torch.float32)
+    states, norm_bias = (t["conv_state"], t["ssm_state"]), t.get("norm_bias")
+    norm, *matrices = (t[name] for name in t if name not in ("x", "norm_bias", "conv_state", "ssm_state"))
+    arguments = (t["x"], norm, norm_bias, 1e-5, *matrices, *states)
+    torch.library.opcheck(torch.ops.ssmoe.mamba_step, arguments)
+    fresh = tuple(torch.empty_like(state) for state in states)
+    torch.library.opcheck(torch.ops.ssmoe.mamba_step_into, (*arguments, *fresh))
+    weights = [norm, *matrices, *([] if norm_bias is None else [norm_bias])]
+    both = ([states[0]] * 2, [states[1]] * 2)
+    torch.library.opcheck(torch.ops.ssmoe.mamba_steps, (t["x"], weights * 2, bias, 1e-5, *both))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_compiles_as_one_graph(backend: str) -> None:
+    op = load(backend).mamba_step
+    tensors = cast(inputs(2, 32, 64, 16, 4, 2, torch.bfloat16), torch.bfloat16, torch.float32)
+    expected = step(op, tensors)
+    found = step(torch.compile(op, fullgraph=True, backend="aot_eager"), tensors)
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), name
+    layer = tuple(
+        tensors.get(name)
+        for name in (
+            "norm_weight", "norm_bias", "in_proj", "conv_weight", "conv_bias", "x_proj", "delta_proj",
+            "A_log", "D", "delta_bias", "out_proj",
+        )
+    )  # fmt: skip
+
+    def twice(x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
+        states: dict[str, Any] = {"conv_states": [conv] * 2, "ssm_states": [ssm] * 2}
+        return load(backend).mamba_steps(x, [layer] * 2, norm_eps=1e-5, **states)[0]
+
+    arguments = (tensors["x"], tensors["conv_state"], tensors["ssm_state"])
+    with torch.no_grad():
+        compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")(*arguments)
+        assert torch.equal(compiled, twice(*arguments))

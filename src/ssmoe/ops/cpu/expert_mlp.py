@@ -14,7 +14,8 @@ from ssmoe.ops.cpu.state import any_gradient
 from ssmoe.ops.reference.expert_mlp import ACTIVATIONS
 
 FEW = 8
-"""Tokens up to which `csrc/expert_step.cpp` reads each chosen expert once, without gathering."""
+"""Tokens up to which `csrc/expert_step.cpp` reads each chosen expert once, without gathering; of a
+wider bank it casts those experts only."""
 
 
 def expert_mlp(
@@ -37,9 +38,6 @@ def expert_mlp(
         gate = None if gate is None else gate.to(x.dtype)
     weight = weight.to(wide)
     if x.shape[0] <= FEW and not torch.is_grad_enabled():
-        # a wider bank is cast whole on every call; models that are loaded with a dtype hold theirs in it
-        up, down = up.to(x.dtype), down.to(x.dtype)
-        gate = None if gate is None else gate.to(x.dtype)
         return torch.ops.ssmoe.expert_step(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation))
     keep = any_gradient(x, up, down, gate, weight)
     y, *_ = torch.ops.ssmoe.expert_mlp(x, up, down, gate, expert, weight, ACTIVATIONS.index(activation), keep)
