@@ -5,6 +5,7 @@ must be chosen before triton is first imported, so those tests start a process o
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -98,6 +99,18 @@ def errors(name: str, inputs: dict[str, Tensor], **options: object) -> Errors:
         ours, theirs = ((t.double() - value).norm() / scale for t in (found[key], eager[key]))
         result[key] = (ours.item(), theirs.item())
     return result
+
+
+def wide_tile_errors(f: int, *, gated: bool) -> Errors:
+    """Experts in float32 cut as a GPU cuts bfloat16, 128 rows at a time."""
+    load("triton")
+    module = sys.modules["ssmoe.ops.triton.expert_mlp"]
+    cut = module._tilings
+    with mock.patch.object(
+        module, "_tilings", lambda x, *rest, **options: cut(x.bfloat16(), *rest, **options)
+    ):
+        inputs = expert_inputs(150, 64, f, 4, 2, torch.float32, gated=gated)
+        return errors("expert_mlp", inputs, activation="silu" if gated else "relu")
 
 
 def norm_errors(
@@ -314,6 +327,8 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, swiglu": lambda: errors(
         "expert_mlp", expert_inputs(30, 33, 40, 5, 2, F32, gated=True), activation="silu"
     ),
+    "experts, swiglu, a GPU's tiles": lambda: wide_tile_errors(192, gated=True),
+    "experts, relu, a GPU's tiles": lambda: wide_tile_errors(200, gated=False),
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
     ),
