@@ -23,7 +23,7 @@ check: $(DEV_STAMP)  ## format, lint, types, fast tests: before every commit
 	$(BIN)/python -m pytest -m "not slow"
 
 compare: $(STAMP)  ## Mamba and MoE-Mamba of equal active size, side by side
-	$(BIN)/ssmoe compare mamba-tiny moe-mamba-tiny train.steps=150 --out runs/compare --overwrite
+	$(BIN)/ssmoe compare mamba-tuned-tiny moe-mamba-tuned-tiny --out runs/compare --overwrite
 
 # torch first: the CPU kernels are compiled against it, where there is a C++ compiler
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
