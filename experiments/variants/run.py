@@ -2,10 +2,11 @@
 
     python experiments/variants/run.py [PRESET ...] [--out runs/variants] [--threads N] [--page FILE.md]
 
-Each `*-tiny` preset and the demo is trained as it is, on its own text (the standard library's sources), with
-only train.steps=200 changed. A loss falls when the mean of the last ten steps is below 0.8 of the mean of the
-first ten, one limit for all presets. Each model then generates, or refuses and names the fix; where the fix
-is to train on as token choice, that is done for 20 steps and the result generates.
+Each `*-tiny` preset, but the tuned two that `make compare` trains, and the demo is trained as it is, on its
+own text (the standard library's sources), with only train.steps=200 changed. A loss falls when the mean of
+the last ten steps is below 0.8 of the mean of the first ten, one limit for all presets. Each model then
+generates, or refuses and names the fix; where the fix is to train on as token choice, that is done for 20
+steps and the result generates.
 
 A preset that is in OUT/results.jsonl already is not trained again. --page puts the table between the marker
 lines of a page. Ends with 1 if any variant fell short.
@@ -31,7 +32,8 @@ Row = dict[str, Any]
 
 def main() -> int:
     """Train what is missing, then print the table."""
-    names = [name for name in ssmoe.preset_names() if name.endswith("-tiny")] + ["demo"]
+    names = [name for name in ssmoe.preset_names() if name.endswith("-tiny") and "-tuned-" not in name]
+    names.append("demo")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"(default: {' '.join(names)})")
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
