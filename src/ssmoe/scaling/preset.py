@@ -33,6 +33,9 @@ def to_toml(run: RunConfig) -> str:
     for section in ("data", "train"):
         if section in values:
             lines += ["", f"[{section}]", *_pairs(values[section])]
+            for name, below in values[section].items():
+                if isinstance(below, dict):
+                    lines += ["", f"[{section}.{name}]", *_pairs(cast(dict[str, Any], below))]
     return "\n".join(lines) + "\n"
 
 

@@ -40,10 +40,11 @@ def register(forward: Any, backward: Callable[..., Gradients]) -> None:
         ctx.set_materialize_grads(False)
 
     def grads(ctx, dy, dfinal, _):
-        x, _, A, _, _, D, z, delta_bias, *_ = ctx.saved_tensors
+        given = ctx.saved_tensors  # once: recomputation gives each saved tensor out a single time
+        x, _, A, _, _, D, z, delta_bias, *_ = given
         dy = torch.zeros_like(x) if dy is None else dy
         dfinal = x.new_zeros((x.shape[0], *A.shape), dtype=torch.float32) if dfinal is None else dfinal
-        found = backward(dy, dfinal, *ctx.saved_tensors, ctx.initial)
+        found = backward(dy, dfinal, *given, ctx.initial)
         present = (True,) * 5 + (D is not None, z is not None, delta_bias is not None, ctx.initial)
         kept = [grad if there else None for grad, there in zip(found, present, strict=True)]
         return *kept, None, *(None for _ in range(ctx.settings))
