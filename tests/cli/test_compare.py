@@ -1,5 +1,6 @@
 import json
 
+from ssmoe.cli.compare import _ratio
 from ssmoe.cli.main import main
 from ssmoe.training.metrics import read_metrics
 
@@ -62,3 +63,8 @@ def test_nothing_is_trained_when_one_run_will_not_do(tiny_file, tmp_path, fails)
         "compare", tiny_file, second_file(tiny_file), "--out", out, "--overwrite", says=("not a run folder",)
     )
     assert not (out / "tiny").exists()
+
+
+def test_a_ratio_below_one_is_told_the_other_way_round():
+    assert _ratio(1.25, "fewer steps", "the steps") == "1.25 times fewer steps"
+    assert _ratio(0.8, "less time", "the time") == "1.25 times the time"

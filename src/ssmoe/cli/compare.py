@@ -81,10 +81,15 @@ def _print(comparison: "Comparison", folder: str) -> None:
     console = Console()
     console.print(table)
     for row in comparison.rows:
-        if row.name != comparison.baseline and row.steps_ratio is not None:
+        if row.name != comparison.baseline and row.steps_ratio and row.seconds_ratio:
             line = (
-                f"{row.name} reaches the final loss of {comparison.baseline} in {row.steps_ratio:.2f} times "
-                f"fewer steps and {row.seconds_ratio:.2f} times less time"
+                f"{row.name} reaches the final loss of {comparison.baseline} in "
+                f"{_ratio(row.steps_ratio, 'fewer steps', 'the steps')} and "
+                f"{_ratio(row.seconds_ratio, 'less time', 'the time')}"
             )
             console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written to {folder}: compare.json and, with matplotlib, compare.png", highlight=False)
+
+
+def _ratio(ratio: float, better: str, worse: str) -> str:
+    return f"{ratio:.2f} times {better}" if ratio >= 1 else f"{1 / ratio:.2f} times {worse}"
