@@ -52,3 +52,10 @@ def counters(x: Tensor, size: int) -> Tensor:
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             _zeros[x.device, stream] = found
     return found
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, without a rounding in between where bfloat16 operands give float32."""
+    if a.dtype == torch.bfloat16 and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.float() @ b.float()
+    return (a @ b).to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.split_linear import fork_linear as torch_fork_linear
 from ssmoe.ops.reference.split_linear import split_linear as torch_split_linear
-from ssmoe.ops.triton.launch import on_device
+from ssmoe.ops.triton.launch import on_device, product
 
 NARROW = 128
 """Widths of a forked product up to this leave its gradient's cost to memory, where one kernel adds as well."""
@@ -53,7 +53,7 @@ class _SplitLinear(torch.autograd.Function):
         dx = pieces[0] @ parts[0]
         for piece, part in zip(pieces[1:], parts[1:], strict=True):
             dx.addmm_(piece, part)
-        dweight = torch.cat([_product(piece.t(), rows, ctx.dtype) for piece in pieces])
+        dweight = torch.cat([product(piece.t(), rows, ctx.dtype) for piece in pieces])
         return dx.view_as(x), dweight, None
 
 
@@ -70,14 +70,7 @@ class _ForkLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = add_product(dstream.reshape(-1, x.shape[-1]), rows, weight).view_as(x)
-        return dx, _product(rows.t(), x.reshape(-1, x.shape[-1]), ctx.dtype)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, in float32 without a rounding in between where the operands are narrower."""
-    if a.is_cuda and a.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+        return dx, product(rows.t(), x.reshape(-1, x.shape[-1]), ctx.dtype)
 
 
 @torch.library.custom_op("ssmoe::add_product", mutates_args=())

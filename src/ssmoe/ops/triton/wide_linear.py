@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.reference.wide_linear import wide_linear as torch_wide_linear
-from ssmoe.ops.triton.launch import on_device
+from ssmoe.ops.triton.launch import on_device, product
 
 PARTS = 3
 
@@ -56,7 +56,8 @@ def wide_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     parts = split(dy, PARTS)  # (3, t, d_out)
     dx = parts[0] @ weight.to(torch.bfloat16)
     # the smallest first
-    return dx, _product(parts[2].t(), x) + _product(parts[1].t(), x) + _product(parts[0].t(), x)
+    largest, middle, smallest = (product(part.t(), x, torch.float32) for part in parts)
+    return dx, smallest + middle + largest
 
 
 @wide_backward.register_fake
@@ -73,11 +74,6 @@ def _backward(ctx, dy):
 
 
 wide_forward.register_autograd(_backward, setup_context=_save)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bfloat16 in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def split(x: Tensor, parts: int) -> Tensor:
