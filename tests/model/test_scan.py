@@ -19,6 +19,16 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
 
 
+def drawn(seed: int, channels: int, states: int, dtype: torch.dtype = torch.float32) -> SSMParameters:
+    """A scan's parameters at random, `GENERATOR` seeded before."""
+    GENERATOR.manual_seed(seed)
+    parameters = SSMParameters(channels, states, (1e-3, 1e-1), learned_state=True).to(dtype)
+    for parameter in parameters.parameters():
+        with torch.no_grad():
+            parameter.copy_(0.5 * random(*parameter.shape))
+    return parameters
+
+
 def learned(d_model: int = 6, seed: int = 0) -> Mamba:
     GENERATOR.manual_seed(seed)
     block = Mamba(d_model, d_state=3, learned_state=True).double()
@@ -106,11 +116,7 @@ def test_a_single_first_token_begins_there_too() -> None:
 
 @pytest.mark.parametrize("lengths", [None, (3, 4, 2)])
 def test_gradients(lengths) -> None:
-    GENERATOR.manual_seed(1)
-    parameters = SSMParameters(2, 3, (1e-3, 1e-1), learned_state=True).double()
-    for parameter in parameters.parameters():
-        with torch.no_grad():
-            parameter.copy_(0.5 * random(*parameter.shape))
+    parameters = drawn(1, 2, 3, torch.float64)
     segments = None if lengths is None else Segments.packed([lengths])
     names = [name for name, _ in parameters.named_parameters()]
     values = [parameter.detach().requires_grad_() for parameter in parameters.parameters()]
@@ -150,11 +156,7 @@ def _prefixed(names):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cpu_kernels_agree(dtype) -> None:
-    GENERATOR.manual_seed(2)
-    parameters = SSMParameters(6, 4, (1e-3, 1e-1), learned_state=True)
-    for parameter in parameters.parameters():
-        with torch.no_grad():
-            parameter.copy_(0.5 * random(*parameter.shape))
+    parameters = drawn(2, 6, 4)
     x, delta, B, C, z = (random(2, 33, n).to(dtype) for n in (6, 6, 4, 4, 6))
     segments = Segments.packed([[8, 25], [33]])
     out = [
@@ -170,11 +172,7 @@ def test_the_cpu_kernels_agree(dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_kernels_agree_in_every_gradient(dtype) -> None:
-    GENERATOR.manual_seed(3)
-    parameters = SSMParameters(48, 16, (1e-3, 1e-1), learned_state=True)
-    for parameter in parameters.parameters():
-        with torch.no_grad():
-            parameter.copy_(0.5 * random(*parameter.shape))
+    parameters = drawn(3, 48, 16)
     given = [random(2, 133, n).to(dtype) for n in (48, 48, 16, 16, 48)]
     found = {}
     for name, device in (("triton", "cuda"), ("reference", "cpu")):
