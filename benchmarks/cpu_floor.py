@@ -14,6 +14,8 @@ import torch
 # What one update of one state costs, in vector operations on the multiply-add units, besides exponentials:
 # drive B, the recurrence and <C, h>; backward the recurrence again, dC, dB, dh, q, dA, ddelta, dx.
 FORWARD_FMA, BACKWARD_FMA = 3, 10
+# With AVX-512 an exponential takes five more of them, so the units alone, kept busy without a gap, would need:
+FORWARD_UNITS, BACKWARD_UNITS = FORWARD_FMA + 5, BACKWARD_FMA + 5
 
 
 def compiled(folder: Path) -> ctypes.CDLL | None:
@@ -65,6 +67,15 @@ class Ceilings:
         return (
             max(forward, 3 * row / self.stream) * 1e3,
             (max(forward, 3 * row / self.stream) + max(backward, 5 * row / self.stream)) * 1e3,
+        )
+
+    def units_ms(self, l: int, d: int, n: int) -> tuple[float, float] | None:
+        """(forward, forward + backward) of the multiply-add units alone, or None without AVX-512."""
+        updates = l * d * n / self.lanes / self.fma * 1e3
+        return (
+            (FORWARD_UNITS * updates, (FORWARD_UNITS + BACKWARD_UNITS) * updates)
+            if self.lanes == 16
+            else None
         )
 
 

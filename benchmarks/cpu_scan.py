@@ -108,6 +108,8 @@ def table(arguments: argparse.Namespace, length: int, dtype: torch.dtype) -> Non
     print(f"  {'ssmoe, ns a position':28}{mine[0] / length * 1e6:10.0f}{'':10}{mine[1] / length * 1e6:10.0f}")
     if ceilings:
         row("floor", ceilings.floor_ms(length, d, n, args[0].element_size()), mine)
+        if units := ceilings.units_ms(length, d, n):
+            row("multiply-add units", units, mine)
         print(
             f"  ceilings: {ceilings.exp * ceilings.lanes / 1e9:.1f} G exp/s,"
             f" {ceilings.fma * ceilings.lanes / 1e9:.0f} G multiply-adds/s,"

@@ -123,10 +123,21 @@ SSMOE_INLINE void decays(Vec<T> step, const T* A, Vec<T>* next, Vec<T>* next_ind
   exp_all<T, N, kDeep>(decay);
 }
 
-// states i0 .. i0 + N of one channel vector through a chunk; y gets or adds <C, h>. Reads one step beyond the chunk.
-template <class T, int N, bool kDeep>
+// Where the outputs of one whole channel vector go, at the chunk's first position.
+template <class S>
+struct Destination {
+  using T = typename Accumulator<S>::type;
+  const S* x;
+  S* y;
+  int64_t x_stride, y_stride;
+  Vec<T> skip;  // D
+};
+
+// states i0 .. i0 + N of one channel vector through a chunk; y gets or adds <C, h>, the vector's last states with
+// kFinish add the skip and write the output instead. Reads one step beyond the chunk.
+template <class S, int N, bool kDeep, bool kFinish, class T>
 SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, const T* drive, const T* A, T* h,
-                          T* y, const Upcoming& ahead, int64_t offset) {
+                          T* y, const Destination<S>& to, const Upcoming& ahead, int64_t offset) {
   constexpr int W = kLanes<T>, M = N < 4 ? N : 4;
   const int64_t n = chunk.args.n;
   Vec<T> state[N], decay[M], index[M], unused[M] = {};
@@ -135,6 +146,8 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
   const T* a = A + i0 * W;
   const T* B = chunk.B + i0;
   const T* C = chunk.C + i0;
+  const S* x = to.x;
+  S* out = to.y;
   Vec<T> step = get(delta);
   decays<T, M, kDeep>(step, a, decay, index, unused, unused);
   for (int64_t t = 0; t < chunk.steps; ++t, B += n, C += n) {
@@ -145,6 +158,7 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
     }
     Vec<T> input = get(drive + t * W), next_step = get(delta + (t + 1) * W);
     Vec<T> even = i0 ? get(y + t * W) : splat<T>(0), odd = splat<T>(0);
+    if (kFinish) odd = to.skip * load(x), x += to.x_stride;
 #pragma GCC unroll 16
     for (int j = 0; j < N; j += M) {
       Vec<T> next[M], next_index[M];
@@ -162,23 +176,40 @@ SSMOE_INLINE void advance(const Chunk<T>& chunk, int64_t i0, const T* delta, con
       for (int i = 0; i < M; ++i) decay[i] = next[i], index[i] = next_index[i];
     }
     step = next_step;
-    put<T>(y + t * W, even + odd);
+    if (kFinish) {
+      const bool padding = chunk.flags && chunk.flags[t] == ssmoe::kPadding;
+      store(out, padding ? splat<T>(0) : even + odd);
+      out += to.y_stride;
+    } else {
+      put<T>(y + t * W, even + odd);
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) put(h + (i0 + i) * W, state[i]);
 }
 
-template <class T, bool kDeep>
-void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y, const Upcoming& ahead,
-                 int64_t offset) {
+template <class S, int N, bool kDeep, bool kFinish, class T>
+SSMOE_INLINE void advance_each(const Chunk<T>& chunk, int64_t& i, const T* delta, const T* drive, const T* A, T* h,
+                               T* y, const Destination<S>& to, const Upcoming& ahead, int64_t offset) {
   const int64_t n = chunk.args.n;
+  for (; i + N <= n - (kFinish ? N : 0); i += N)
+    advance<S, N, kDeep, false>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
+  if (kFinish && i + N == n) {
+    advance<S, N, kDeep, true>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
+    i += N;
+  } else if (i + N <= n) {
+    advance<S, N, kDeep, false>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
+    i += N;
+  }
+}
+template <class S, bool kDeep, bool kFinish, class T>
+void advance_all(const Chunk<T>& chunk, const T* delta, const T* drive, const T* A, T* h, T* y,
+                 const Destination<S>& to, const Upcoming& ahead, int64_t offset) {
   int64_t i = 0;
-  for (; i + kStates <= n; i += kStates) advance<T, kStates, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
-  if constexpr (kStates > 8)
-    for (; i + 8 <= n; i += 8) advance<T, 8, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
-  if constexpr (kStates > 4)
-    for (; i + 4 <= n; i += 4) advance<T, 4, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
-  for (; i < n; ++i) advance<T, 1, kDeep>(chunk, i, delta, drive, A, h, y, ahead, offset);
+  advance_each<S, kStates, kDeep, kFinish>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
+  if constexpr (kStates > 8) advance_each<S, 8, kDeep, kFinish>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
+  if constexpr (kStates > 4) advance_each<S, 4, kDeep, kFinish>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
+  advance_each<S, 1, kDeep, kFinish>(chunk, i, delta, drive, A, h, y, to, ahead, offset);
 }
 
 // The largest -A of a channel vector, or zero; NaN stays.
@@ -249,16 +280,40 @@ void scan_one(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
   }
 }
 
+// Step sizes and inputs of N channel vectors at kSteps positions from t on, as in stage_vectors: several positions at
+// once, because a softplus is one long chain of dependent operations.
+template <class S, int N, int kSteps, bool kWhole, bool kSlope, class T>
+SSMOE_INLINE void stage_steps(const S* x, int64_t x_stride, const S* u, int64_t u_stride, const Vec<T>* shift,
+                              int64_t channels, int64_t t, T* delta, T* drive, T* slope, Vec<T>* most) {
+  constexpr int W = kLanes<T>, M = N * kSteps;
+  Vec<T> step[M], steep[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+    step[i] = load_some(u + i / N * u_stride + i % N * W, kWhole ? W : channels - i % N * W) + shift[i % N];
+  softplus_all<T, M, kSlope>(step, steep);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    const int64_t at = (i % N * kChunk + t + i / N) * W;
+    Vec<T> unit = step[i] * kStepUnit<T>;
+    put<T>(delta + at, unit);
+    most[i % N] = larger<T>(unit, most[i % N]);
+    put<T>(drive + at, step[i] * load_some(x + i / N * x_stride + i % N * W, kWhole ? W : channels - i % N * W));
+    if (kSlope) put<T>(slope + at, steep[i]);
+  }
+}
 // Step sizes and inputs of N channel vectors over a chunk, [vector][kChunk][lane], and the longest step of each lane;
 // slope as in softplus_all. x and u point at the vectors' first position.
 template <class S, int N, bool kWhole, bool kSlope, class T>
 void stage_vectors(const S* x, int64_t x_stride, const S* u, int64_t u_stride, const T* bias, int64_t channels,
                    const uint8_t* flags, int64_t steps, T* delta, T* drive, T* slope, T* longest) {
-  constexpr int W = kLanes<T>;
+  constexpr int W = kLanes<T>, kSteps = SSMOE_BYTES == 64 ? 2 : 1;
   Vec<T> shift[N], most[N];
   SSMOE_EACH_VECTOR most[i] = splat<T>(0);
   SSMOE_EACH_VECTOR shift[i] = bias ? load_some(bias + i * W, kWhole ? W : channels - i * W) : splat<T>(0);
-  for (int64_t t = 0; t < steps; ++t, x += x_stride, u += u_stride) {
+  int64_t t = 0;
+  for (; !flags && t + kSteps <= steps; t += kSteps, x += kSteps * x_stride, u += kSteps * u_stride)
+    stage_steps<S, N, kSteps, kWhole, kSlope>(x, x_stride, u, u_stride, shift, channels, t, delta, drive, slope, most);
+  for (; t < steps; ++t, x += x_stride, u += u_stride) {
     if (flags && flags[t] == ssmoe::kPadding) {
       SSMOE_EACH_VECTOR {
         const int64_t at = (i * kChunk + t) * W;
@@ -267,17 +322,7 @@ void stage_vectors(const S* x, int64_t x_stride, const S* u, int64_t u_stride, c
       }
       continue;
     }
-    Vec<T> step[N], steep[N];
-    SSMOE_EACH_VECTOR step[i] = load_some(u + i * W, kWhole ? W : channels - i * W) + shift[i];
-    softplus_all<T, N, kSlope>(step, steep);
-    SSMOE_EACH_VECTOR {
-      const int64_t at = (i * kChunk + t) * W;
-      Vec<T> unit = step[i] * kStepUnit<T>;
-      put<T>(delta + at, unit);
-      most[i] = larger<T>(unit, most[i]);
-      put<T>(drive + at, step[i] * load_some(x + i * W, kWhole ? W : channels - i * W));
-      if (kSlope) put<T>(slope + at, steep[i]);
-    }
+    stage_steps<S, N, 1, kWhole, kSlope>(x, x_stride, u, u_stride, shift, channels, t, delta, drive, slope, most);
   }
   SSMOE_EACH_VECTOR put<T>(longest + i * W, most[i]);
 }
@@ -333,6 +378,7 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
   T *B = scratch.take(kChunk * n), *C = scratch.take(kChunk * n), *longest = scratch.take(kTile);
   T *delta = scratch.take(staged), *drive = scratch.take(staged), *y = scratch.take(staged);
 
+  const T* D = static_cast<const T*>(args.D);
   pack_states<T>(static_cast<const T*>(args.A), c0, channels, n, A);
   for (int64_t v = 0; v < vectors; ++v) put<T>(steepest + v * W, steepest_of<T>(A + v * n * W, n));
   const T* from = static_cast<const T*>(args.initial_state);
@@ -351,7 +397,7 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
     }
     for (int64_t at = 0; at < channels; at += kTile) {
       const int64_t c = c0 + at, width = channels - at < kTile ? channels - at : kTile;
-      const bool last = at + kTile >= channels;
+      const bool last = at + kTile >= channels, fused = !args.z.data && width % W == 0;
       Upcoming ahead;
       if (!last || t0 + kChunk < args.l) {
         const int64_t next = last ? c0 : c + kTile, row = last ? t0 + kChunk : t0;
@@ -362,12 +408,18 @@ void scan_row(const Scan& args, int64_t b, int64_t c0, int64_t channels) {
       for (int64_t v = 0; v * W < width; ++v) {
         const int64_t in = v * kChunk * W, vector = at / W + v;
         const T* a = A + vector * n * W;
-        auto run = deep<T>(get(longest + v * W), get(steepest + vector * W)) ? advance_all<T, true>
-                                                                            : advance_all<T, false>;
-        run(chunk, delta + in, drive + in, a, h + vector * n * W, y + in, ahead, v * W * sizeof(S));
+        const int64_t cv = c + v * W;
+        const Destination<S> to{row_at<S>(args.x, b, t0) + cv, row_at<S>(args.y, b, t0) + cv, args.x.row_stride,
+                                args.y.row_stride, D && fused ? load(D + cv) : splat<T>(0)};
+        const bool steep = deep<T>(get(longest + v * W), get(steepest + vector * W));
+        auto run = fused ? (steep ? advance_all<S, true, true, T> : advance_all<S, false, true, T>)
+                         : (steep ? advance_all<S, true, false, T> : advance_all<S, false, false, T>);
+        run(chunk, delta + in, drive + in, a, h + vector * n * W, y + in, to, ahead, v * W * sizeof(S));
       }
-      auto end = width == kTile ? finish<S, true, T> : finish<S, false, T>;
-      end(args, b, t0, steps, flags, c, width, y);
+      if (!fused) {
+        auto end = width == kTile ? finish<S, true, T> : finish<S, false, T>;
+        end(args, b, t0, steps, flags, c, width, y);
+      }
     }
   }
   T* to = static_cast<T*>(args.final_state) + (args.out_slots ? args.out_slots[b] : b) * args.d * n;
@@ -447,8 +499,7 @@ SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p
   }
   for (int64_t t = chunk.steps - 1; t >= 0; --t) {
     Vec<T> step = get(p.delta + t * W), input = get(p.drive + t * W), g = get(p.g + t * W);
-    Vec<T> ddrive = i0 ? get(p.ddrive + t * W) : splat<T>(0);
-    Vec<T> ddecay = i0 ? get(p.ddecay + t * W) : splat<T>(0);
+    Vec<T> ddrive = splat<T>(0), ddecay = splat<T>(0);
     T* to_B = dB + t * N * W;
     SSMOE_EACH_VECTOR {
       gradient[i] = gradient[i] + g * C[t * n + i];
@@ -459,8 +510,9 @@ SSMOE_INLINE void retreat(const Chunk<T>& chunk, int64_t i0, const Partial<T>& p
       ddrive = ddrive + gradient[i] * B[t * n + i];
       gradient[i] = gradient[i] * get(p.decay + (t * N + i) * W);
     }
-    put<T>(p.ddrive + t * W, ddrive);
-    put<T>(p.ddecay + t * W, ddecay);
+    // block by block, so that rounding grows with their number only
+    put<T>(p.ddrive + t * W, i0 ? get(p.ddrive + t * W) + ddrive : ddrive);
+    put<T>(p.ddecay + t * W, i0 ? get(p.ddecay + t * W) + ddecay : ddecay);
     if (t % kPlain == 0) {
       SSMOE_EACH_VECTOR add_exactly<T>(dA + (i0 + i) * 2 * W, total[i]), total[i] = splat<T>(0);
     }
