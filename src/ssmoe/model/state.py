@@ -63,8 +63,8 @@ def with_room(state: State, room: int) -> State:
         keys, values, length = layer
         more = max(room, keys.shape[2])
         # a pad of nothing is the tensor itself
-        grown = [_pad(t, more) if more > t.shape[2] else t.clone() for t in (keys, values)]
-        return AttentionState(*grown, length.clone())
+        keys, values = (_pad(t, more) if more > t.shape[2] else t.clone() for t in (keys, values))
+        return AttentionState(keys, values, length.clone())
 
     return tuple(copied(layer) for layer in state)
 

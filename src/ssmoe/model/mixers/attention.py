@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut
@@ -131,8 +131,10 @@ def _attend(
         k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
         if segments is None and bool((past == capacity).all()):
             # no room between the past and the new tokens, as when a prompt is read in pieces
-            mask = causal_lower_right(length, capacity + length)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), AttentionState(k, v, past + length)
+            mask = CausalBias(CausalVariant.LOWER_RIGHT, length, capacity + length)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), AttentionState(
+                k, v, past + length
+            )
     stored = torch.arange(capacity, device=q.device) < past.unsqueeze(1)  # (b, c)
     if segments is None:
         real = torch.ones(b, length, dtype=torch.bool, device=q.device)

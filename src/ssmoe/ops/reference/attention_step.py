@@ -10,10 +10,10 @@ def attention_step(
 ) -> Tensor:
     """softmax(q K^T / sqrt(d_head)) V over the tokens so far and the new one; inference only.
 
-    Returns (b, h * d_head). qkv: (b, 3 * h * d_head), query, key and value of the new token, each head after head. keys, values:
+    qkv: (b, 3 * h * d_head), query, key and value of the new token, each head after head. keys, values:
     (b, h, c, d_head), `length` (b,) int64 of them in use: the new key, rotated, and value are written after
     those and `length` is counted on, all in place. What lies past a row's length is never read, so it may be
-    anything. rope_base: None is without rotary positions.
+    anything. rope_base: None is without rotary positions. Returns (b, h * d_head).
     Raises ValueError where a row's room is used up (a GPU kernel does not see it: give enough).
     """
     b, h, room, d = keys.shape
