@@ -93,7 +93,7 @@ def muon_text(runs: Sequence[Result]) -> str:
     return (
         "Muon, which needs no experts and so went to both sides, took "
         f"{losses['adamw'] - losses['muon']:.2f} nats off Mamba at {best['muon']['tokens'] / 1e6:.0f} M "
-        f"tokens ({losses['muon']:.3f} against {losses['adamw']:.3f} with AdamW, each at the best rate tried)."
+        f"tokens ({losses['muon']:.3f} against {losses['adamw']:.3f} with AdamW, each at its best rate)."
     )
 
 
