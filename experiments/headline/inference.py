@@ -7,7 +7,7 @@ trained on as many tokens. Weights are random, since no speed depends on them; a
 tokens evenly. All in bfloat16, through the same engine, each at its best: prompts in one pass by the fused
 scan or by torch's fused attention; tokens by one CUDA graph each over a cache that is written in place.
 Writing is greedy and counts the host's part. Every figure is a median. Nothing is timed where a model that
-reads token by token disagrees with itself reading at once.
+reads token by token disagrees with itself reading at once (one pair of its layers, in float32).
 Writes RESULTS/inference.json, which page.py reads.
 """
 
@@ -89,8 +89,8 @@ def head(device: str) -> dict[str, Any]:
 def measure(run: Result, device: str, measured: dict[str, Any]) -> None:
     """Put one model's figures into `measured`; None for work whose memory the device does not have."""
     name, config = run["entry"], ModelConfig.model_validate(run["configuration"]["model"])
-    model = random_model(config, device)
-    agree(model)
+    agree(random_model(config.model_copy(update={"repeat": 1}), device, torch.float32))
+    model = random_model(config, device, DTYPE)
     contexts = sorted({context for _, context in DECODE[device]})
     measured["models"][name] = {
         "run": f"{run['stage']}/{run['name']}",
@@ -119,16 +119,16 @@ def measure(run: Result, device: str, measured: dict[str, Any]) -> None:
             torch.cuda.empty_cache()
 
 
-def random_model(config: ModelConfig, device: str) -> LM:
-    """Random weights, the matrices in bfloat16 as a loaded checkpoint has them."""
-    model = build(config, device="meta", backend="auto" if device == "cpu" else "triton", dtype=DTYPE)
+def random_model(config: ModelConfig, device: str, dtype: torch.dtype) -> LM:
+    """Random weights, the matrices in `dtype` as a loaded checkpoint has them."""
+    model = build(config, device="meta", backend="auto" if device == "cpu" else "triton", dtype=dtype)
     held = narrow(model)
     tensors: dict[str, Tensor] = {}
     for name, meta in model.state_dict().items():
         if name.endswith("A_log"):
             tensor = torch.arange(1, meta.shape[1] + 1, device=device).float().log().expand(meta.shape)
         elif meta.ndim > 1:
-            tensor = torch.empty(meta.shape, dtype=DTYPE if name in held else meta.dtype, device=device)
+            tensor = torch.empty(meta.shape, dtype=dtype if name in held else meta.dtype, device=device)
             tensor.normal_(std=0.02)
         else:
             tensor = torch.full(meta.shape, 0.0 if name.endswith("bias") else 1.0, device=device).to(
@@ -141,7 +141,10 @@ def random_model(config: ModelConfig, device: str) -> LM:
 
 @torch.no_grad()
 def agree(model: LM) -> None:
-    """Raise SystemExit where reading 40 tokens at once and the last 3 one by one differ."""
+    """Raise SystemExit where reading 40 tokens at once and the last 3 one by one differ.
+
+    In float32, since with random weights bfloat16's rounding sends tokens to other experts.
+    """
     ids = torch.randint(1000, (2, 40), device=model.embedding.weight.device)
     whole = model(ids).logits
     state = model(ids[:, :-3], logits="last").state
@@ -149,7 +152,7 @@ def agree(model: LM) -> None:
         out = model(ids[:, i : i + 1], state, logits="last")
         state = out.state
         apart = (out.logits - whole[:, i]).float().norm() / whole[:, i].float().norm()
-        if not apart < 5e-2:
+        if not apart < 1e-2:
             raise SystemExit(f"token by token and at once differ by {float(apart):.1e}: nothing is timed")
 
 

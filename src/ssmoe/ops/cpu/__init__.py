@@ -8,6 +8,7 @@ from ssmoe.ops.extension import missing
 if reason := missing():
     raise ModuleNotFoundError(reason)
 
+from ssmoe.ops.cpu.attention_step import attention_step
 from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
 from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
@@ -18,7 +19,6 @@ from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.muon_step import muon_step
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
-from ssmoe.ops.reference.attention_step import attention_step
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.wide_linear import wide_linear
 

@@ -16,27 +16,35 @@ def attention_step(
     anything. rope_base: None is without rotary positions. Returns (b, h * d_head).
     Raises ValueError where a row's room is used up (a GPU kernel does not see it: give enough).
     """
-    b, h, room, d = keys.shape
+    q = append(qkv, keys, values, length, rope_base=rope_base)
     most = int(length.max())
-    if most >= room:
-        raise ValueError(f"the cache holds {room} tokens and {most} are in use: give it more room")
-    q, k, v = qkv.view(b, 1, 3, h, d).permute(2, 0, 3, 1, 4)
-    if rope_base is not None:
-        positions = length.unsqueeze(1)
-        q, k = rotate(q, positions, rope_base), rotate(k, positions, rope_base)
-    place = length.view(b, 1, 1, 1).expand_as(k)
-    keys.scatter_(2, place, k.to(keys.dtype))
-    values.scatter_(2, place, v.to(values.dtype))
-    seen = torch.arange(most + 1, device=keys.device) <= length.unsqueeze(1)  # (b, most + 1)
-    length.add_(1)
-    k, v = keys[:, :, : most + 1], values[:, :, : most + 1]
+    k, v = keys[:, :, :most], values[:, :, :most]
+    seen = torch.arange(most, device=keys.device) < length.unsqueeze(1)  # (b, most)
     if bool(seen.all()):
         y = F.scaled_dot_product_attention(q, k, v)
     else:
         free, seen = ~seen[:, None, :, None], seen[:, None, None]
         k, v = k.masked_fill(free, 0), v.masked_fill(free, 0)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return y.reshape(b, h * d)
+    return y.flatten(1)
+
+
+def append(qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, *, rope_base: float | None) -> Tensor:
+    """Write the new tokens' keys and values, count `length` on and return the queries (b, h, 1, d_head)."""
+    b, h, room, d = keys.shape
+    if (most := int(length.max())) >= room:
+        raise ValueError(f"the cache holds {room} tokens and {most} are in use: give it more room")
+    q, k, v = qkv.view(b, 1, 3, h, d).permute(2, 0, 3, 1, 4)
+    if rope_base is not None:
+        positions = length.unsqueeze(1)
+        q, k = rotate(q, positions, rope_base), rotate(k, positions, rope_base)
+    # not by scatter_, which on a CPU takes the time of a copy of the whole cache
+    row, head = (torch.arange(n, device=keys.device) for n in (b, h))
+    place = row.unsqueeze(1), head, length.unsqueeze(1)
+    keys[place] = k.squeeze(2).to(keys.dtype)
+    values[place] = v.squeeze(2).to(values.dtype)
+    length.add_(1)
+    return q
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
