@@ -92,10 +92,8 @@ def measure(run: Result, device: str, measured: dict[str, Any]) -> None:
     agree(random_model(config.model_copy(update={"repeat": 1}), device, torch.float32))
     model = random_model(config, device, DTYPE)
     contexts = sorted({context for _, context in DECODE[device]})
-    measured["models"][name] = {
-        "run": f"{run['stage']}/{run['name']}",
-        "state": {str(n): state_bytes(config, n, activation_bytes=DTYPE.itemsize) for n in contexts},
-    }
+    sizes = {str(n): state_bytes(config, n, activation_bytes=DTYPE.itemsize) for n in contexts}
+    measured["models"][name] = {"state": sizes}
     work: list[tuple[str, int, Callable[[], float]]] = [
         (f"reading {b} x {n:,}", b * n, lambda b=b, n=n: read_seconds(model, b, n))
         for b, n in PREFILL[device]
