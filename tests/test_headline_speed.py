@@ -73,12 +73,13 @@ def test_the_table_has_the_rates_their_ratio_and_what_does_not_fit() -> None:
     assert pair is not None
     state = {"open": 1 << 20, "tmoe": 1 << 24, "transformer": 1 << 25}
     measured = {
-        "device": "D", "torch": "2", "precision": "bfloat16", "date": "2026-01-01",
+        "device": "D", "torch": "2", "precision": "bfloat16", "date": "2026-01-01", "others": 0.3,
         "models": {name: {"state": {"1024": size}} for name, size in state.items()},
         "rows": {"reading": {"open": 3000.0, "tmoe": 2000.0, "transformer": 1500.0},
                  "writing": {"open": 10.0, "tmoe": None, "transformer": 5.0}},
     }  # fmt: skip
     lines = speed.table(measured, pair)
+    assert "others took up to 0.30 cores" in lines[0]
     assert "| work | MoE-Mamba | Transformer-MoE | Transformer | MoE-Mamba / Transformer-MoE |" in lines
     assert "| reading | 3,000 | 2,000 | 1,500 | 1.50 |" in lines
     assert "| writing | 10 | does not fit | 5 | - |" in lines

@@ -78,9 +78,10 @@ def table(measured: dict[str, Any], pair: Pair) -> list[str]:
     columns = [name for name in (ours, theirs, *NAMES) if name in measured["models"]]
     columns = list(dict.fromkeys(columns))
     titles = " | ".join(NAMES[name] for name in columns)
+    others = f", others took up to {measured['others']:.2f} cores" if measured["others"] >= 0.1 else ""
+    where = f"{measured['device']}, torch {measured['torch']}, {measured['precision']}, {measured['date']}"
     lines = [
-        f"{measured['device']}, torch {measured['torch']}, {measured['precision']}, {measured['date']}; "
-        "tokens a second:",
+        f"{where}{others}; tokens a second:",
         "",
         f"| work | {titles} | {NAMES[ours]} / {NAMES[theirs]} |",
         "|---|" + "---|" * (len(columns) + 1),
