@@ -21,7 +21,7 @@ from ssmoe.ops.triton.launch import check_activations, check_shape, on_device
 
 PROGRAMS = 2112
 """As many as keep the memory of an H100 or H200 busy, 16 a multiprocessor."""
-BLOCK = 64
+BLOCK = 128
 """Cached tokens that a program reads at once."""
 MOST = 128
 """Pieces of a row's past at most, since one program joins them."""
