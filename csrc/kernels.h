@@ -170,6 +170,15 @@ struct Skinny {
   void* out;           // (batch, rows)
 };
 
+// One query of each row and head against its cache.
+struct Attend {
+  int64_t h, room, d, piece, pieces;    // tokens of a piece; pieces of the longest row
+  const void *q, *keys, *values;        // (b, h, d) in T and scaled, (b, h, room, d)
+  const int64_t* length;                // (b,)
+  void* sums;                           // (b, h, pieces, 2 + d) T: largest score, sum of weights, of values
+  void* y;                              // (b, h, d)
+};
+
 // One token through a residual Mamba sub-layer; S the layer's type, T its accumulator.
 struct MambaStep {
   int64_t b, d, inner, n, k, rank;
@@ -217,6 +226,8 @@ struct Kernels {
   int64_t packed[kKinds];  // bytes of a packed vector's element (skinny.h)
   Task<Skinny> pack_vectors[kKinds];
   Task<Skinny> skinny[kKinds];
+  Task<Attend> attend_pieces[kKinds];
+  Task<Attend> attend_join[kKinds];
   Task<MambaStep> step_norm[kKinds];  // of batch rows
   Task<MambaStep> step_in[kKinds];    // of channels: in_proj, convolution, gate
   Task<MambaStep> step_parts[kKinds];  // of rows of x_proj

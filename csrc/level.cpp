@@ -1,5 +1,6 @@
 // The kernels at one level of instructions; setup.py compiles this file once a level, with the level's name
 // in SSMOE_LEVEL (Portable, Avx2, Avx512, Avx512Bf16) and its flags.
+#include "attend.h"
 #include "conv.h"
 #include "dense.h"
 #include "experts.h"
@@ -39,6 +40,8 @@ const Kernels SSMOE_JOIN(k, SSMOE_LEVEL) = {
     {kPacked<float>, kPacked<bfloat16>, kPacked<double>},
     SSMOE_EACH(::pack_vectors),
     SSMOE_EACH(::skinny),
+    SSMOE_EACH(::attend_pieces),
+    SSMOE_EACH(::attend_join),
     SSMOE_EACH(::step_norm),
     SSMOE_EACH(::step_in),
     SSMOE_EACH(::step_parts),

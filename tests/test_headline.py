@@ -225,7 +225,7 @@ def test_the_page_and_the_readme_say_what_the_results_say() -> None:
     folder = ROOT / "docs" / "results"
     runs = json.loads((folder / page.DATA).read_text())
     text = (folder / page.PAGE).read_text()
-    assert page.replace(text, page.tables(runs)) == text
+    assert page.replace(text, page.tables(runs, page.inference(folder))) == text
     readme = (ROOT / "README.md").read_text()
     assert page.replace(readme, {"headline": page.for_readme(runs)}) == readme
     assert readme.index("<!-- headline -->") < 2500

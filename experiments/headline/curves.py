@@ -7,7 +7,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from results import Result, final
 
-COLOURS = {"mamba": "#777777", "open": "#c23b22", "open-more": "#e3a857"}
+COLOURS = {
+    "mamba": "#777777",
+    "open": "#c23b22",
+    "open-more": "#e3a857",
+    "transformer": "#4477aa",
+    "tmoe": "#66ccee",
+}
 
 
 def draw(runs: Sequence[Result], path: Path) -> None:

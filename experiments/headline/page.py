@@ -10,32 +10,53 @@ what is between them is replaced.
 import argparse
 import json
 from collections.abc import Sequence
-from math import log
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
+import speed
 from curves import draw
+from prose import (
+    PAPERS_RATIO,
+    by_name,
+    growth_text,
+    muon_text,
+    paper_text,
+    screens_text,
+    seeds_text,
+    why_text,
+)
 from results import LAST, Match, Result, collect, final, match, read_all
 
 ROOT = Path(__file__).parents[2]
-DATA, PAGE, PICTURE = "headline.json", "headline.md", "headline.png"
+DATA, PAGE, PICTURE, INFERENCE = "headline.json", "headline.md", "headline.png", "inference.json"
 MAMBA, FINE = "mamba", "open"
 """Entries of final.toml: the tuned Mamba and the winner."""
-PAPERS_RATIO = 2.35
-"""Of arXiv 2401.04081, with 100 M active parameters and 31 billion tokens."""
+PAPERS = "the paper's"
 GROWTH = (
     (
         "first search (untied, cosine, weights that add up to one)",
         ("search/fine-muon-lr0.008", "search/mamba-muon-lr0.008"),
         ("search/fine-muon-lr0.008-100m", "search/mamba-muon-lr0.008-100m"),
     ),
-    ("tuned", ("final/open-s0-18m", "final/mamba-s0-18m"), ("final/open-s0", "final/mamba-s0")),
+    (
+        "tuned",
+        ("final/open-s0-18m", "final/mamba-s0-18m"),
+        ("final/open-s0-50m", "final/mamba-s0-50m"),
+        ("final/open-s0", "final/mamba-s0"),
+    ),
     (
         "tuned, 256 experts",
         ("final/open-more-s0-18m", "final/mamba-s0-18m"),
         ("final/open-more-s0", "final/mamba-s0"),
     ),
-    ("the paper's, AdamW, half of the text", ("pilot/paper-lr0.001", "pilot/mamba-lr0.002")),
+    (f"{PAPERS}, half of the text", ("pilot/paper-lr0.001", "pilot/mamba-lr0.002")),
+    (
+        PAPERS,
+        ("paper/paper-25m", "paper/paper-mamba-25m"),
+        ("paper/paper-50m", "paper/paper-mamba-50m"),
+        ("paper/paper-100m", "paper/paper-mamba-100m"),
+    ),
 )
 """Pairs of runs of different lengths: MoE-Mamba and the best Mamba of the same recipe."""
 DROPPED = ("columns", "trace", "last_message", "raw_seconds", "overrides")
@@ -54,11 +75,18 @@ def main() -> None:
         write(given.results / DATA, [*known, *found])
     runs = read_all(given.results / DATA)
     page = given.results / PAGE
-    page.write_text(replace(page.read_text() if page.is_file() else SKELETON, tables(runs)))
+    blocks = tables(runs, inference(given.results))
+    page.write_text(replace(page.read_text() if page.is_file() else SKELETON, blocks))
     if given.readme.is_file():
         given.readme.write_text(replace(given.readme.read_text(), {"headline": for_readme(runs)}))
     draw(runs, given.results / PICTURE)
     print("\n".join(headline(runs)))
+
+
+def inference(folder: Path) -> list[dict[str, Any]]:
+    """What was measured of the speed, a device each; nothing where nothing was."""
+    path = folder / INFERENCE
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def shorten(run: Result) -> Result:
@@ -81,14 +109,15 @@ def write(path: Path, runs: Sequence[Result]) -> None:
     path.write_text(f"[\n{lines}\n]\n")
 
 
-def tables(runs: Sequence[Result]) -> dict[str, list[str]]:
-    """Everything that stands between markers on the page."""
+def tables(runs: Sequence[Result], measured: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Everything that stands between markers on the page. measured: what `inference.py` wrote."""
     return {
         "headline": headline(runs),
         "seeds": seeds_table(runs),
         "models": models_table(runs),
         "growth": growth_table(runs),
         "why": why(runs),
+        "speed": speed.tables(measured, runs),
         "rules": rules(runs),
         "search": search_table(runs),
         "cost": cost(runs),
@@ -159,6 +188,8 @@ def spread(values: Sequence[float]) -> str:
 def seeds_table(runs: Sequence[Result]) -> list[str]:
     """A row a seed, then mean and standard deviation."""
     lines = [
+        seeds_text(pairs(runs, FINE, MAMBA)),
+        "",
         "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time "
         "| fewer steps, last weights |",
         "|---|---|---|---|---|---|---|---|",
@@ -210,39 +241,36 @@ def models_table(runs: Sequence[Result]) -> list[str]:
     return lines
 
 
+def grown(runs: Sequence[Result]) -> dict[str, list[tuple[Result, Result]]]:
+    """The pairs of GROWTH that have been run, by recipe."""
+    known = by_name(runs)
+    return {
+        title: [(known[run], known[other]) for run, other in names if run in known and other in known]
+        for title, *names in GROWTH
+    }
+
+
 def growth_table(runs: Sequence[Result]) -> list[str]:
     """Speed-up of separate runs planned for different numbers of tokens."""
+    found = grown(runs)
+    matches = [(run["tokens"], match(run, baseline)) for run, baseline in found["tuned"]]
     lines = [
+        f"{growth_text('tuned', matches)} {paper_text(found[PAPERS])}",
+        "",
         "| recipe | tokens | Mamba | MoE-Mamba | matched at | of | fewer steps | less time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    known = {f"{run['stage']}/{run['name']}": run for run in runs if run["status"] == "done"}
-    for title, *names in GROWTH:
-        for name, other in names:
-            if name in known and other in known:
-                run, baseline = known[name], known[other]
-                losses = f"{final(baseline):.4f} | {final(run):.4f}"
-                cells = _cells(match(run, baseline), run["steps"])
-                lines.append(f"| {title} | {run['tokens'] / 1e6:.0f} M | {losses} | {cells} |")
+    for title, found in grown(runs).items():
+        for run, baseline in found:
+            losses = f"{final(baseline):.4f} | {final(run):.4f}"
+            cells = _cells(match(run, baseline), run["steps"])
+            lines.append(f"| {title} | {run['tokens'] / 1e6:.0f} M | {losses} | {cells} |")
     return lines
 
 
 def why(runs: Sequence[Result]) -> list[str]:
-    """How far ahead a model would have to be for the paper's figure, from Mamba's runs of two lengths."""
-    mamba = {run["tokens"]: final(run) for run in of_any_length(runs, MAMBA)}
-    fine = {run["tokens"]: final(run) for run in of_any_length(runs, FINE)}
-    if len(mamba) < 2 or max(mamba) not in fine:
-        return ["Runs of two lengths are missing."]
-    short, long = min(mamba), max(mamba)
-    slope = (mamba[short] - mamba[long]) / log(long / short)
-    return [
-        f"From {short / 1e6:.0f} M to {long / 1e6:.0f} M tokens, each in a run of its own, the tuned Mamba's "
-        f"loss falls from {mamba[short]:.3f} to {mamba[long]:.3f}: {slope * log(2):.2f} nats each time the "
-        f"tokens double. To need {PAPERS_RATIO} times fewer of them a model would have to be about "
-        f"{slope * log(PAPERS_RATIO):.2f} nats ahead; MoE-Mamba is {mamba[long] - fine[long]:.3f} ahead at "
-        f"{long / 1e6:.0f} M"
-        + (f", {mamba[short] - fine[short]:.3f} at {short / 1e6:.0f} M." if short in fine else "."),
-    ]
+    """How far ahead a model would have to be for the paper's figure, and what the optimiser did."""
+    return [f"{why_text(*(of_any_length(runs, entry) for entry in (MAMBA, FINE)))} {muon_text(runs)}"]
 
 
 def of_any_length(runs: Sequence[Result], entry: str) -> list[Result]:
@@ -270,6 +298,8 @@ def rules(runs: Sequence[Result]) -> list[str]:
 def search_table(runs: Sequence[Result]) -> list[str]:
     """Every run of the search, by stage and final loss."""
     lines = [
+        screens_text(runs),
+        "",
         "| stage | side | run | learning rate | tokens | final loss | what |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -327,6 +357,7 @@ SKELETON = "# MoE-Mamba against Mamba\n\n" + "\n\n".join(
         ("models", "All models"),
         ("growth", "Speed-up against tokens"),
         ("why", "Why not more"),
+        ("speed", "Inference speed at equal quality"),
         ("rules", "In what the two sides differ"),
         ("search", "The search"),
         ("cost", "Cost"),

@@ -2,6 +2,7 @@
 
     python experiments/loss_curves/run.py backends  [--out runs/curves] [key=value ...]
     python experiments/loss_curves/run.py precision [--out runs/curves] [key=value ...]
+    python experiments/loss_curves/run.py page      [--out docs/results/loss_curves]
 
 backends: 30 steps of 4 x 256 tokens in float32, once with the device's own kernels, once with the reference
 backend. The same seed and batches, so that only rounding differs: every step's loss must agree to 2e-3 nats.
@@ -14,7 +15,8 @@ widened by that range on either side.
 Text: the standard library's sources unless data.sources=... says otherwise. Any key=value changes all runs.
 --part N trains the N-th run of the question alone, say on a GPU of its own; --reuse compares runs
 that are complete in OUT without training them again.
-Prints the figures, writes PAGE.json and PAGE.png (with matplotlib) into OUT and ends with 1 on a breach.
+Prints the figures, writes QUESTION.json and .png (with matplotlib) into OUT and ends with 1 on a breach.
+page: OUT.md from the two files in OUT, whose figures it takes.
 """
 
 import argparse
@@ -40,12 +42,15 @@ CHANGES = [
 def main() -> int:
     """Train what the question needs, then answer it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("question", choices=["backends", "precision"])
+    parser.add_argument("question", choices=["backends", "precision", "page"])
     parser.add_argument("changes", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
     parser.add_argument("--part", type=int)
     parser.add_argument("--reuse", action="store_true")
     given = parser.parse_intermixed_args()
+    if given.question == "page":
+        given.out.with_suffix(".md").write_text(page(given.out))
+        return 0
     known = {"backends": (backend_runs, backends), "precision": (precision_runs, precision)}
     list_runs, answer = known[given.question]
     runs = list_runs(given.changes)
@@ -58,6 +63,7 @@ def main() -> int:
     }
     curves, figures, held = answer(curves)
     given.out.mkdir(parents=True, exist_ok=True)
+    figures |= environment([given.out / name for name, *_ in runs])
     (given.out / f"{given.question}.json").write_text(json.dumps({**figures, "curves": curves}, indent=2))
     draw(curves, given.out / f"{given.question}.png")
     print("\n".join(f"{name}: {value}" for name, value in figures.items()))
@@ -127,6 +133,72 @@ def curve(folder: Path) -> list[float]:
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line["lm_loss"] for line in lines if line["mode"] == "train"]
+
+
+def environment(folders: Sequence[Path]) -> dict[str, object]:
+    """Device and torch of the first run that has written them down."""
+    for folder in folders:
+        if (folder / "environment.json").is_file():
+            found = json.loads((folder / "environment.json").read_text())
+            return {"device": found["device"], "torch": found["versions"]["torch"]}
+    return {}
+
+
+PAGE = """# Do the GPU's kernels learn what the definitions learn?
+
+Loss curves of dropless `moe-mamba-25m` (GPT-2's tokenizer), side by side. Every figure is taken by
+`experiments/loss_curves/run.py page` from the JSON files that the same program wrote beside the runs.
+
+## Kernels against the reference backend
+
+{steps} steps of 4 x 256 tokens in float32, the same seed and batches ({device}): the largest difference
+of a step's loss is **{apart:.1e} nats**. At most {tolerance:g} is asked, since a token near a router's tie
+may change its expert by rounding.
+
+![losses of the kernels and of the reference backend](loss_curves/backends.png)
+
+## bfloat16 against float32
+
+{windows} windows of ten steps of 64 x 1,024 tokens, three seeds in bfloat16 and the first of them in
+float32, all by the kernels. The seeds lie {spread:.3f} nats apart on average. The float32 run {verdict}: it
+leaves their range by at most {excess:.3f} nats, and in {outside} of {windows} windows by more than the
+range is wide there. From the bfloat16 run of its own seed it differs by {same:.4f} nats on average,
+{last:.4f} in the last window.
+
+![losses of three seeds in bfloat16 and of one in float32](loss_curves/precision.png)
+
+## Again
+
+```
+python experiments/loss_curves/run.py backends  --out docs/results/loss_curves data.sources=TEXT
+python experiments/loss_curves/run.py precision --out docs/results/loss_curves data.sources=TEXT
+python experiments/loss_curves/run.py page      --out docs/results/loss_curves
+```
+
+Each part of `precision` can have a GPU of its own (`--part`, then `--reuse`). Ours read package
+descriptions, API documentation and books in GPT-2 tokens (`data.tokenizer=`), `model.vocab_size=50304`.
+"""
+
+
+def page(folder: Path) -> str:
+    """The published page of both questions."""
+    apart, mixed = (json.loads((folder / f"{name}.json").read_text()) for name in ("backends", "precision"))
+    outside, spread = mixed["windows outside the widened range"], mixed["mean spread of the seeds (nats)"]
+    first, *_, exact = mixed["curves"].values()
+    between = [abs(a - b) for a, b in zip(first, exact, strict=True)]
+    return PAGE.format(
+        steps=apart["steps"],
+        device=apart["device"],
+        apart=apart["largest difference (nats)"],
+        tolerance=apart["tolerance"],
+        windows=len(exact),
+        spread=spread,
+        verdict="stays within the seeds' range widened by itself" if not outside else "does not stay there",
+        excess=mixed["largest excess over their range"],
+        outside=outside,
+        same=fmean(between),
+        last=between[-1],
+    )
 
 
 def windows(curve: Sequence[float]) -> list[float]:

@@ -172,7 +172,7 @@ LM._check = lambda *_: None  # on a GPU it looks at no id
 for name in ("moe-mamba", "moe-fine", "hybrid"):
     model = build(small(name), backend="triton", seed=1, dtype=torch.bfloat16).eval()
     for sampling in (Sampling(0.0), Sampling(0.8, top_k=5, top_p=0.9)):
-        step = graph._Step(graph.Runner(model).model, 2, 8, sampling)
+        step = graph.Step(graph.Runner(model).model, 2, 8, sampling)
         with torch.no_grad(), Watch():
             step.replay()
         print(name, step.ids.flatten().tolist())

@@ -48,3 +48,30 @@ def test_a_state_can_be_continued_twice() -> None:
     expected = block(x, state).x
     block(other, state)
     assert torch.equal(block(x, state).x, expected)
+
+
+@torch.no_grad()
+def test_one_token_leaves_the_state_as_it_was_with_room_or_without() -> None:
+    torch.manual_seed(0)
+    block = Attention(8, num_heads=2).double()
+    whole = torch.randn(2, 7, 8, dtype=torch.float64)
+    for capacity in (0, 16):
+        state = block(whole[:, :4], block.init_state(2, capacity, torch.float64, torch.device("cpu"))).state
+        before = [leaf.clone() for leaf in state]
+        for _ in range(2):
+            torch.testing.assert_close(block(whole[:, 4:5], state).x, block(whole[:, :5]).x[:, 4:])
+            assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+
+@torch.no_grad()
+def test_pieces_are_the_whole_whether_the_cache_is_full_or_not() -> None:
+    torch.manual_seed(0)
+    block = Attention(8, num_heads=2).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    for capacity in (0, 20):
+        state = block.init_state(2, capacity, torch.float64, torch.device("cpu"))
+        pieces = []
+        for piece in x.split([3, 5, 1], dim=1):
+            out = block(piece, state)
+            state, pieces = out.state, [*pieces, out.x]
+        torch.testing.assert_close(torch.cat(pieces, 1), block(x).x)

@@ -15,11 +15,14 @@ from ssmoe.generation.sampler import Sampling, sample
 from ssmoe.model.layer import LayerState, State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import AttentionState
-from ssmoe.model.state import concatenate, expand, select
+from ssmoe.model.state import concatenate, expand, select, with_room
 from ssmoe.ops import Segments
 
 PREFILL_CHUNK = 2048
 """Prompts are read in pieces of this many tokens, so memory does not grow with their length."""
+
+ROOM = 256
+"""Tokens by which an attention layer's room grows."""
 
 Accept = Callable[[int, int], bool]
 """(row, token) -> whether the row goes on."""
@@ -127,6 +130,7 @@ def _go_on(
     pending: list[tuple[int, ...]] = [()] * len(count)
     ends: list[State] = [()] * len(count)
     active = list(range(len(count)))
+    caches, room = any(isinstance(layer, AttentionState) for layer in state), 0
     for made in range(1, max_new_tokens + 1):
         row_seeds = None if seeds is None else [seeds[row] for row in active]
         tokens = sample(logits, [count[row] for row in active], sampling, row_seeds)
@@ -134,15 +138,19 @@ def _go_on(
         for i, row in enumerate(active):
             if not on[i]:
                 pending[row] = (tokens[i],)
-                ends[row] = select(state, [i])
+                ends[row] = _alone(state, i)
         going = [i for i in range(len(active)) if on[i]]
         if not going:
             break
         if len(going) < len(active):
             state = select(state, going)
         active, tokens = [active[i] for i in going], [tokens[i] for i in going]
+        if caches and max(count[row] for row in active) >= room:
+            # a cache is written in place, and copied only where its room is used up
+            room = max(count[row] for row in active) + ROOM
+            state = with_room(state, room)
         column = torch.tensor(tokens, device=model.embedding.weight.device).unsqueeze(1)
-        out = model(column, state, logits="last")
+        out = model(column, state, logits="last", in_place=caches)
         logits, state = out.logits, out.state
         for row in active:
             count[row] += 1

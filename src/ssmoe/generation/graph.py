@@ -48,7 +48,7 @@ class Runner:
 
     def __init__(self, model: LM) -> None:
         self.model = _narrowed(model)
-        self._step: tuple[tuple[object, ...], _Step] | None = None
+        self._step: tuple[tuple[object, ...], Step] | None = None
 
     def go_on(
         self,
@@ -83,7 +83,7 @@ class Runner:
             if not active:
                 break
             if step is None:
-                step = self._prepare(b, max(count) + max_new_tokens, sampling)
+                step = self.prepare(b, max(count) + max_new_tokens, sampling)
                 step.load(state, tokens)
                 state = step.state
             for row in active:
@@ -91,18 +91,24 @@ class Runner:
             tokens = step.run(uniforms(count, sampling, seeds) if sampling.temperature > 0 else None)
         return ends, pending
 
-    def _prepare(self, rows: int, capacity: int, sampling: Sampling) -> "_Step":
-        """The graph for so many rows; attention's room is a power of two, so that graphs serve again."""
+    def prepare(self, rows: int, capacity: int, sampling: Sampling) -> "Step":
+        """The graph for so many rows, with room for so many tokens where there is attention."""
         if any(isinstance(layer, Attention) for layer in _layers(self.model)):
-            capacity = 1 << (capacity - 1).bit_length()
+            capacity = rounded(capacity)
         else:
             capacity = 0
         key = (rows, capacity, sampling._replace(seed=0), torch.is_inference_mode_enabled())
         if self._step is None or self._step[0] != key:
             # the old one's memory first
             self._step = None
-            self._step = (key, _Step(self.model, rows, capacity, sampling))
+            self._step = (key, Step(self.model, rows, capacity, sampling))
         return self._step[1]
+
+
+def rounded(room: int) -> int:
+    """At least `room`, in quarters of a power of two, so that graphs serve again and little lies idle."""
+    step = max(64, 1 << max((room - 1).bit_length() - 3, 0))
+    return -(-room // step) * step
 
 
 _runners: WeakKeyDictionary[LM, tuple[tuple[object, ...], Runner]] = WeakKeyDictionary()
@@ -119,7 +125,7 @@ def runner(model: LM) -> Runner:
     return found[1]
 
 
-class _Step:
+class Step:
     """One token for each of `rows` rows: reads `ids`, moves `state` on and leaves the next ids there."""
 
     def __init__(self, model: LM, rows: int, capacity: int, sampling: Sampling) -> None:

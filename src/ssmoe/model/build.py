@@ -82,6 +82,7 @@ def _layer(layer: LayerConfig, d_model: int, ops: Ops) -> nn.Module:
                 rope=layer.rope,
                 rope_base=layer.rope_base,
                 causal=layer.causal,
+                ops=ops,
             )
         case DenseConfig():
             return Dense(d_model, d_ff=layer.d_ff, activation=layer.activation)

@@ -25,6 +25,7 @@ __all__ = [
     "read",
     "save",
     "select",
+    "with_room",
 ]
 
 
@@ -51,6 +52,21 @@ def concatenate(states: Sequence[State]) -> State:
     if len({len(state) for state in states}) > 1:
         raise ValueError(f"states of different models: they have {[len(s) for s in states]} layers")
     return tuple(_concatenate_layer(layers) for layers in zip(*states, strict=True))
+
+
+def with_room(state: State, room: int) -> State:
+    """A copy whose attention layers have room for `room` tokens, or as many as they hold."""
+
+    def copied(layer: LayerState) -> LayerState:
+        if not isinstance(layer, AttentionState):
+            return _rebuild(layer, [leaf.clone() for leaf in layer])
+        keys, values, length = layer
+        more = max(room, keys.shape[2])
+        # a pad of nothing is the tensor itself
+        keys, values = (_pad(t, more) if more > t.shape[2] else t.clone() for t in (keys, values))
+        return AttentionState(keys, values, length.clone())
+
+    return tuple(copied(layer) for layer in state)
 
 
 def detach(state: State) -> State:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ssmoe.model.init import init_weights
 from ssmoe.model.layer import LayerOut
 from ssmoe.model.norm import Linear
-from ssmoe.ops import Segments
+from ssmoe.ops import Ops, Segments, load
+from ssmoe.ops.reference.attention_step import rotate
 
 
 class AttentionState(NamedTuple):
@@ -40,8 +42,10 @@ class Attention(nn.Module):
         rope: bool = True,
         rope_base: float = 10_000.0,
         causal: bool = True,
+        ops: Ops | None = None,
     ) -> None:
         super().__init__()
+        self.ops = ops or load("auto")
         self.num_heads, self.d_head = num_heads, d_model // num_heads
         self.rope, self.rope_base, self.causal = rope, rope_base, causal
         self.qkv_proj = Linear(d_model, 3 * d_model)
@@ -54,11 +58,13 @@ class Attention(nn.Module):
         """Attend inside each document; `state` None is an empty past."""
         past_state = state if isinstance(state, AttentionState) else None
         b, length, d_model = x.shape
+        if length == 1 and self.causal and segments is None and past_state and not torch.is_grad_enabled():
+            return self.append(x, _copy_with_room(past_state))
         q, k, v = self.qkv_proj(x).view(b, length, 3, self.num_heads, self.d_head).permute(2, 0, 3, 1, 4)
         past = torch.zeros(b, dtype=torch.int64, device=x.device) if past_state is None else past_state.length
         if self.rope:
             positions = _positions(past, length, segments)
-            q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
+            q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
         if not self.causal:
             y, state = _attend_both_ways(q, k, v, segments), ()
         elif past_state is None and segments is None:
@@ -73,18 +79,10 @@ class Attention(nn.Module):
 
         Nothing depends on how full the state is but values, so that a CUDA graph can capture it.
         """
-        b, _, d_model = x.shape
-        q, k, v = self.qkv_proj(x).view(b, 1, 3, self.num_heads, self.d_head).permute(2, 0, 3, 1, 4)
-        if self.rope:
-            positions = state.length.unsqueeze(1)
-            q, k = _rotate(q, positions, self.rope_base), _rotate(k, positions, self.rope_base)
-        place = state.length.view(b, 1, 1, 1).expand_as(k)
-        state.keys.scatter_(2, place, k.to(state.keys.dtype))
-        state.values.scatter_(2, place, v.to(state.values.dtype))
-        seen = torch.arange(state.keys.shape[2], device=x.device) <= state.length.unsqueeze(1)  # (b, c)
-        state.length.add_(1)
-        y = F.scaled_dot_product_attention(q, state.keys, state.values, attn_mask=seen[:, None, None])
-        return LayerOut(self.o_proj(y.transpose(1, 2).reshape(b, 1, d_model)), state, None)
+        y = self.ops.attention_step(
+            self.qkv_proj(x).squeeze(1), *state, rope_base=self.rope_base if self.rope else None
+        )
+        return LayerOut(self.o_proj(y).unsqueeze(1), state, None)
 
     def init_state(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -106,15 +104,11 @@ def _positions(past: Tensor, length: int, segments: Segments | None) -> Tensor:
     return count - 1 - before + past.unsqueeze(1) * continues
 
 
-def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Turn the pair (i, i + d_head / 2) of x (b, h, l, d_head) by position * base^(-2i / d_head)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=dtype, device=x.device) / half)
-    angle = (positions.to(dtype).unsqueeze(-1) * frequency).unsqueeze(1)  # (b, 1, l, d_head / 2)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def _copy_with_room(state: AttentionState) -> AttentionState:
+    """The state with room for at least one more token, in memory of its own."""
+    more = int(int(state.length.max()) == state.keys.shape[2])
+    keys, values = (F.pad(t, (0, 0, 0, 1)) if more else t.clone() for t in (state.keys, state.values))
+    return AttentionState(keys, values, state.length.clone())
 
 
 def _attend_both_ways(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
@@ -135,6 +129,12 @@ def _attend(
     capacity = 0 if state is None else state.keys.shape[2]
     if state is not None:
         k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
+        if segments is None and bool((past == capacity).all()):
+            # no room between the past and the new tokens, as when a prompt is read in pieces
+            mask = CausalBias(CausalVariant.LOWER_RIGHT, length, capacity + length)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), AttentionState(
+                k, v, past + length
+            )
     stored = torch.arange(capacity, device=q.device) < past.unsqueeze(1)  # (b, c)
     if segments is None:
         real = torch.ones(b, length, dtype=torch.bool, device=q.device)

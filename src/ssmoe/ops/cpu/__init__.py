@@ -8,6 +8,7 @@ from ssmoe.ops.extension import missing
 if reason := missing():
     raise ModuleNotFoundError(reason)
 
+from ssmoe.ops.cpu.attention_step import attention_step
 from ssmoe.ops.cpu.causal_conv1d import causal_conv1d
 from ssmoe.ops.cpu.describe import describe
 from ssmoe.ops.cpu.expert_linear import expert_linear
@@ -15,13 +16,14 @@ from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import fork_linear, linear, split_linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
+from ssmoe.ops.cpu.muon_step import muon_step
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
-from ssmoe.ops.reference.muon_step import muon_step
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
+    "attention_step",
     "causal_conv1d",
     "describe",
     "expert_linear",

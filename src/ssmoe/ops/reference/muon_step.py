@@ -36,16 +36,17 @@ def muon_step(
     decay: float,
     mu: float,
     iteration: Iteration,
+    products: torch.dtype | None = None,
 ) -> None:
     """Update parameters and momenta in place; each (n, rows, columns), with n of its own, and contiguous.
 
-    rate: a number, or a tensor () on the device. Products are taken in the parameters' dtype, in bfloat16 on
-    a GPU where that is float32.
+    rate: a number, or a tensor () on the device. products: what is multiplied in; None is the parameters'
+    dtype, but bfloat16 on a GPU where that is float32.
     """
     first = parameters[0]
     sizes = [parameter.shape[0] for parameter in parameters]
     narrow = first.is_cuda and first.dtype == torch.float32
-    dtype = torch.bfloat16 if narrow else first.dtype
+    dtype = products or (torch.bfloat16 if narrow else first.dtype)
     x = torch.empty((sum(sizes), *first.shape[1:]), dtype=dtype, device=first.device)
     for piece, gradient, momentum in zip(torch.split(x, sizes), gradients, momenta, strict=True):
         momentum.lerp_(gradient, 1 - mu)
