@@ -18,8 +18,9 @@ LOWEST = tl.constexpr(-3.4e38)
 
 SAFE = tl.constexpr(60.0)
 """exp of this, times a vocabulary, is far from overflow."""
-BLOCK = 4096
+BLOCK = 2048
 WARPS = 4
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +90,11 @@ def cross_entropy_kernel(
         # exp(log_p) - 1 by its series where the difference would lose the small value
         series = log_p * (1 + log_p * (0.5 + log_p * (1 / 6 + log_p / 24)))
         at_target = tl.where(log_p > -0.03, series, tl.exp(log_p) - 1)
+        # of a row without a target nothing is left
+        log2_total = tl.where(real, log_total * LOG2E, float("inf"))
         for begin in range(0, width, BLOCK):
             column = begin + lane
             value = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-            slope = tl.where(column == target, at_target, tl.exp(value - top - log_total))
-            tl.store(base + column, tl.where(real, slope, 0.0), mask=column < width)
+            tl.store(base + column, tl.exp2((value - top) * LOG2E - log2_total), mask=column < width)
+        tl.debug_barrier()
+        tl.store(base + target, at_target, mask=real)

@@ -84,15 +84,27 @@ def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
         weights = rows._replace(m=64, k=16)
         return _Tilings(rows._replace(n=64) if gated else rows, rows, rows, rows, weights, weights)
     rows = _Tiling(m=128, n=128, k=64, warps=8, stages=3)
-    # whole tiles across an expert's width
-    across = 128 if up.shape[1] % 128 == 0 or up.shape[1] > 512 else 64
+    four = rows._replace(warps=4)
+    if gated:
+        # two products at a time: fewer warps with more registers each
+        return _Tilings(
+            hidden=rows._replace(stages=4) if up.shape[1] % 128 == 0 else four._replace(n=64),
+            output=rows,
+            slope=four,
+            back=four,
+            up=_Tiling(m=64, n=64, k=64, warps=4, stages=4),
+            down=four._replace(m=64),
+        )
+    if up.shape[1] % 128 == 0 or up.shape[1] > 512:
+        return _Tilings(rows, rows, rows, rows, rows, rows)
+    # whole tiles across a narrow expert
     return _Tilings(
-        hidden=rows._replace(n=64 if gated else across),
+        hidden=rows._replace(n=64),
         output=rows,
-        slope=rows._replace(n=across),
+        slope=rows._replace(n=64),
         back=rows,
-        up=rows._replace(m=across),
-        down=rows._replace(n=across),
+        up=rows._replace(m=64, n=256),
+        down=four._replace(n=64, stages=4),
     )
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, some
 
 WIDEST = 16384
+CELLS = 1024
+"""Of the backward, what a warp holds."""
 WARPS = 4224
 """Of the backward at most, each program with its own sum of the weight's gradient: 32 a multiprocessor of an
 H100 or H200."""
@@ -104,7 +106,7 @@ def norm_backward(
     copy = torch.empty(x.shape, dtype=narrow, device=x.device) if copied else x.new_empty(0)
     rows, block = x.numel() // d, triton.next_power_of_2(d)
     # a warp has whole rows, so that their sums stay inside it
-    many, warps = max(1, 1024 // block), max(1, min(16, block // 1024))
+    many, warps = max(1, CELLS // block), max(1, min(16, block // 1024))
     programs = max(1, min(WARPS // warps, triton.cdiv(rows, many)))
     partial = torch.empty(2 if centre else 1, programs, d, dtype=torch.float32, device=x.device)
     with on_device(x):
