@@ -13,7 +13,7 @@ from torch import Tensor
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import conv_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
 
 NONE = kernels.NONE.value
 CHANNELS = 256
@@ -53,7 +53,7 @@ def causal_conv1d(
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
         places = _places(segments, k)
-    y = conv_forward(
+    y = direct(conv_forward, x)(
         x, weight, bias, past if k > 1 else None, *((None, None, None) if places is None else places[:3])
     )
     return y, write_state(_window(x, past, k, places), slots, out_state)

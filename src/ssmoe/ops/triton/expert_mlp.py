@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.triton import expert_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
 
 ACTIVATIONS = {
     "relu": kernels.RELU.value,
@@ -45,7 +45,7 @@ def expert_mlp(
         raise ValueError(f"{expert.shape[-1]} experts a token of {e}: at least 1, of at most 4095")
     if t == 0:
         return x.clone()
-    return expert_forward(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
+    return direct(expert_forward, x)(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
 
 
 class _Tiling(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.route import SMALLEST, Routed
 from ssmoe.ops.reference.route import route as torch_route
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
 
 MOST = 16
 """Choices a token that the kernels take; beyond, torch sorts."""
@@ -34,7 +34,7 @@ def route(
     check_activations(logits=logits, bias=bias)
     if logits.dtype != torch.float32:
         raise ValueError(f"logits are {logits.dtype}: a router works in float32")
-    expert, weight, load, shares, sums = route_forward(
+    expert, weight, load, shares, sums = direct(route_forward, logits)(
         logits, real, bias, top_k, score == "sigmoid", normalise
     )
     z, entropy, confidence = sums.unbind()

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.reference.wide_linear import wide_linear as torch_wide_linear
-from ssmoe.ops.triton.launch import on_device, product
+from ssmoe.ops.triton.launch import direct, on_device, product
 
 PARTS = 3
 
@@ -25,7 +25,7 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., d_in), weight (d_out, d_in) float32 -> (..., d_out) float32; see the reference."""
     if x.dtype != torch.bfloat16 or weight.dtype != torch.float32 or x.numel() == 0:
         return torch_wide_linear(x, weight)
-    return wide_forward(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return direct(wide_forward, x)(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("ssmoe::wide_forward", mutates_args=())
