@@ -30,6 +30,7 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     muon_step: Callable[..., None]
+    adamw_step: Callable[..., None]
     split_linear: Callable[..., tuple[Tensor, ...]]
     fork_linear: Callable[..., tuple[Tensor, Tensor]]
     head_cross_entropy: Callable[..., Tensor]
@@ -116,6 +117,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_linear=module.expert_linear,
         linear=module.linear,
         muon_step=module.muon_step,
+        adamw_step=module.adamw_step,
         split_linear=module.split_linear,
         fork_linear=module.fork_linear,
         head_cross_entropy=module.head_cross_entropy,

@@ -1,6 +1,7 @@
 """The GPU backend: kernels compiled when first used, from Triton or by NVRTC, with no CUDA build."""
 
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.triton.adamw_step import adamw_step
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
@@ -14,6 +15,7 @@ from ssmoe.ops.triton.split_linear import fork_linear, split_linear
 from ssmoe.ops.triton.wide_linear import wide_linear
 
 __all__ = [
+    "adamw_step",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",

@@ -139,7 +139,9 @@ def slope_kernel(
         log2_total = tl.load(rows + t + row, mask=live, other=float("inf"))
         at_target = tl.load(rows + 2 * t + row, mask=live, other=0.0)
         at = logits + row.to(tl.int64)[:, None] * stride + column[None, :]
-        value = tl.load(at, mask=live[:, None] & (column < vocab)[None, :], other=float("-inf")).to(tl.float32)
+        value = tl.load(at, mask=live[:, None] & (column < vocab)[None, :], other=float("-inf")).to(
+            tl.float32
+        )
         slope = tl.exp2((value - top[:, None]) * LOG2E - log2_total[:, None])
         slope = tl.where(column[None, :] == target[:, None], at_target[:, None], slope)
         tl.store(at, slope, mask=live[:, None] & (column < width)[None, :])

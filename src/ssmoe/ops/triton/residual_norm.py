@@ -176,16 +176,17 @@ def norm_backward_kernel(
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (channel < d)[None, :]
         at = row[:, None] * d + channel[None, :]
+        # all three on their way before the first is waited for
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        value, scale = normalised(value, inside, d, eps, CENTRE)
         slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        stream = tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
+        value, scale = normalised(value, inside, d, eps, CENTRE)
         dweight += tl.sum(slope * value, axis=0)
         dbias += tl.sum(slope, axis=0)
         slope *= factor
         change = slope - value * (tl.sum(slope * value, axis=1) / d)[:, None]
         if CENTRE:
             change -= (tl.sum(slope, axis=1) / d)[:, None]
-        stream = tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
         stream += change * scale[:, None]
         tl.store(dx + at, stream, mask=inside)
         if COPY:
