@@ -157,6 +157,12 @@ def test_experts(
     within_twice_eager(errors("expert_mlp", inputs, activation=activation), dtype)
 
 
+@pytest.mark.parametrize(("t", "d", "f", "e"), [(5000, 64, 192, 8), (4096, 128, 256, 65)])
+def test_wide_experts_with_one_choice(t: int, d: int, f: int, e: int) -> None:
+    inputs = expert_inputs(t, d, f, e, 1, torch.bfloat16, "cuda")
+    within_twice_eager(errors("expert_mlp", inputs, activation="relu"), torch.bfloat16)
+
+
 @pytest.mark.parametrize("length", [64, 4096])
 def test_strided_inputs_are_read_in_place(length: int) -> None:
     ops = load("triton")

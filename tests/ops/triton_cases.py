@@ -113,6 +113,23 @@ def wide_tile_errors(f: int, *, gated: bool) -> Errors:
         return errors("expert_mlp", inputs, activation="silu" if gated else "relu")
 
 
+def apart_errors() -> Errors:
+    """Experts whose weights' gradients are torch's grouped products, as for wide ones on a GPU."""
+    load("triton")
+    module = sys.modules["ssmoe.ops.triton.expert_mlp"]
+
+    def grouped(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        ends = offs.tolist()
+        parts = [a[:, i:j] @ b[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
+        return torch.stack(parts)
+
+    with (
+        mock.patch.object(module, "_products_apart", lambda *_, **__: True),
+        mock.patch.object(torch.nn.functional, "grouped_mm", grouped),
+    ):
+        return errors("expert_mlp", expert_inputs(150, 24, 70, 4, 1, F32), activation="relu")
+
+
 def norm_errors(
     shape: tuple[int, ...],
     stream: torch.dtype,
@@ -328,6 +345,7 @@ SMALL: dict[str, Callable[[], Errors]] = {
         "expert_mlp", expert_inputs(30, 33, 40, 5, 2, F32, gated=True), activation="silu"
     ),
     "experts, swiglu, a GPU's tiles": lambda: wide_tile_errors(192, gated=True),
+    "experts, relu, products apart": apart_errors,
     "experts, relu, a GPU's tiles": lambda: wide_tile_errors(200, gated=False),
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"

@@ -151,14 +151,14 @@ def gates(acc, gate, out, out2, wide, first, row, column, N, BM: tl.constexpr, B
 
 @triton.jit
 def slopes(acc, scale, inner, inner2, out, out2, wide, first, row, column, N, BM: tl.constexpr, BN: tl.constexpr,
-           ACTIVATION: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+           ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The SLOPE end of a tile, 32 columns at a time so that its values stay in registers: acc's sum by row."""
     if BN > 32:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         total = slopes(left, scale, inner, inner2, out, out2, wide, first, row, column, N, BM, BN // 2,
-                       ACTIVATION, GATED)  # fmt: skip
+                       ACTIVATION, GATED, WIDE)  # fmt: skip
         total += slopes(right, scale, inner, inner2, out, out2, wide, first, row, column + BN // 2, N, BM, BN // 2,
-                        ACTIVATION, GATED)  # fmt: skip
+                        ACTIVATION, GATED, WIDE)  # fmt: skip
     else:
         n = column + tl.arange(0, BN)
         cells = first + (tl.arange(0, BM)[:, None] * N + n[None, :])
@@ -176,7 +176,8 @@ def slopes(acc, scale, inner, inner2, out, out2, wide, first, row, column, N, BM
             active = activate(value, ACTIVATION)
             grad = grad * slope_of(value, ACTIVATION)
         tl.store(out + cells, grad.to(out.dtype.element_ty), mask=inside)
-        tl.store(wide + cells, (active * scale[:, None]).to(wide.dtype.element_ty), mask=inside)
+        if WIDE:
+            tl.store(wide + cells, (active * scale[:, None]).to(wide.dtype.element_ty), mask=inside)
         total = tl.sum(active * acc, axis=1)
     return total
 
@@ -187,14 +188,16 @@ def rows_kernel(
     tile_rows, N, K, stride_a, stride_e, stride_n, stride_k,
     TOP_K: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, MODE: tl.constexpr, GATHER: tl.constexpr, SECOND: tl.constexpr,
-    WEIGHTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows times its expert's weights.
 
     HIDDEN: out = the inner values, wide = the activated ones; GATED: `a @ w2` goes through the activation
     and is kept in out2. OUTPUT: scattered to the token (TOP_K = 1) or the assignment; SECOND adds a2 @ w2.
-    SLOPE: the product is the gradient of the activated values; out, out2 = that of the inner ones, wide = the
-    activated values times the router's weight, partial = this tile's share of that weight's gradient.
+    SLOPE: the product is the gradient of the activated values; out, out2 = that of the inner ones, wide (only
+    with WIDE) = the activated values times the router's weight, partial = this tile's share of that weight's
+    gradient.
     """
     pid = tl.program_id(0)
     groups = tl.cdiv(N, BN)
@@ -246,7 +249,7 @@ def rows_kernel(
     else:
         scale = tl.load(weight + assignment, mask=real, other=0.0)
         total = slopes(acc, scale, inner, inner2, out, out2, wide, first, row, (pid % groups) * BN, N, BM, BN,
-                       ACTIVATION, GATED)  # fmt: skip
+                       ACTIVATION, GATED, WIDE)  # fmt: skip
         tl.store(partial + (pid % groups).to(tl.int64) * tile_rows + row, total)
 
 
@@ -295,6 +298,38 @@ def weights_kernel(
     tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
     if SECOND:
         tl.store(out2 + cells, acc2.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_kernel(
+    source, assignments, weight, out, d, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Each row its token's values, times the router's weight if WEIGHTED; zero where a tile is padded."""
+    groups = tl.cdiv(d, BD)
+    pid = tl.program_id(0)
+    row = (pid // groups).to(tl.int64) * BT + tl.arange(0, BT)
+    c = (pid % groups) * BD + tl.arange(0, BD)
+    assignment = tl.load(assignments + row)
+    real = assignment >= 0
+    token = tl.where(real, assignment // TOP_K, 0).to(tl.int64)
+    value = tl.load(
+        source + token[:, None] * d + c[None, :], mask=real[:, None] & (c < d)[None, :], other=0.0
+    )
+    if WEIGHTED:
+        scale = tl.load(weight + assignment, mask=real, other=0.0)
+        value = value.to(tl.float32) * scale[:, None]
+    tl.store(out + row[:, None] * d + c[None, :], value.to(out.dtype.element_ty), mask=(c < d)[None, :])
+
+
+@triton.jit
+def widen_kernel(narrow, offsets, out, size, BLOCK: tl.constexpr):
+    """An expert's `size` values in another dtype, zeros where it has no rows."""
+    e = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = tl.load(offsets + e + 1) > tl.load(offsets + e)
+    first = e.to(tl.int64) * size
+    value = tl.load(narrow + first + at, mask=(at < size) & used, other=0.0)
+    tl.store(out + first + at, value.to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit

@@ -154,7 +154,7 @@ def _rows(a, w, out, routes, weight, tiling, *, transposed, mode, gather, activa
         1 if transposed else k, n if transposed else 1,
         TOP_K=top_k, E=e, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN_N=n % tiling.n == 0, EVEN_K=k % tiling.k == 0,
         MODE=mode.value, GATHER=gather, SECOND=w2 is not None, WEIGHTED=weighted, ACTIVATION=ACTIVATIONS[activation],
-        GATED=gated, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
+        GATED=gated, WIDE=wide is not None, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
 
 
@@ -271,7 +271,8 @@ def expert_backward(
     with on_device(x):
         dinner = torch.empty_like(inner)
         dgate_inner = torch.empty_like(inner) if gated else None
-        active = torch.empty_like(inner)
+        apart = _products_apart(x, inner, top_k, activation, gated=gated)
+        active = None if apart else torch.empty_like(inner)
         groups = triton.cdiv(up.shape[1], tilings.slope.n)
         partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
         _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
@@ -281,10 +282,49 @@ def expert_backward(
         _rows(dinner, up, slots, routes, weight, tilings.back, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
-        dup, dgate = _weights(dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner)
-        ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
+        if apart:
+            dup = _grouped(dinner, _gathered(x, None, routes), up, dtype, routes)
+            ddown = _grouped(_gathered(dy, weight, routes), inner, down, dtype, routes)
+            dgate = x.new_empty(0, dtype=dtype)
+        else:
+            dup, dgate = _weights(
+                dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner
+            )
+            ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
     return dx, dup, ddown, dgate, dweight
+
+
+def _products_apart(x: Tensor, inner: Tensor, top_k: int, activation: str, *, gated: bool) -> bool:
+    """Whether torch's grouped product pays for the gradients of the weights: rows are gathered for it, which costs
+    little where a token has one row and experts are wide."""
+    d, f = x.shape[1], inner.shape[1]
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and d % 64 == 0 and f % 64 == 0
+    return fits and top_k == 1 and f >= 2 * d and activation == "relu" and not gated and x.shape[0] >= 4096
+
+
+def _gathered(x: Tensor, weight: Tensor | None, routes: _Routes) -> Tensor:
+    """The token of each row, times the router's weight where one is given; one choice a token."""
+    rows, d = routes.assignments.shape[0], x.shape[1]
+    out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
+    width = min(512, triton.next_power_of_2(d))
+    # tiles are multiples of 16 rows
+    kernels.gather_kernel[(rows // 16 * triton.cdiv(d, width),)](
+        x, routes.assignments, *some(x, weight), out, d, TOP_K=1, WEIGHTED=weight is not None, BT=16, BD=width,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: _Routes) -> Tensor:
+    """a^T b over each expert's rows, in `dtype`, shaped as `like`."""
+    narrow = torch.nn.functional.grouped_mm(a.t(), b, offs=routes.offsets[1:])
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    size = like[0].numel()
+    kernels.widen_kernel[(triton.cdiv(size, 4096), like.shape[0])](
+        narrow, routes.offsets, out, size, BLOCK=4096
+    )
+    return out
 
 
 def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a, a2=None):
