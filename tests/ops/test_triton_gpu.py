@@ -94,7 +94,9 @@ def test_cross_entropy_far_above_its_first_block(dtype: torch.dtype) -> None:
 
 @BOTH
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 8, 5), (700, 64, 1001), (9000, 128, 5056)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 5), (700, 64, 1001), (9000, 128, 5056), (700, 64, 8190), (300, 32, 50257), (1, 8, 65536)]
+)
 def test_head(shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
     within_twice_eager(head_errors(*shape, dtype, "cuda", bias=bias), dtype)
 

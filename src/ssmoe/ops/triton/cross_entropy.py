@@ -1,6 +1,7 @@
 """Cross-entropy and its gradient on a GPU: one kernel reads rows of logits, another puts the gradient in their place.
 
-The second works on blocks of columns, so that it also adds them up, which is a bias's gradient.
+The second works on blocks of columns, so that it also adds them up, which is a bias's gradient. Where
+`cross_entropy_cuda.covers` the rows, one kernel in CUDA C++ does both.
 """
 # Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.reference.cross_entropy import IGNORE
+from ssmoe.ops.triton import cross_entropy_cuda as cuda
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major
 
 LOWEST = tl.constexpr(-3.4e38)
@@ -49,7 +51,8 @@ def check(rows: Tensor, targets: Tensor) -> None:
 def sums_of(logits: Tensor) -> Tensor:
     """Zeros for what `overwrite` adds to: so many sums of every column of logits (t, width)."""
     t, width = logits.shape
-    return torch.zeros(triton.cdiv(t, SPAN), width, dtype=torch.float32, device=logits.device)
+    count = cuda.clusters(logits.device) if cuda.covers(logits) else triton.cdiv(t, SPAN)
+    return torch.zeros(count, width, dtype=torch.float32, device=logits.device)
 
 
 def overwrite(
@@ -63,6 +66,9 @@ def overwrite(
     if not t:
         return
     targets = targets.contiguous()
+    if gradient and cuda.covers(logits):
+        cuda.overwrite(logits, targets, loss, vocab, sums)
+        return
     rows = torch.empty((3, t) if gradient else (0,), dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(width))
     with on_device(logits):
