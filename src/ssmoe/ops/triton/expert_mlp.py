@@ -95,6 +95,10 @@ def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
             up=_Tiling(m=64, n=64, k=64, warps=4, stages=4),
             down=four._replace(m=64),
         )
+    if up.shape[1] >= 1024 and up.shape[2] % 256 == 0:
+        # of long products with few columns, fewer and wider tiles
+        broad = rows._replace(n=256)
+        return _Tilings(rows, broad, rows, broad, rows, rows)
     if up.shape[1] % 128 == 0 or up.shape[1] > 512:
         return _Tilings(rows, rows, rows, rows, rows, rows)
     # whole tiles across a narrow expert
