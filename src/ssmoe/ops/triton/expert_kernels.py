@@ -37,9 +37,43 @@ def count_kernel(expert, counts, count, E: tl.constexpr, BINS: tl.constexpr, BLO
 
 
 @triton.jit
+def before_kernel(counts, totals, blocks, BLOCK: tl.constexpr):
+    """In place of a bin's counts (blocks,) what lies in the blocks before; totals (bins,)."""
+    bin = tl.program_id(0)
+    row = counts + bin.to(tl.int64) * blocks
+    total = 0
+    for begin in range(0, blocks, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        value = tl.load(row + at, mask=at < blocks, other=0)
+        tl.store(row + at, total + tl.cumsum(value, 0) - value, mask=at < blocks)
+        total += tl.sum(value, 0)
+    tl.store(totals + bin, total)
+
+
+@triton.jit
+def offsets_kernel(totals, offsets, TILE: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """offsets (e + 1,): the first row of each expert, whose rows are whole tiles."""
+    e = tl.arange(0, BLOCK)
+    rows = tl.cdiv(tl.load(totals + e, mask=e < E, other=0), TILE) * TILE
+    tl.store(offsets + e + 1, tl.cumsum(rows, 0), mask=e < E)
+    tl.store(offsets + e, tl.zeros((BLOCK,), tl.int32), mask=e == 0)
+
+
+@triton.jit
+def tiles_kernel(offsets, tiles, num_tiles, TILE: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """The expert of each tile, E for those that no expert needs."""
+    e = tl.program_id(0)
+    first = tl.load(offsets + e) // TILE
+    last = tl.where(e < E, tl.load(offsets + tl.minimum(e + 1, E)) // TILE, num_tiles)
+    for begin in range(first, last, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        tl.store(tiles + at, tl.zeros((BLOCK,), tl.int32) + e, mask=at < last)
+
+
+@triton.jit
 def place_kernel(
-    expert, before, rows, assignments, count, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
-):
+    expert, before, offsets, rows, assignments, count, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Each assignment's row: its expert's first, plus those before it in earlier blocks and in this one."""
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -47,10 +81,10 @@ def place_kernel(
     other = load_bins(expert, block * BLOCK + tl.arange(0, BLOCK), count, E, BINS)
     order = tl.arange(0, BLOCK)
     earlier = (bins[:, None] == other[None, :]) & (order[None, :] < order[:, None])
-    row = tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block) + tl.sum(
-        earlier.to(tl.int32), axis=1
-    )
     kept = (at < count) & (bins < E)
+    row = tl.load(offsets + bins, mask=kept, other=0)
+    row += tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block)
+    row += tl.sum(earlier.to(tl.int32), axis=1)
     tl.store(rows + at, tl.where(kept, row, -1), mask=at < count)
     tl.store(assignments + row, at.to(tl.int32), mask=kept)
 

@@ -133,16 +133,13 @@ def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
     assignments = torch.full((num_tiles * tile,), -1, dtype=torch.int32, device=device)
     constants = {"E": e, "BINS": bins, "BLOCK": BLOCK, "num_warps": 4}
     kernels.count_kernel[(blocks,)](expert, counts, count, **constants)
-    through = counts.cumsum(1, dtype=torch.int32)
-    tiles_of = (through[:e, -1] + (tile - 1)) // tile
-    last_tile = tiles_of.cumsum(0, dtype=torch.int32)
-    offsets = torch.nn.functional.pad(last_tile * tile, (1, 0))
-    start = torch.nn.functional.pad(offsets[:-1], (0, bins - e))
-    kernels.place_kernel[(blocks,)](
-        expert, through - counts + start[:, None], rows, assignments, count, **constants
-    )
-    number = torch.arange(num_tiles, dtype=torch.int32, device=device)
-    tiles = torch.searchsorted(last_tile, number, right=True, out_int32=True)
+    totals = torch.empty(bins, dtype=torch.int32, device=device)
+    kernels.before_kernel[(bins,)](counts, totals, blocks, BLOCK=1024, num_warps=4)
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=device)
+    kernels.offsets_kernel[(1,)](totals, offsets, TILE=tile, E=e, BLOCK=bins, num_warps=4)
+    tiles = torch.empty(num_tiles, dtype=torch.int32, device=device)
+    kernels.tiles_kernel[(e + 1,)](offsets, tiles, num_tiles, TILE=tile, E=e, BLOCK=128, num_warps=1)
+    kernels.place_kernel[(blocks,)](expert, counts, offsets, rows, assignments, count, **constants)
     return _Routes(rows, assignments, tiles, offsets)
 
 
