@@ -57,7 +57,13 @@ static float SWAP(float value, int mask) {
     yield(AT_WARP);
     return exchange[side][me ^ mask];
 }
-static void MEET() { yield(AT_CLUSTER); }
+// a barrier in two halves: a fiber that waits goes on when all have arrived
+static int arrived[ALL], waited[ALL];
+static void ARRIVE() { arrived[current]++; }
+static void WAIT() {
+    waited[current]++;
+    yield(AT_CLUSTER);
+}
 #define LOG(value) logf(value)
 #define EXP(value) expf(value)
 static float ex2(float v) { return exp2f(v); }
@@ -130,6 +136,7 @@ static void run_cluster(bool backwards) {
         fiber.context.uc_link = nullptr;
         fiber.wait = RUNS;
         fiber.parity = 0;
+        arrived[i] = waited[i] = 0;
         makecontext(&fiber.context, body, 0);
         groups[i].clear();
         open_group[i].clear();
@@ -144,11 +151,14 @@ static void run_cluster(bool backwards) {
         }
         for (Fiber& fiber : fibers) count[fiber.wait]++;
         if (count[DONE] == ALL) return;
-        if (count[AT_CLUSTER] == ALL) {
-            for (Fiber& fiber : fibers) fiber.wait = RUNS;
-            continue;
-        }
         bool moved = false;
+        int least = arrived[0];
+        for (int there : arrived) least = there < least ? there : least;
+        for (int i = 0; i < ALL; i++) {
+            if (fibers[i].wait != AT_CLUSTER || least < waited[i]) continue;
+            fibers[i].wait = RUNS;
+            moved = true;
+        }
         for (int warp = 0; warp < ALL / 32; warp++) {
             int there = 0;
             for (int lane = 0; lane < 32; lane++) there += fibers[32 * warp + lane].wait == AT_WARP;

@@ -2,8 +2,9 @@
 //
 // A cluster of two blocks has a row, a half each, and every thread its own VECTORS x 8 columns, so that it can add
 // the gradient up by column from row to row. Rows to come are on their way to shared memory meanwhile; a thread reads
-// there only what it asked for itself. The two blocks exchange sums once a row. Compiled at run time by
-// cross_entropy_cuda.py, which sets the macros THREADS, VECTORS, STAGES, SUMS and SHARED_BYTES.
+// there only what it asked for itself. The two blocks exchange sums once a row, and while they wait for each other
+// the next row is summed up. Compiled at run time by cross_entropy_cuda.py, which sets the macros THREADS, VECTORS
+// (a thread), WIDTH (vectors of half a row), STAGES, SUMS and SHARED_BYTES.
 
 typedef long long i64;
 #define UNROLL _Pragma("unroll")
@@ -45,8 +46,8 @@ __device__ __forceinline__ void tell(float2* at, float first, float second) {
         asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(first), "f"(second) : "memory");
     }
 }
-#define MEET() \
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory")
+#define ARRIVE() asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory")
+#define WAIT() asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory")
 __device__ __forceinline__ unsigned largest2(unsigned a, unsigned b) {
     unsigned r;
     asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
@@ -70,7 +71,7 @@ constexpr unsigned NOTHING = 0xff80ff80u;  // -inf twice
 static_assert(2 * WARPS == 32, "a lane reads one warp's sums of either block");
 
 struct Shared {
-    uint4 ring[STAGES][VECTORS][THREADS];
+    uint4 ring[STAGES][WIDTH];
     float2 parts[2][2 * WARPS];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "cross_entropy_cuda.py counts the same shared memory");
@@ -93,74 +94,97 @@ __device__ __forceinline__ void join(float& top, float& total, float top2, float
     top = both;
 }
 
+// the largest logit of what a thread has of a row, and the sum of exp(logit - top)
+struct Part {
+    float top, total;
+};
+
+// four words of two logits each, -inf from the vocabulary's end on
+__device__ __forceinline__ void read(const uint4& from, i64 left, unsigned (&w)[4]) {
+    uint4 v = from;
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    if (left < 8) {
+        UNROLL for (int j = 0; j < 4; j++) {
+            if (2 * j >= left) w[j] = NOTHING;
+            if (2 * j + 1 == left) w[j] = (w[j] & 0xffffu) | (NOTHING & 0xffff0000u);
+        }
+    }
+}
+
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(const Arguments g) {
     SHARED(Shared, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int half = (int)half_of_cluster();
-    const int columns = (int)(g.width / 2), vectors = columns / 8, first = half * columns;
+    const int first = half * 8 * WIDTH;
     unsigned short* const mine = g.logits + first + 8 * thread;
     const i64 cluster = blockIdx.x / 2;
+    const i64 left = g.vocab - first - 8 * thread;
 
     auto fetch = [&](i64 row, int stage) {
         if (row < g.t) {
             UNROLL for (int k = 0; k < VECTORS; k++)
-                if (k * THREADS + thread < vectors)
-                    bring(&shared.ring[stage][k][thread], mine + row * g.stride + 8 * k * THREADS);
+                if (k * THREADS + thread < WIDTH)
+                    bring(&shared.ring[stage][k * THREADS + thread], mine + row * g.stride + 8 * k * THREADS);
         }
         brought();
+    };
+    auto sum_up = [&](int stage) {
+        unsigned w[VECTORS][4];
+        unsigned most = NOTHING;
+        UNROLL for (int k = 0; k < VECTORS; k++) {
+            UNROLL for (int j = 0; j < 4; j++) w[k][j] = NOTHING;
+            if (k * THREADS + thread < WIDTH)
+                read(shared.ring[stage][k * THREADS + thread], left - 8 * k * THREADS, w[k]);
+            UNROLL for (int j = 0; j < 4; j++) most = largest2(most, w[k][j]);
+        }
+        Part part = {fmaxf(fmaxf(low(most), high(most)), LOWEST), 0.0f};
+        UNROLL for (int k = 0; k < VECTORS; k++) {
+            if (k * THREADS + warp * 32 < WIDTH) {
+                float even = 0.0f, odd = 0.0f;
+                UNROLL for (int j = 0; j < 4; j++) {
+                    even += ex2((low(w[k][j]) - part.top) * LOG2E);
+                    odd += ex2((high(w[k][j]) - part.top) * LOG2E);
+                }
+                part.total += even + odd;
+            }
+        }
+        UNROLL for (int m = 16; m >= 1; m /= 2) join(part.top, part.total, SWAP(part.top, m), SWAP(part.total, m));
+        return part;
     };
 
     float sums[VECTORS][8];
     UNROLL for (int k = 0; k < VECTORS; k++)
         UNROLL for (int j = 0; j < 8; j++) sums[k][j] = 0.0f;
     UNROLL for (int stage = 0; stage < STAGES - 1; stage++) fetch(cluster + stage * g.clusters, stage);
+    // the other block has begun before anything is told to it
+    ARRIVE();
+    await<STAGES - 2>();
+    Part next = cluster < g.t ? sum_up(0) : Part{LOWEST, 0.0f};
     i64 next_target = cluster < g.t ? g.targets[cluster] : g.ignore;
+    unsigned short next_logit = cluster < g.t ? g.logits[cluster * g.stride + (next_target != g.ignore ? next_target : 0)] : 0;
+    WAIT();
+    if (lane == 0) tell(&shared.parts[0][half * WARPS + warp], next.top, next.total);
+    ARRIVE();
     int stage = 0, side = 0;
-    // before anything is told to it, the other block has begun
-    MEET();
     for (i64 row = cluster; row < g.t; row += g.clusters) {
-        const i64 target = next_target;
+        const i64 target = next_target, after = row + g.clusters;
         const bool real = target != g.ignore;
-        const unsigned short its = g.logits[row * g.stride + (real ? target : 0)];
-        next_target = row + g.clusters < g.t ? g.targets[row + g.clusters] : g.ignore;
+        const unsigned short its = next_logit;
+        const int coming = (stage + 1) % STAGES;
         fetch(row + (STAGES - 1) * g.clusters, (stage + STAGES - 1) % STAGES);
-        await<STAGES - 1>();
-
-        unsigned w[VECTORS][4];
-        unsigned most = NOTHING;
-        UNROLL for (int k = 0; k < VECTORS; k++) {
-            uint4 v = {NOTHING, NOTHING, NOTHING, NOTHING};
-            const int at = k * THREADS + thread;
-            if (at < vectors) v = shared.ring[stage][k][thread];
-            w[k][0] = v.x, w[k][1] = v.y, w[k][2] = v.z, w[k][3] = v.w;
-            const i64 left = g.vocab - first - 8 * at;
-            if (left < 8 && at < vectors) {
-                UNROLL for (int j = 0; j < 4; j++) {
-                    if (2 * j >= left) w[k][j] = NOTHING;
-                    if (2 * j + 1 == left) w[k][j] = (w[k][j] & 0xffffu) | (NOTHING & 0xffff0000u);
-                }
-            }
-            UNROLL for (int j = 0; j < 4; j++) most = largest2(most, w[k][j]);
+        if (after < g.t) {
+            next_target = g.targets[after];
+            next_logit = g.logits[after * g.stride + (next_target != g.ignore ? next_target : 0)];
+            await<STAGES - 2>();
+            next = sum_up(coming);
         }
-        float top = fmaxf(fmaxf(low(most), high(most)), LOWEST), total = 0.0f;
-        UNROLL for (int k = 0; k < VECTORS; k++) {
-            if (k * THREADS + warp * 32 < vectors) {
-                float even = 0.0f, odd = 0.0f;
-                UNROLL for (int j = 0; j < 4; j++) {
-                    even += ex2((low(w[k][j]) - top) * LOG2E);
-                    odd += ex2((high(w[k][j]) - top) * LOG2E);
-                }
-                total += even + odd;
-            }
-        }
-        UNROLL for (int m = 16; m >= 1; m /= 2) join(top, total, SWAP(top, m), SWAP(total, m));
-        if (lane == 0) tell(&shared.parts[side][half * WARPS + warp], top, total);
-        MEET();
-        top = shared.parts[side][lane].x;
-        total = shared.parts[side][lane].y;
-        UNROLL for (int m = 16; m >= 1; m /= 2) join(top, total, SWAP(top, m), SWAP(total, m));
-
-        const float log_total = LOG(total);
+        WAIT();
+        Part all = {shared.parts[side][lane].x, shared.parts[side][lane].y};
+        // before the next row is written over, every thread has read its target's logit there
+        if (lane == 0) tell(&shared.parts[side ^ 1][half * WARPS + warp], next.top, next.total);
+        ARRIVE();
+        UNROLL for (int m = 16; m >= 1; m /= 2) join(all.top, all.total, SWAP(all.top, m), SWAP(all.total, m));
+        const float top = all.top, log_total = LOG(all.total);
         // two differences: their sum would round away what a large maximum hides
         const float log_p = low(its) - top - log_total;
         if (half == 0 && thread == 0) g.loss[row] = real ? -log_p : 0.0f;
@@ -168,14 +192,16 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
         const float series = log_p * (1 + log_p * (0.5f + log_p * (1.0f / 6 + log_p / 24)));
         const float at_target = log_p > -0.03f ? series : EXP(log_p) - 1;
         // of a row without a target nothing is left
-        const float log2_total = real ? log_total * LOG2E : -(float)LOWEST;
+        const float log2_total = real ? log_total * LOG2E : -LOWEST;
         const int own = real ? (int)target - first - 8 * thread : -1;
         UNROLL for (int k = 0; k < VECTORS; k++) {
-            if (k * THREADS + warp * 32 < vectors) {
+            if (k * THREADS + thread < WIDTH) {
+                unsigned w[4];
+                read(shared.ring[stage][k * THREADS + thread], left - 8 * k * THREADS, w);
                 float p[8];
                 UNROLL for (int j = 0; j < 4; j++) {
-                    p[2 * j] = ex2((low(w[k][j]) - top) * LOG2E - log2_total);
-                    p[2 * j + 1] = ex2((high(w[k][j]) - top) * LOG2E - log2_total);
+                    p[2 * j] = ex2((low(w[j]) - top) * LOG2E - log2_total);
+                    p[2 * j + 1] = ex2((high(w[j]) - top) * LOG2E - log2_total);
                 }
                 const int place = own - 8 * k * THREADS;
                 if (place >= 0 && place < 8) {
@@ -184,23 +210,21 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
                 if (SUMS) {
                     UNROLL for (int j = 0; j < 8; j++) sums[k][j] += p[j];
                 }
-                if (k * THREADS + thread < vectors) {
-                    uint4 v = {down2(p[0], p[1]), down2(p[2], p[3]), down2(p[4], p[5]), down2(p[6], p[7])};
-                    *reinterpret_cast<uint4*>(mine + row * g.stride + 8 * k * THREADS) = v;
-                }
+                uint4 v = {down2(p[0], p[1]), down2(p[2], p[3]), down2(p[4], p[5]), down2(p[6], p[7])};
+                *reinterpret_cast<uint4*>(mine + row * g.stride + 8 * k * THREADS) = v;
             }
         }
-        stage = (stage + 1) % STAGES;
+        stage = coming;
         side ^= 1;
     }
     if (SUMS) {
         UNROLL for (int k = 0; k < VECTORS; k++) {
-            if (k * THREADS + thread < vectors) {
+            if (k * THREADS + thread < WIDTH) {
                 float* at = g.sums + cluster * g.width + first + 8 * (k * THREADS + thread);
                 UNROLL for (int j = 0; j < 8; j++) at[j] += sums[k][j];
             }
         }
     }
     // the other block may still write here
-    MEET();
+    WAIT();
 }

@@ -11,9 +11,11 @@ from ssmoe.ops.triton import nvrtc
 from ssmoe.ops.triton.launch import on_device
 
 SOURCE = Path(__file__).with_name("cross_entropy.cu")
-THREADS, STAGES = 512, 3
+THREADS, STAGES = 512, 4
 SHORTEST, LONGEST = 8192, 65536
 """Columns: fewer leave threads idle, more do not fit their registers."""
+MEMORY = 224 * 1024
+"""Bytes of shared memory for rows, half a row a stage."""
 
 
 def covers(logits: Tensor) -> bool:
@@ -43,11 +45,13 @@ def overwrite(logits: Tensor, targets: Tensor, loss: Tensor, vocab: int, sums: T
     """`cross_entropy.overwrite` with a gradient; sums: (at least `clusters`, width), added to."""
     (t, width), count = logits.shape, clusters(logits.device)
     vectors = -(-width // (16 * THREADS))
-    shared = 16 * STAGES * vectors * THREADS + 8 * 2 * 2 * (THREADS // 32)
+    stages = min(STAGES, MEMORY // width)
+    shared = width * stages + 8 * 2 * 2 * (THREADS // 32)
     macros = (
         ("THREADS", str(THREADS)),
         ("VECTORS", str(vectors)),
-        ("STAGES", str(STAGES)),
+        ("WIDTH", str(width // 16)),
+        ("STAGES", str(stages)),
         ("SUMS", str(int(sums is not None))),
         ("SHARED_BYTES", str(shared)),
     )

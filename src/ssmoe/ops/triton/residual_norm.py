@@ -12,10 +12,10 @@ from torch import Tensor
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
 
 WIDEST = 16384
-CELLS = 1024
-"""Of the backward, what a warp holds."""
-WARPS = 4224
-"""Of the backward at most, each program with its own sum of the weight's gradient: 32 a multiprocessor of an
+CELLS = 512
+"""Of the backward, what a warp holds at least, of several rows if need be."""
+WARPS = 3168
+"""Of the backward at most, each program with its own sum of the weight's gradient: 24 a multiprocessor of an
 H100 or H200."""
 
 
