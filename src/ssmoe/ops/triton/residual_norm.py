@@ -163,6 +163,13 @@ def norm_forward_kernel(
 
 
 @triton.jit
+def cells(tile, rows, channel, d, ROWS: tl.constexpr):
+    """Where the rows of a tile lie, and whether they do."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    return row[:, None] * d + channel[None, :], (row < rows)[:, None] & (channel < d)[None, :]
+
+
+@triton.jit
 def norm_backward_kernel(
     dstream, dy, x, weight, dx, copy, partial, rows, d, eps,
     CENTRE: tl.constexpr, COPY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -172,14 +179,18 @@ def norm_backward_kernel(
     factor = tl.load(weight + channel, mask=channel < d, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
+    at, inside = cells(program, rows, channel, d, ROWS)
+    next_value = tl.load(x + at, mask=inside, other=0.0)
+    next_slope = tl.load(dy + at, mask=inside, other=0.0)
+    next_stream = tl.load(dstream + at, mask=inside, other=0.0)
     for tile in range(program, tl.cdiv(rows, ROWS), programs):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & (channel < d)[None, :]
-        at = row[:, None] * d + channel[None, :]
-        # all three on their way before the first is waited for
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        stream = tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
+        value, slope = next_value.to(tl.float32), next_slope.to(tl.float32)
+        stream = next_stream.to(tl.float32)
+        # the next rows are on their way while these are worked on
+        ahead, there = cells(tile + programs, rows, channel, d, ROWS)
+        next_value = tl.load(x + ahead, mask=there, other=0.0)
+        next_slope = tl.load(dy + ahead, mask=there, other=0.0)
+        next_stream = tl.load(dstream + ahead, mask=there, other=0.0)
         value, scale = normalised(value, inside, d, eps, CENTRE)
         dweight += tl.sum(slope * value, axis=0)
         dbias += tl.sum(slope, axis=0)
@@ -191,6 +202,7 @@ def norm_backward_kernel(
         tl.store(dx + at, stream, mask=inside)
         if COPY:
             tl.store(copy + at, stream.to(copy.dtype.element_ty), mask=inside)
+        at, inside = ahead, there
     tl.store(partial + program * d + channel, dweight, mask=channel < d)
     if CENTRE:
         tl.store(partial + (programs + program) * d + channel, dbias, mask=channel < d)
