@@ -356,6 +356,19 @@ def gather_kernel(
 
 
 @triton.jit
+def shares_kernel(partial, rows, dweight, count, tile_rows, groups, BLOCK: tl.constexpr):
+    """The gradient of each assignment's weight: the sum of its row's shares (groups, rows), 0 where it was dropped."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + at, mask=at < count, other=-1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    place = partial + row
+    for _ in range(groups):
+        total += tl.load(place, mask=row >= 0, other=0.0)
+        place += tile_rows
+    tl.store(dweight + at, total, mask=at < count)
+
+
+@triton.jit
 def widen_kernel(narrow, offsets, out, size, BLOCK: tl.constexpr):
     """An expert's `size` values in another dtype, zeros where it has no rows."""
     e = tl.program_id(1)

@@ -292,7 +292,10 @@ def expert_backward(
                 dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner
             )
             ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
-        dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
+        dweight = torch.empty(t, top_k, dtype=torch.float32, device=x.device)
+        kernels.shares_kernel[(triton.cdiv(t * top_k, 256),)](
+            partial, rows, dweight, t * top_k, inner.shape[0], groups, BLOCK=256, num_warps=4
+        )
     return dx, dup, ddown, dgate, dweight
 
 

@@ -66,7 +66,7 @@ def route_forward(
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     with on_device(logits):
         route_forward_kernel[(programs,)](
-            logits, real.to(torch.int8), *some(logits, bias), expert, weight, loads, shares, sums, t, e,
+            logits, real.view(torch.int8), *some(logits, bias), expert, weight, loads, shares, sums, t, e,
             K=top_k, SIGMOID=sigmoid, NORMALISE=normalise, BIASED=bias is not None, **layout,
         )  # fmt: skip
     return expert, weight, loads.sum(0), shares.sum(0), sums.sum(0)
@@ -93,7 +93,7 @@ def route_backward(
     programs, layout = _launch(logits)
     with on_device(logits):
         route_backward_kernel[(programs,)](
-            logits, real.to(torch.int8), expert, weight, dweight.contiguous(), dshares.contiguous(),
+            logits, real.view(torch.int8), expert, weight, dweight.contiguous(), dshares.contiguous(),
             dsums.contiguous(), dlogits, t, e, K=expert.shape[1], SIGMOID=sigmoid, NORMALISE=normalise, **layout,
         )  # fmt: skip
     return dlogits
