@@ -48,3 +48,14 @@ def test_equals_torch(device: str, large: int, monkeypatch: pytest.MonkeyPatch) 
         assert mine.state[a].keys() == reference.state[b].keys()
         for key, value in reference.state[b].items():
             torch.testing.assert_close(mine.state[a][key], value)
+
+
+def test_every_update_is_a_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "_is_large", lambda _: True)
+    ours, _ = _pair("cpu")
+    mine = AdamW([{"params": ours}], lr=0.1, betas=(0.9, 0.99), eps=1e-8, update=lambda *_, **__: None)
+    for parameter in ours:
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter._version for parameter in ours]
+    mine.step()
+    assert all(p._version > v for p, v in zip(ours, before, strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 LARGE = 2**20
 """Values from which on a launch of its own pays for a parameter."""
@@ -71,6 +72,8 @@ class AdamW(torch.optim.AdamW):
             decay=group["weight_decay"],
             scale=getattr(self, "grad_scale", None),
         )
+        # a kernel of our own changes them unseen
+        increment_version(parameters)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
