@@ -4,7 +4,7 @@
 // the gradient up by column from row to row. Rows to come are on their way to shared memory meanwhile; a thread reads
 // there only what it asked for itself. The two blocks exchange sums once a row, and while they wait for each other
 // the next row is summed up. Compiled at run time by cross_entropy_cuda.py, which sets the macros THREADS, VECTORS
-// (a thread), WIDTH (vectors of half a row), STAGES, SUMS and SHARED_BYTES.
+// (a thread), WIDTH (vectors of half a row), PADDED (columns past the vocabulary), STAGES, SUMS and SHARED_BYTES.
 
 typedef long long i64;
 #define UNROLL _Pragma("unroll")
@@ -99,11 +99,14 @@ struct Part {
     float top, total;
 };
 
-// four words of two logits each, -inf from the vocabulary's end on
-__device__ __forceinline__ void read(const uint4& from, i64 left, unsigned (&w)[4]) {
+// whether every thread has a vector k
+__device__ constexpr bool whole(int k) { return (k + 1) * THREADS <= WIDTH; }
+
+// four words of two logits each, -inf from the vocabulary's end on, which lies in the last 8 vectors
+__device__ __forceinline__ void read(const uint4& from, int k, i64 left, unsigned (&w)[4]) {
     uint4 v = from;
     w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-    if (left < 8) {
+    if (PADDED && (k + 1) * THREADS > WIDTH - 8 && left < 8) {
         UNROLL for (int j = 0; j < 4; j++) {
             if (2 * j >= left) w[j] = NOTHING;
             if (2 * j + 1 == left) w[j] = (w[j] & 0xffffu) | (NOTHING & 0xffff0000u);
@@ -133,13 +136,13 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
         unsigned most = NOTHING;
         UNROLL for (int k = 0; k < VECTORS; k++) {
             UNROLL for (int j = 0; j < 4; j++) w[k][j] = NOTHING;
-            if (k * THREADS + thread < WIDTH)
-                read(shared.ring[stage][k * THREADS + thread], left - 8 * k * THREADS, w[k]);
+            if (whole(k) || k * THREADS + thread < WIDTH)
+                read(shared.ring[stage][k * THREADS + thread], k, left - 8 * k * THREADS, w[k]);
             UNROLL for (int j = 0; j < 4; j++) most = largest2(most, w[k][j]);
         }
         Part part = {fmaxf(fmaxf(low(most), high(most)), LOWEST), 0.0f};
         UNROLL for (int k = 0; k < VECTORS; k++) {
-            if (k * THREADS + warp * 32 < WIDTH) {
+            if (whole(k) || k * THREADS + warp * 32 < WIDTH) {
                 float even = 0.0f, odd = 0.0f;
                 UNROLL for (int j = 0; j < 4; j++) {
                     even += ex2((low(w[k][j]) - part.top) * LOG2E);
@@ -193,19 +196,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
         const float at_target = log_p > -0.03f ? series : EXP(log_p) - 1;
         // of a row without a target nothing is left
         const float log2_total = real ? log_total * LOG2E : -LOWEST;
-        const int own = real ? (int)target - first - 8 * thread : -1;
         UNROLL for (int k = 0; k < VECTORS; k++) {
-            if (k * THREADS + thread < WIDTH) {
+            if (whole(k) || k * THREADS + thread < WIDTH) {
                 unsigned w[4];
-                read(shared.ring[stage][k * THREADS + thread], left - 8 * k * THREADS, w);
+                read(shared.ring[stage][k * THREADS + thread], k, left - 8 * k * THREADS, w);
                 float p[8];
                 UNROLL for (int j = 0; j < 4; j++) {
                     p[2 * j] = ex2((low(w[j]) - top) * LOG2E - log2_total);
                     p[2 * j + 1] = ex2((high(w[j]) - top) * LOG2E - log2_total);
-                }
-                const int place = own - 8 * k * THREADS;
-                if (place >= 0 && place < 8) {
-                    UNROLL for (int j = 0; j < 8; j++) p[j] = place == j ? at_target : p[j];
                 }
                 if (SUMS) {
                     UNROLL for (int j = 0; j < 8; j++) sums[k][j] += p[j];
@@ -213,6 +211,13 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
                 uint4 v = {down2(p[0], p[1]), down2(p[2], p[3]), down2(p[4], p[5]), down2(p[6], p[7])};
                 *reinterpret_cast<uint4*>(mine + row * g.stride + 8 * k * THREADS) = v;
             }
+        }
+        // the target's slope over what its thread has just written, and the difference to that column's sum
+        const i64 column = target - first;
+        if (real && column >= 0 && column < 8 * WIDTH && column / 8 % THREADS == thread) {
+            g.logits[row * g.stride + target] = (unsigned short)down2(at_target, 0.0f);
+            if (SUMS)
+                g.sums[cluster * g.width + target] += at_target - ex2((low(its) - top) * LOG2E - log2_total);
         }
         stage = coming;
         side ^= 1;

@@ -42,7 +42,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def overwrite(logits: Tensor, targets: Tensor, loss: Tensor, vocab: int, sums: Tensor | None) -> None:
-    """`cross_entropy.overwrite` with a gradient; sums: (at least `clusters`, width), added to."""
+    """`cross_entropy.overwrite` with a gradient; sums: (at least `clusters`, width), added to.
+
+    vocab: all of the width but fewer than 64 columns.
+    """
+    assert logits.shape[1] - vocab < 64
     (t, width), count = logits.shape, clusters(logits.device)
     vectors = -(-width // (16 * THREADS))
     stages = min(STAGES, MEMORY // width)
@@ -51,6 +55,7 @@ def overwrite(logits: Tensor, targets: Tensor, loss: Tensor, vocab: int, sums: T
         ("THREADS", str(THREADS)),
         ("VECTORS", str(vectors)),
         ("WIDTH", str(width // 16)),
+        ("PADDED", str(int(vocab < width))),
         ("STAGES", str(stages)),
         ("SUMS", str(int(sums is not None))),
         ("SHARED_BYTES", str(shared)),

@@ -14,8 +14,8 @@ from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_d
 WIDEST = 16384
 CELLS = 512
 """Of the backward, what a warp holds at least, of several rows if need be."""
-WARPS = 3168
-"""Of the backward at most, each program with its own sum of the weight's gradient: 24 a multiprocessor of an
+WARPS = 2112
+"""Of the backward at most, each program with its own sum of the weight's gradient: 16 a multiprocessor of an
 H100 or H200."""
 
 
