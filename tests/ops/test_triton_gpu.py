@@ -94,7 +94,9 @@ def test_cross_entropy_far_above_its_first_block(dtype: torch.dtype) -> None:
 
 @BOTH
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 8, 5), (700, 64, 1001), (9000, 128, 5056)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 5), (700, 64, 1001), (9000, 128, 5056), (700, 64, 8190), (300, 32, 50257), (1, 8, 65536)]
+)
 def test_head(shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
     within_twice_eager(head_errors(*shape, dtype, "cuda", bias=bias), dtype)
 
@@ -155,6 +157,12 @@ def test_experts(
 ) -> None:
     inputs = expert_inputs(*shape, dtype, "cuda", gated=gated)
     within_twice_eager(errors("expert_mlp", inputs, activation=activation), dtype)
+
+
+@pytest.mark.parametrize(("t", "d", "f", "e"), [(5000, 64, 192, 8), (4096, 128, 256, 65)])
+def test_wide_experts_with_one_choice(t: int, d: int, f: int, e: int) -> None:
+    inputs = expert_inputs(t, d, f, e, 1, torch.bfloat16, "cuda")
+    within_twice_eager(errors("expert_mlp", inputs, activation="relu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("length", [64, 4096])

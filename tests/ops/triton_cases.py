@@ -113,6 +113,23 @@ def wide_tile_errors(f: int, *, gated: bool) -> Errors:
         return errors("expert_mlp", inputs, activation="silu" if gated else "relu")
 
 
+def apart_errors() -> Errors:
+    """Experts whose weights' gradients are torch's grouped products, as for wide ones on a GPU."""
+    load("triton")
+    module = sys.modules["ssmoe.ops.triton.expert_mlp"]
+
+    def grouped(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        ends = offs.tolist()
+        parts = [a[:, i:j] @ b[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
+        return torch.stack(parts)
+
+    with (
+        mock.patch.object(module, "_products_apart", return_value=True),
+        mock.patch.object(torch.nn.functional, "grouped_mm", grouped),
+    ):
+        return errors("expert_mlp", expert_inputs(150, 24, 70, 4, 1, F32), activation="relu")
+
+
 def norm_errors(
     shape: tuple[int, ...],
     stream: torch.dtype,
@@ -134,7 +151,9 @@ def norm_errors(
 def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
     """A router's product."""
     normal = normals(device)
-    return errors("wide_linear", {"x": normal(t, d).to(dtype), "weight": normal(e, d)})
+    inputs = {"x": normal(t, d).to(dtype), "weight": normal(e, d)}
+    alone, fork = errors("wide_linear", inputs), errors("fork_wide_linear", inputs)
+    return alone | {f"fork {key}": found for key, found in fork.items()}
 
 
 def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
@@ -328,6 +347,7 @@ SMALL: dict[str, Callable[[], Errors]] = {
         "expert_mlp", expert_inputs(30, 33, 40, 5, 2, F32, gated=True), activation="silu"
     ),
     "experts, swiglu, a GPU's tiles": lambda: wide_tile_errors(192, gated=True),
+    "experts, relu, products apart": apart_errors,
     "experts, relu, a GPU's tiles": lambda: wide_tile_errors(200, gated=False),
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"

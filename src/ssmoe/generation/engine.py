@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmoe.generation import graph as graphs
+from ssmoe.generation.pieces import Pieces
 from ssmoe.generation.sampler import Sampling, sample
 from ssmoe.model.layer import LayerState, State
 from ssmoe.model.lm import LM
@@ -69,7 +70,8 @@ def decode(
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it at least one")
     runner = graphs.runner(model) if graph is not False and reason is None else None
-    reader, go_on = (model, partial(_go_on, model)) if runner is None else (runner.model, runner.go_on)
+    go_on = partial(_go_on, model) if runner is None else runner.go_on
+    pieces = None if runner is None else runner.pieces
     group = 1 if batch_invariant else len(prompts)
     ends: list[State] = []
     counts: list[int] = []
@@ -80,7 +82,7 @@ def decode(
         if state is not None and batch_invariant:
             state = _alone(state, first)
         count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
-        logits, state = _prefill(reader, prompts[first : rows.stop], state)
+        logits, state = _prefill(model, prompts[first : rows.stop], state, pieces)
         row_seeds = None if seeds is None else seeds[first : rows.stop]
 
         def accept_row(row: int, token: int, first: int = first) -> bool:
@@ -196,21 +198,31 @@ def repeat(start: Continuation, n: int) -> Continuation:
     return Continuation(expand(start.state, n), tokens, pending)
 
 
-def _prefill(model: LM, prompts: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State]:
-    """The logits (b, vocab) after each prompt, and the state there."""
+def _prefill(
+    model: LM, prompts: Sequence[Sequence[int]], state: State | None, pieces: Pieces | None = None
+) -> tuple[Tensor, State]:
+    """The logits (b, vocab) after each prompt, and the state there; by graphs where `pieces` are given."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     segments = Segments.ragged(lengths) if bool((lengths != longest).any()) else None
+    read_piece = partial(_read_piece, model) if pieces is None else pieces
     logits: Tensor | None = None
     for begin in range(0, longest, PREFILL_CHUNK):
         end = min(begin + PREFILL_CHUNK, longest)
         piece = None if segments is None else segments.slice(begin, end)
-        out = model(ids[:, begin:end], state, piece, logits="last")
-        state = out.state
+        found, state = read_piece(ids[:, begin:end], state, piece)
         reached = (lengths > begin).unsqueeze(1)
-        logits = out.logits if logits is None else torch.where(reached, out.logits, logits)
+        logits = found if logits is None else torch.where(reached, found, logits)
     assert logits is not None
     assert state is not None
-    return logits, state
+    return logits, state if pieces is None else pieces.copied(state)
+
+
+def _read_piece(
+    model: LM, ids: Tensor, state: State | None, segments: Segments | None
+) -> tuple[Tensor, State]:
+    out = model(ids, state, segments, logits="last")
+    assert out.logits is not None
+    return out.logits, out.state

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ssmoe.generation.pieces import Pieces
 from ssmoe.generation.sampler import Sampling, choose, sample, uniforms
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.moe import Experts, MoE
@@ -41,13 +42,14 @@ def why_not(model: LM) -> str | None:
 
 
 class Runner:
-    """`model` ready to decode: weights in the compute dtype, cast once, and the graph that was used last.
+    """`model` ready to decode: weights in the compute dtype, cast once, and the graphs that were used last.
 
     It shares every other tensor with the model it was made from.
     """
 
     def __init__(self, model: LM) -> None:
         self.model = _narrowed(model)
+        self.pieces = Pieces(self.model, capture)
         self._step: tuple[tuple[object, ...], Step] | None = None
 
     def go_on(

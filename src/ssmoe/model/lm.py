@@ -1,5 +1,6 @@
 """The language model: embedding, a stack of pre-normed residual layers, head."""
 
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -89,9 +90,8 @@ class LM(nn.Module):
         x = self.embedding(ids).to(
             torch.promote_types(dtype, torch.float32) if self.config.residual_float32 else dtype
         )
-        x, states, stats = run(list(self.layers), x, state, segments, dtype, in_place=in_place)
-        if targets is None and logits == "last":
-            x = _last_real(x, segments)
+        last = partial(_last_real, segments=segments) if targets is None and logits == "last" else None
+        x, states, stats = run(list(self.layers), x, state, segments, dtype, in_place=in_place, take=last)
         if (norm := self.norm) is not None:
             _, x = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
         x = x.to(dtype)

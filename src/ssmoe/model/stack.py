@@ -3,7 +3,7 @@
 # nn.Module's dictionaries are read directly: its attribute look-up costs as much as a small layer
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeGuard, cast
 
 import torch
@@ -74,8 +74,12 @@ def run(
     dtype: torch.dtype,
     *,
     in_place: bool = False,
+    take: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, State, tuple[RouterStats | None, ...]]:
-    """x: (b, l, d_model) through all layers, with their states and statistics; in_place as in `Residual`."""
+    """x: (b, l, d_model) through all layers, with their states and statistics; in_place as in `Residual`.
+
+    take: of the result, what is wanted, such as the last position.
+    """
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
     alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
@@ -110,6 +114,8 @@ def run(
         states.append(out.state)
         stats.append(out.stats)
         i += 1
+    if take is not None:
+        x, pending = take(x), None if pending is None else take(pending)
     return x if pending is None else x + pending, tuple(states), tuple(stats)
 
 

@@ -30,11 +30,13 @@ class Ops(NamedTuple):
     expert_linear: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     muon_step: Callable[..., None]
+    adamw_step: Callable[..., None]
     split_linear: Callable[..., tuple[Tensor, ...]]
     fork_linear: Callable[..., tuple[Tensor, Tensor]]
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     wide_linear: Callable[..., Tensor]
+    fork_wide_linear: Callable[..., tuple[Tensor, Tensor]]
     route: Callable[..., Routed]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
@@ -117,11 +119,13 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         expert_linear=module.expert_linear,
         linear=module.linear,
         muon_step=module.muon_step,
+        adamw_step=module.adamw_step,
         split_linear=module.split_linear,
         fork_linear=module.fork_linear,
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         wide_linear=module.wide_linear,
+        fork_wide_linear=module.fork_wide_linear,
         route=module.route,
         mamba_step=module.mamba_step,
         mamba_steps=module.mamba_steps,

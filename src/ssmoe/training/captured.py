@@ -7,6 +7,7 @@ step lie where the next one writes its own, so they are to be read before that (
 """
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ssmoe.config.train import TrainConfig
 from ssmoe.data.packing import Batch
@@ -81,6 +82,8 @@ class CapturedStep:
         assert self._graph is not None
         assert self._result is not None
         self._graph.replay()
+        # whoever keeps something made from the weights sees that they are others
+        increment_version(list(self._model.parameters()))
         return self._result
 
     def _aside(self, inputs: Inputs) -> StepResult:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ssmoe.ops import load
 from ssmoe.ops.reference.muon_step import Iteration
@@ -99,6 +100,8 @@ class Muon(torch.optim.AdamW):
                 mu=group["momentum"],
                 iteration=self.iteration,
             )
+        # a kernel of our own changes them unseen
+        increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

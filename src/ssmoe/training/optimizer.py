@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ssmoe.config.train import TrainConfig
 from ssmoe.ops import Ops, load
+from ssmoe.training.adamw import AdamW
 from ssmoe.training.muon import ITERATIONS, Muon
 
 NEVER_DECAYED = ("A_log", "A_imaginary", "D", "delta_bias", "initial_state")
@@ -84,8 +85,12 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None
     ]
     betas = (train.beta1, train.beta2)
     if train.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(
-            options, lr=train.learning_rate, betas=betas, eps=train.adam_eps, fused=True
+        optimizer = AdamW(
+            options,
+            lr=train.learning_rate,
+            betas=betas,
+            eps=train.adam_eps,
+            update=(ops or _fastest(groups)).adamw_step,
         )
     else:
         optimizer = Muon(
@@ -115,11 +120,11 @@ def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
 def clip(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     """The gradients' global norm; the next step takes them scaled down to a norm of `most` at most.
 
-    torch's AdamW on a GPU scales them while it reads them, which saves a pass over all gradients.
+    AdamW on a GPU scales them while it reads them, which saves a pass over all gradients.
     """
     owners = [parameter for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in owners if p.grad is not None])
-    if type(optimizer) is torch.optim.AdamW and norm.is_cuda:
+    if type(optimizer) is AdamW and norm.is_cuda:
         # its interface for gradients that are scaled, which torch's stubs do not know
         optimizer.grad_scale = ((norm + _EPS) / most).clamp(min=1)  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.found_inf = torch.zeros_like(norm)  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,11 +21,15 @@ from ssmoe.ops.reference.route import Routed, count, scores_of
 
 
 class Routing(NamedTuple):
-    """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32."""
+    """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32.
+
+    x: what was routed, to go on with (`ops.fork_wide_linear`); None where only logits were at hand.
+    """
 
     expert: Tensor
     weight: Tensor
     stats: RouterStats
+    x: Tensor | None = None
 
 
 class Router(Float32Module):
@@ -69,17 +73,24 @@ class Router(Float32Module):
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Routing:
         """x: (b, l, d_model) -> Routing of t = b * l tokens."""
-        return self.choose(self.logits(x), real_tokens(x, segments))
+        tokens = x.shape[0] * x.shape[1] if segments is None else None
+        if self.training and self.jitter > 0:
+            logits = self.logits(x)
+        else:
+            x, logits = self.ops.fork_wide_linear(x, self.weight)
+        return self.choose(logits, real_tokens(x, segments), tokens)._replace(x=x)
 
-    def choose(self, logits: Tensor, real: Tensor) -> Routing:
-        """logits: (b, l, e). real: (b, l) bool, false on padding."""
+    def choose(self, logits: Tensor, real: Tensor, tokens: int | None = None) -> Routing:
+        """logits: (b, l, e). real: (b, l) bool, false on padding. tokens: how many are real, where known."""
         b, length, _ = logits.shape
         routed = self.sums(logits, real)
         expert = kept = routed.expert  # (t, k)
         if self.training and self.capacity_factor is not None:
             kept = self._drop(expert.long(), b, length, real).to(torch.int32)
-        stats = self.statistics(routed, real, routed.load, (expert != kept).sum())
-        return Routing(kept, routed.weight * self.weight_scale, stats)
+        dropped = routed.load.new_zeros(()) if kept is expert else (expert != kept).sum()
+        stats = self.statistics(routed, real, routed.load, dropped, tokens)
+        weight = routed.weight if self.weight_scale == 1 else routed.weight * self.weight_scale
+        return Routing(kept, weight, stats)
 
     def sums(self, logits: Tensor, real: Tensor) -> Routed:
         """logits: (b, l, e). real: (b, l). The choices and what `statistics` needs."""
@@ -132,18 +143,23 @@ class Router(Float32Module):
         claims = claims.masked_fill(place >= capacity, -1)
         return claims.view(length, b, self.top_k).transpose(0, 1).reshape(-1, self.top_k)
 
-    def statistics(self, routed: Routed, real: Tensor, load: Tensor, dropped: Tensor) -> RouterStats:
-        """What happened to tokens that are real (...), of which the experts got `load` (e,)."""
-        tokens = real.sum().clamp(min=1)
-        fraction = load.to(routed.shares.dtype) / (tokens * self.top_k)
-        balance = self.num_experts * (fraction * (routed.shares / tokens)).sum()
+    def statistics(
+        self, routed: Routed, real: Tensor, load: Tensor, dropped: Tensor, tokens: int | None = None
+    ) -> RouterStats:
+        """What happened to tokens that are real (...), of which the experts got `load` (e,).
+
+        tokens: how many are real, where the host knows it, which saves a GPU many small kernels.
+        """
+        share = 1 / real.sum().clamp(min=1).to(routed.shares.dtype) if tokens is None else 1 / max(1, tokens)
+        # the fractions of assignments and of probability, each over all tokens
+        balance = (load.to(routed.shares.dtype) * routed.shares).sum()
         return RouterStats(
-            balance=self.balance_coefficient * balance,
-            z=self.z_coefficient * (routed.z / tokens),
+            balance=balance * (self.balance_coefficient * self.num_experts / self.top_k * share * share),
+            z=routed.z * (self.z_coefficient * share),
             load=load,
             dropped=dropped,
-            confidence=routed.confidence / tokens,
-            entropy=routed.entropy / tokens,
+            confidence=routed.confidence * share,
+            entropy=routed.entropy * share,
         )
 
 

@@ -1,5 +1,6 @@
 """The definitions: slow, obvious, on any device, differentiable in every floating input."""
 
+from ssmoe.ops.reference.adamw_step import adamw_step
 from ssmoe.ops.reference.attention_step import attention_step
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.expert_linear import expert_linear
@@ -12,14 +13,16 @@ from ssmoe.ops.reference.residual_norm import residual_norm
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.selective_scan import selective_scan
 from ssmoe.ops.reference.split_linear import fork_linear, split_linear
-from ssmoe.ops.reference.wide_linear import wide_linear
+from ssmoe.ops.reference.wide_linear import fork_wide_linear, wide_linear
 
 __all__ = [
+    "adamw_step",
     "attention_step",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",
     "fork_linear",
+    "fork_wide_linear",
     "head_cross_entropy",
     "linear",
     "mamba_step",

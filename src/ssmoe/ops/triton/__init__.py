@@ -1,6 +1,7 @@
 """The GPU backend: kernels compiled when first used, from Triton or by NVRTC, with no CUDA build."""
 
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.triton.adamw_step import adamw_step
 from ssmoe.ops.triton.attention_step import attention_step
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
@@ -12,14 +13,16 @@ from ssmoe.ops.triton.residual_norm import residual_norm
 from ssmoe.ops.triton.route import route
 from ssmoe.ops.triton.selective_scan import selective_scan
 from ssmoe.ops.triton.split_linear import fork_linear, split_linear
-from ssmoe.ops.triton.wide_linear import wide_linear
+from ssmoe.ops.triton.wide_linear import fork_wide_linear, wide_linear
 
 __all__ = [
+    "adamw_step",
     "attention_step",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",
     "fork_linear",
+    "fork_wide_linear",
     "head_cross_entropy",
     "linear",
     "mamba_step",

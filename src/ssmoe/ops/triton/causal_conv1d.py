@@ -13,14 +13,15 @@ from torch import Tensor
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import conv_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
 
 NONE = kernels.NONE.value
 CHANNELS = 256
 # the streaming kernels: channels and warps of a program, positions loaded together and blocks of them
-STREAM_CHANNELS = 512
-STREAM_WARPS = 4
-FORWARD_BLOCK = (8, 16)
+STREAM = (512, 4, 8, 16)
+STREAM_SPREAD = (256, 4, 8, 8)
+"""Where the others are too few to fill a GPU, less than FULL."""
+FULL = 1056
 BACKWARD_CHANNELS = 512
 BACKWARD_WARPS = 4
 BACKWARD_BLOCK = (4, 16)
@@ -53,7 +54,7 @@ def causal_conv1d(
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
         places = _places(segments, k)
-    y = conv_forward(
+    y = direct(conv_forward, x)(
         x, weight, bias, past if k > 1 else None, *((None, None, None) if places is None else places[:3])
     )
     return y, write_state(_window(x, past, k, places), slots, out_state)
@@ -121,6 +122,16 @@ def _window(x: Tensor, past: Tensor | None, k: int, places: _Places | None) -> T
     return state
 
 
+def _stream(b: int, length: int, d: int) -> tuple[int, tuple[int, int, int, int]]:
+    """Programs of the streaming forward kernel, and how it is cut."""
+
+    def programs(cut: tuple[int, int, int, int]) -> int:
+        return b * triton.cdiv(length, cut[2] * cut[3]) * triton.cdiv(d, cut[0])
+
+    cut = STREAM if programs(STREAM) >= FULL else STREAM_SPREAD
+    return programs(cut), cut
+
+
 @torch.library.custom_op("ssmoe::conv_forward", mutates_args=())
 def conv_forward(
     x: Tensor,
@@ -138,12 +149,12 @@ def conv_forward(
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     k = weight.shape[1]
     if sources is None and k > 1:
-        steps, blocks = FORWARD_BLOCK
+        programs, (channels, warps, steps, blocks) = _stream(b, length, d)
         with on_device(x):
-            kernels.stream_forward_kernel[(b * triton.cdiv(length, steps * blocks) * triton.cdiv(d, STREAM_CHANNELS),)](
+            kernels.stream_forward_kernel[(programs,)](
                 x, *some(x, weight, bias, past), y, length, x.stride(0), d=d, stride_xl=x.stride(1), K=k, T=steps,
-                BLOCKS=blocks, BD=STREAM_CHANNELS, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
-                num_warps=STREAM_WARPS,
+                BLOCKS=blocks, BD=channels, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
+                num_warps=warps,
             )  # fmt: skip
         return y
     channels = min(CHANNELS, triton.next_power_of_2(d))

@@ -1,4 +1,8 @@
-"""Cross-entropy and its gradient on a GPU: a row's logits are read twice, once from cache, and overwritten."""
+"""Cross-entropy and its gradient on a GPU: one kernel reads rows of logits, another puts the gradient in their place.
+
+The second works on blocks of columns, so that it also adds them up, which is a bias's gradient. Where
+`cross_entropy_cuda.covers` the rows, one kernel in CUDA C++ does both.
+"""
 # Triton types a launch as a call of the kernel itself, and a compile-time constant as a class of its own
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
@@ -10,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.reference.cross_entropy import IGNORE
+from ssmoe.ops.triton import cross_entropy_cuda as cuda
 from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major
 
 LOWEST = tl.constexpr(-3.4e38)
@@ -18,8 +23,14 @@ LOWEST = tl.constexpr(-3.4e38)
 
 SAFE = tl.constexpr(60.0)
 """exp of this, times a vocabulary, is far from overflow."""
-BLOCK = 4096
+BLOCK = 2048
 WARPS = 4
+LOG2E = tl.constexpr(1.4426950408889634)
+# the gradient: columns and rows of a tile, rows of a program
+COLUMNS = 1024
+ROWS = 4
+SPAN = 256
+SLOPE_WARPS = 4
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -37,17 +48,40 @@ def check(rows: Tensor, targets: Tensor) -> None:
     check_shape(targets=(targets, rows.shape[:1]))
 
 
-def overwrite(logits: Tensor, targets: Tensor, loss: Tensor, vocab: int, *, gradient: bool) -> None:
-    """Write each row's loss (t,) and, over logits (t, width), its gradient: zero from column `vocab` on."""
+def sums_of(logits: Tensor) -> Tensor:
+    """Zeros for what `overwrite` adds to: so many sums of every column of logits (t, width)."""
+    t, width = logits.shape
+    count = cuda.clusters(logits.device) if cuda.covers(logits) else triton.cdiv(t, SPAN)
+    return torch.zeros(count, width, dtype=torch.float32, device=logits.device)
+
+
+def overwrite(
+    logits: Tensor, targets: Tensor, loss: Tensor, vocab: int, *, gradient: bool, sums: Tensor | None = None
+) -> None:
+    """Write each row's loss (t,) and, over logits (t, width), its gradient: zero from column `vocab` on.
+
+    sums: what `sums_of` made for at least as many rows; the gradient's columns are added to its rows.
+    """
     t, width = logits.shape
     if not t:
         return
+    targets = targets.contiguous()
+    if gradient and cuda.covers(logits):
+        cuda.overwrite(logits, targets, loss, vocab, sums)
+        return
+    rows = torch.empty((3, t) if gradient else (0,), dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(width))
     with on_device(logits):
-        cross_entropy_kernel[(t,)](
-            logits, targets.contiguous(), loss, vocab, width, logits.stride(0), IGNORE=IGNORE, GRADIENT=gradient,
-            BLOCK=block, num_warps=WARPS,
+        loss_kernel[(t,)](
+            logits, targets, loss, rows, t, vocab, logits.stride(0), IGNORE=IGNORE, GRADIENT=gradient, BLOCK=block,
+            num_warps=WARPS,
         )  # fmt: skip
+        if gradient:
+            columns = min(COLUMNS, triton.next_power_of_2(width))
+            slope_kernel[(triton.cdiv(width, columns), triton.cdiv(t, SPAN))](
+                logits, targets, rows, rows if sums is None else sums, t, vocab, width, logits.stride(0),
+                IGNORE=IGNORE, SUMS=sums is not None, ROWS=ROWS, SPAN=SPAN, BLOCK=columns, num_warps=SLOPE_WARPS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -64,10 +98,10 @@ def powers(base, vocab, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_kernel(
-    logits, targets, loss, vocab, width, stride, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+def loss_kernel(
+    logits, targets, loss, rows, t, vocab, stride, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """A row's loss and, for its gradient, rows (3, t): the largest logit, what to divide by, the target's slope."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     real = target != IGNORE
@@ -88,9 +122,37 @@ def cross_entropy_kernel(
     if GRADIENT:
         # exp(log_p) - 1 by its series where the difference would lose the small value
         series = log_p * (1 + log_p * (0.5 + log_p * (1 / 6 + log_p / 24)))
-        at_target = tl.where(log_p > -0.03, series, tl.exp(log_p) - 1)
-        for begin in range(0, width, BLOCK):
-            column = begin + lane
-            value = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-            slope = tl.where(column == target, at_target, tl.exp(value - top - log_total))
-            tl.store(base + column, tl.where(real, slope, 0.0), mask=column < width)
+        tl.store(rows + row, top)
+        # of a row without a target nothing is left
+        tl.store(rows + t + row, tl.where(real, log_total * LOG2E, float("inf")))
+        tl.store(rows + 2 * t + row, tl.where(log_p > -0.03, series, tl.exp(log_p) - 1))
+
+
+@triton.jit
+def slope_kernel(
+    logits, targets, rows, sums, t, vocab, width, stride, IGNORE: tl.constexpr, SUMS: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """SPAN rows of BLOCK columns: softmax, less one at the target, in place of the logits."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(group * SPAN, tl.minimum((group + 1) * SPAN, t), ROWS):
+        row = begin + tl.arange(0, ROWS)
+        live = row < t
+        target = tl.load(targets + row, mask=live, other=IGNORE)
+        top = tl.load(rows + row, mask=live, other=0.0)
+        log2_total = tl.load(rows + t + row, mask=live, other=float("inf"))
+        at_target = tl.load(rows + 2 * t + row, mask=live, other=0.0)
+        at = logits + row.to(tl.int64)[:, None] * stride + column[None, :]
+        value = tl.load(at, mask=live[:, None] & (column < vocab)[None, :], other=float("-inf")).to(
+            tl.float32
+        )
+        slope = tl.exp2((value - top[:, None]) * LOG2E - log2_total[:, None])
+        slope = tl.where(column[None, :] == target[:, None], at_target[:, None], slope)
+        tl.store(at, slope, mask=live[:, None] & (column < width)[None, :])
+        if SUMS:
+            total += tl.sum(slope, axis=0)
+    if SUMS:
+        at = sums + group * width + column
+        tl.store(at, tl.load(at, mask=column < width, other=0.0) + total, mask=column < width)

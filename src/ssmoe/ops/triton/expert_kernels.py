@@ -37,9 +37,43 @@ def count_kernel(expert, counts, count, E: tl.constexpr, BINS: tl.constexpr, BLO
 
 
 @triton.jit
+def before_kernel(counts, totals, blocks, BLOCK: tl.constexpr):
+    """In place of a bin's counts (blocks,) what lies in the blocks before; totals (bins,)."""
+    bin = tl.program_id(0)
+    row = counts + bin.to(tl.int64) * blocks
+    total = 0
+    for begin in range(0, blocks, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        value = tl.load(row + at, mask=at < blocks, other=0)
+        tl.store(row + at, total + tl.cumsum(value, 0) - value, mask=at < blocks)
+        total += tl.sum(value, 0)
+    tl.store(totals + bin, total)
+
+
+@triton.jit
+def offsets_kernel(totals, offsets, TILE: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """offsets (e + 1,): the first row of each expert, whose rows are whole tiles."""
+    e = tl.arange(0, BLOCK)
+    rows = tl.cdiv(tl.load(totals + e, mask=e < E, other=0), TILE) * TILE
+    tl.store(offsets + e + 1, tl.cumsum(rows, 0), mask=e < E)
+    tl.store(offsets + e, tl.zeros((BLOCK,), tl.int32), mask=e == 0)
+
+
+@triton.jit
+def tiles_kernel(offsets, tiles, num_tiles, TILE: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """The expert of each tile, E for those that no expert needs."""
+    e = tl.program_id(0)
+    first = tl.load(offsets + e) // TILE
+    last = tl.where(e < E, tl.load(offsets + tl.minimum(e + 1, E)) // TILE, num_tiles)
+    for begin in range(first, last, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        tl.store(tiles + at, tl.zeros((BLOCK,), tl.int32) + e, mask=at < last)
+
+
+@triton.jit
 def place_kernel(
-    expert, before, rows, assignments, count, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
-):
+    expert, before, offsets, rows, assignments, count, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Each assignment's row: its expert's first, plus those before it in earlier blocks and in this one."""
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -47,10 +81,10 @@ def place_kernel(
     other = load_bins(expert, block * BLOCK + tl.arange(0, BLOCK), count, E, BINS)
     order = tl.arange(0, BLOCK)
     earlier = (bins[:, None] == other[None, :]) & (order[None, :] < order[:, None])
-    row = tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block) + tl.sum(
-        earlier.to(tl.int32), axis=1
-    )
     kept = (at < count) & (bins < E)
+    row = tl.load(offsets + bins, mask=kept, other=0)
+    row += tl.load(before + bins.to(tl.int64) * tl.num_programs(0) + block)
+    row += tl.sum(earlier.to(tl.int32), axis=1)
     tl.store(rows + at, tl.where(kept, row, -1), mask=at < count)
     tl.store(assignments + row, at.to(tl.int32), mask=kept)
 
@@ -151,14 +185,14 @@ def gates(acc, gate, out, out2, wide, first, row, column, N, BM: tl.constexpr, B
 
 @triton.jit
 def slopes(acc, scale, inner, inner2, out, out2, wide, first, row, column, N, BM: tl.constexpr, BN: tl.constexpr,
-           ACTIVATION: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+           ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The SLOPE end of a tile, 32 columns at a time so that its values stay in registers: acc's sum by row."""
     if BN > 32:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         total = slopes(left, scale, inner, inner2, out, out2, wide, first, row, column, N, BM, BN // 2,
-                       ACTIVATION, GATED)  # fmt: skip
+                       ACTIVATION, GATED, WIDE)  # fmt: skip
         total += slopes(right, scale, inner, inner2, out, out2, wide, first, row, column + BN // 2, N, BM, BN // 2,
-                        ACTIVATION, GATED)  # fmt: skip
+                        ACTIVATION, GATED, WIDE)  # fmt: skip
     else:
         n = column + tl.arange(0, BN)
         cells = first + (tl.arange(0, BM)[:, None] * N + n[None, :])
@@ -176,7 +210,8 @@ def slopes(acc, scale, inner, inner2, out, out2, wide, first, row, column, N, BM
             active = activate(value, ACTIVATION)
             grad = grad * slope_of(value, ACTIVATION)
         tl.store(out + cells, grad.to(out.dtype.element_ty), mask=inside)
-        tl.store(wide + cells, (active * scale[:, None]).to(wide.dtype.element_ty), mask=inside)
+        if WIDE:
+            tl.store(wide + cells, (active * scale[:, None]).to(wide.dtype.element_ty), mask=inside)
         total = tl.sum(active * acc, axis=1)
     return total
 
@@ -187,14 +222,16 @@ def rows_kernel(
     tile_rows, N, K, stride_a, stride_e, stride_n, stride_k,
     TOP_K: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, MODE: tl.constexpr, GATHER: tl.constexpr, SECOND: tl.constexpr,
-    WEIGHTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows times its expert's weights.
 
     HIDDEN: out = the inner values, wide = the activated ones; GATED: `a @ w2` goes through the activation
     and is kept in out2. OUTPUT: scattered to the token (TOP_K = 1) or the assignment; SECOND adds a2 @ w2.
-    SLOPE: the product is the gradient of the activated values; out, out2 = that of the inner ones, wide = the
-    activated values times the router's weight, partial = this tile's share of that weight's gradient.
+    SLOPE: the product is the gradient of the activated values; out, out2 = that of the inner ones, wide (only
+    with WIDE) = the activated values times the router's weight, partial = this tile's share of that weight's
+    gradient.
     """
     pid = tl.program_id(0)
     groups = tl.cdiv(N, BN)
@@ -246,7 +283,7 @@ def rows_kernel(
     else:
         scale = tl.load(weight + assignment, mask=real, other=0.0)
         total = slopes(acc, scale, inner, inner2, out, out2, wide, first, row, (pid % groups) * BN, N, BM, BN,
-                       ACTIVATION, GATED)  # fmt: skip
+                       ACTIVATION, GATED, WIDE)  # fmt: skip
         tl.store(partial + (pid % groups).to(tl.int64) * tile_rows + row, total)
 
 
@@ -295,6 +332,51 @@ def weights_kernel(
     tl.store(out + cells, acc.to(out.dtype.element_ty), mask=inside)
     if SECOND:
         tl.store(out2 + cells, acc2.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_kernel(
+    source, assignments, weight, out, d, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Each row its token's values, times the router's weight if WEIGHTED; zero where a tile is padded."""
+    groups = tl.cdiv(d, BD)
+    pid = tl.program_id(0)
+    row = (pid // groups).to(tl.int64) * BT + tl.arange(0, BT)
+    c = (pid % groups) * BD + tl.arange(0, BD)
+    assignment = tl.load(assignments + row)
+    real = assignment >= 0
+    token = tl.where(real, assignment // TOP_K, 0).to(tl.int64)
+    value = tl.load(
+        source + token[:, None] * d + c[None, :], mask=real[:, None] & (c < d)[None, :], other=0.0
+    )
+    if WEIGHTED:
+        scale = tl.load(weight + assignment, mask=real, other=0.0)
+        value = value.to(tl.float32) * scale[:, None]
+    tl.store(out + row[:, None] * d + c[None, :], value.to(out.dtype.element_ty), mask=(c < d)[None, :])
+
+
+@triton.jit
+def shares_kernel(partial, rows, dweight, count, tile_rows, groups, BLOCK: tl.constexpr):
+    """The gradient of each assignment's weight: the sum of its row's shares (groups, rows), 0 where it was dropped."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + at, mask=at < count, other=-1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    place = partial + row
+    for _ in range(groups):
+        total += tl.load(place, mask=row >= 0, other=0.0)
+        place += tile_rows
+    tl.store(dweight + at, total, mask=at < count)
+
+
+@triton.jit
+def widen_kernel(narrow, offsets, out, size, BLOCK: tl.constexpr):
+    """An expert's `size` values in another dtype, zeros where it has no rows."""
+    e = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = tl.load(offsets + e + 1) > tl.load(offsets + e)
+    first = e.to(tl.int64) * size
+    value = tl.load(narrow + first + at, mask=(at < size) & used, other=0.0)
+    tl.store(out + first + at, value.to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.triton import expert_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
 
 ACTIVATIONS = {
     "relu": kernels.RELU.value,
@@ -45,7 +45,7 @@ def expert_mlp(
         raise ValueError(f"{expert.shape[-1]} experts a token of {e}: at least 1, of at most 4095")
     if t == 0:
         return x.clone()
-    return expert_forward(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
+    return direct(expert_forward, x)(x, up, down, gate, expert, weight.to(torch.float32), activation)[0]
 
 
 class _Tiling(NamedTuple):
@@ -84,15 +84,31 @@ def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
         weights = rows._replace(m=64, k=16)
         return _Tilings(rows._replace(n=64) if gated else rows, rows, rows, rows, weights, weights)
     rows = _Tiling(m=128, n=128, k=64, warps=8, stages=3)
-    # whole tiles across an expert's width
-    across = 128 if up.shape[1] % 128 == 0 or up.shape[1] > 512 else 64
+    four = rows._replace(warps=4)
+    if gated:
+        # two products at a time: fewer warps with more registers each
+        return _Tilings(
+            hidden=rows._replace(stages=4) if up.shape[1] % 128 == 0 else four._replace(n=64),
+            output=rows,
+            slope=four,
+            back=four,
+            up=_Tiling(m=64, n=64, k=64, warps=4, stages=4),
+            down=four._replace(m=64),
+        )
+    if up.shape[1] >= 1024 and up.shape[2] % 256 == 0:
+        # of long products with few columns, fewer and wider tiles
+        broad = rows._replace(n=256)
+        return _Tilings(rows, broad, rows, broad, rows, rows)
+    if up.shape[1] % 128 == 0 or up.shape[1] > 512:
+        return _Tilings(rows, rows, rows, rows, rows, rows)
+    # whole tiles across a narrow expert
     return _Tilings(
-        hidden=rows._replace(n=64 if gated else across),
+        hidden=rows._replace(n=64),
         output=rows,
-        slope=rows._replace(n=across),
+        slope=rows._replace(n=64),
         back=rows,
-        up=rows._replace(m=across),
-        down=rows._replace(n=across),
+        up=rows._replace(m=64, n=256),
+        down=four._replace(n=64, stages=4),
     )
 
 
@@ -117,16 +133,13 @@ def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
     assignments = torch.full((num_tiles * tile,), -1, dtype=torch.int32, device=device)
     constants = {"E": e, "BINS": bins, "BLOCK": BLOCK, "num_warps": 4}
     kernels.count_kernel[(blocks,)](expert, counts, count, **constants)
-    through = counts.cumsum(1, dtype=torch.int32)
-    tiles_of = (through[:e, -1] + (tile - 1)) // tile
-    last_tile = tiles_of.cumsum(0, dtype=torch.int32)
-    offsets = torch.nn.functional.pad(last_tile * tile, (1, 0))
-    start = torch.nn.functional.pad(offsets[:-1], (0, bins - e))
-    kernels.place_kernel[(blocks,)](
-        expert, through - counts + start[:, None], rows, assignments, count, **constants
-    )
-    number = torch.arange(num_tiles, dtype=torch.int32, device=device)
-    tiles = torch.searchsorted(last_tile, number, right=True, out_int32=True)
+    totals = torch.empty(bins, dtype=torch.int32, device=device)
+    kernels.before_kernel[(bins,)](counts, totals, blocks, BLOCK=1024, num_warps=4)
+    offsets = torch.empty(e + 1, dtype=torch.int32, device=device)
+    kernels.offsets_kernel[(1,)](totals, offsets, TILE=tile, E=e, BLOCK=bins, num_warps=4)
+    tiles = torch.empty(num_tiles, dtype=torch.int32, device=device)
+    kernels.tiles_kernel[(e + 1,)](offsets, tiles, num_tiles, TILE=tile, E=e, BLOCK=128, num_warps=1)
+    kernels.place_kernel[(blocks,)](expert, counts, offsets, rows, assignments, count, **constants)
     return _Routes(rows, assignments, tiles, offsets)
 
 
@@ -142,7 +155,7 @@ def _rows(a, w, out, routes, weight, tiling, *, transposed, mode, gather, activa
         1 if transposed else k, n if transposed else 1,
         TOP_K=top_k, E=e, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN_N=n % tiling.n == 0, EVEN_K=k % tiling.k == 0,
         MODE=mode.value, GATHER=gather, SECOND=w2 is not None, WEIGHTED=weighted, ACTIVATION=ACTIVATIONS[activation],
-        GATED=gated, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
+        GATED=gated, WIDE=wide is not None, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
 
 
@@ -259,7 +272,8 @@ def expert_backward(
     with on_device(x):
         dinner = torch.empty_like(inner)
         dgate_inner = torch.empty_like(inner) if gated else None
-        active = torch.empty_like(inner)
+        apart = _products_apart(x, inner, top_k, activation, gated=gated)
+        active = None if apart else torch.empty_like(inner)
         groups = triton.cdiv(up.shape[1], tilings.slope.n)
         partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
         _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
@@ -269,10 +283,52 @@ def expert_backward(
         _rows(dinner, up, slots, routes, weight, tilings.back, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
-        dup, dgate = _weights(dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner)
-        ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
-        dweight = torch.where(rows >= 0, partial.sum(0)[rows.clamp(min=0)], 0).view(t, top_k)
+        if apart:
+            dup = _grouped(dinner, _gathered(x, None, routes), up, dtype, routes)
+            ddown = _grouped(_gathered(dy, weight, routes), inner, down, dtype, routes)
+            dgate = x.new_empty(0, dtype=dtype)
+        else:
+            dup, dgate = _weights(
+                dinner, x, up, dtype, routes, tilings.up, top_k, gather_a=False, a2=dgate_inner
+            )
+            ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
+        dweight = torch.empty(t, top_k, dtype=torch.float32, device=x.device)
+        kernels.shares_kernel[(triton.cdiv(t * top_k, 256),)](
+            partial, rows, dweight, t * top_k, inner.shape[0], groups, BLOCK=256, num_warps=4
+        )
     return dx, dup, ddown, dgate, dweight
+
+
+def _products_apart(x: Tensor, inner: Tensor, top_k: int, activation: str, *, gated: bool) -> bool:
+    """Whether torch's grouped product pays for the gradients of the weights: rows are gathered for it, which costs
+    little where a token has one row and experts are wide."""
+    d, f = x.shape[1], inner.shape[1]
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and d % 64 == 0 and f % 64 == 0
+    return fits and top_k == 1 and f >= 2 * d and activation == "relu" and not gated and x.shape[0] >= 4096
+
+
+def _gathered(x: Tensor, weight: Tensor | None, routes: _Routes) -> Tensor:
+    """The token of each row, times the router's weight where one is given; one choice a token."""
+    rows, d = routes.assignments.shape[0], x.shape[1]
+    out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
+    width = min(512, triton.next_power_of_2(d))
+    # tiles are multiples of 16 rows
+    kernels.gather_kernel[(rows // 16 * triton.cdiv(d, width),)](
+        x, routes.assignments, *some(x, weight), out, d, TOP_K=1, WEIGHTED=weight is not None, BT=16, BD=width,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: _Routes) -> Tensor:
+    """a^T b over each expert's rows, in `dtype`, shaped as `like`."""
+    narrow = torch.nn.functional.grouped_mm(a.t(), b, offs=routes.offsets[1:])
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
+    size = like[0].numel()
+    kernels.widen_kernel[(triton.cdiv(size, 4096), like.shape[0])](
+        narrow, routes.offsets, out, size, BLOCK=4096
+    )
+    return out
 
 
 def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a, a2=None):

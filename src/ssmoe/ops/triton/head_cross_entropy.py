@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.cross_entropy import IGNORE
 from ssmoe.ops.reference.head_cross_entropy import CHUNK
-from ssmoe.ops.triton.cross_entropy import check, overwrite
+from ssmoe.ops.triton.cross_entropy import check, overwrite, sums_of
 
 ALIGNED = 64
 
@@ -43,7 +43,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         losses = torch.empty(t, **wide)
         dx = torch.empty_like(x) if gradient else None
         dweight = torch.zeros(width, d, **wide) if gradient else None
-        dbias = torch.zeros(1, width, **wide) if gradient and bias is not None else None
+        sums = sums_of(buffer) if gradient and bias is not None else None
         for begin in range(0, t, max(size, 1)):
             rows = slice(begin, begin + size)
             part = x[rows]
@@ -52,13 +52,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 torch.mm(part, narrow.t(), out=logits)
             else:
                 torch.addmm(shift, part, narrow.t(), out=logits)
-            overwrite(logits, targets[rows], losses[rows], vocab, gradient=gradient)
+            overwrite(logits, targets[rows], losses[rows], vocab, gradient=gradient, sums=sums)
             if dx is not None and dweight is not None:
                 torch.mm(logits, narrow, out=dx[rows])
                 _add_product(dweight, logits.t(), part)
-            if dbias is not None:
-                _add_product(dbias, logits.new_ones(1, logits.shape[0]), logits)
         if gradient:
+            dbias = None if sums is None else sums.sum(0)
             ctx.save_for_backward(dx, dweight, dbias)
             ctx.vocab, ctx.dtype = vocab, weight.dtype
         return losses.sum()
@@ -70,7 +69,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return (
             dx * scale.to(dx.dtype),
             (dweight[: ctx.vocab] * scale).to(ctx.dtype),
-            None if dbias is None else (dbias[0, : ctx.vocab] * scale).to(ctx.dtype),
+            None if dbias is None else (dbias[: ctx.vocab] * scale).to(ctx.dtype),
             None,
             None,
         )

@@ -1,6 +1,8 @@
 """What every op checks before a launch, and on which device it launches."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,16 @@ def row_major(x: Tensor) -> Tensor:
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """The device that Triton launches on; the interpreter, for CPU tensors, needs none."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def direct(op: Any, x: Tensor) -> Callable[..., Any]:
+    """The function of a custom op without the op, where nothing has to see it.
+
+    That is where x is a plain tensor and neither gradients nor a compiler are at work. torch's way to the function
+    takes the host longer than the launch of a kernel.
+    """
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
+    return op if seen else op._init_fn
 
 
 def some(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:

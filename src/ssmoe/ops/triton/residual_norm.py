@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
 
 WIDEST = 16384
-WARPS = 4224
-"""Of the backward at most, each program with its own sum of the weight's gradient: 32 a multiprocessor of an
+CELLS = 512
+"""Of the backward, what a warp holds at least, of several rows if need be."""
+WARPS = 2112
+"""Of the backward at most, each program with its own sum of the weight's gradient: 16 a multiprocessor of an
 H100 or H200."""
 
 
@@ -43,7 +45,7 @@ def residual_norm(
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, add, eps, dtype):
-        y, total = norm_forward(x, weight, bias, add, eps, dtype)
+        y, total = direct(norm_forward, x)(x, weight, bias, add, eps, dtype)
         total = x.view_as(x) if add is None else total
         ctx.save_for_backward(total, weight, bias)
         ctx.eps, ctx.added = eps, None if add is None else add.dtype
@@ -52,7 +54,8 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dstream, dy):
         x, weight, bias = ctx.saved_tensors
-        dx, dadd, sums = norm_backward(dstream, dy, x, weight, ctx.eps, bias is not None, ctx.added)
+        run = direct(norm_backward, x)
+        dx, dadd, sums = run(dstream, dy, x, weight, ctx.eps, bias is not None, ctx.added)
         dbias = None if bias is None else sums[1].to(bias.dtype)
         if ctx.added is not None and not dadd.numel():
             dadd = dx
@@ -104,7 +107,7 @@ def norm_backward(
     copy = torch.empty(x.shape, dtype=narrow, device=x.device) if copied else x.new_empty(0)
     rows, block = x.numel() // d, triton.next_power_of_2(d)
     # a warp has whole rows, so that their sums stay inside it
-    many, warps = max(1, 1024 // block), max(1, min(16, block // 1024))
+    many, warps = max(1, CELLS // block), max(1, min(16, block // 1024))
     programs = max(1, min(WARPS // warps, triton.cdiv(rows, many)))
     partial = torch.empty(2 if centre else 1, programs, d, dtype=torch.float32, device=x.device)
     with on_device(x):
@@ -160,6 +163,13 @@ def norm_forward_kernel(
 
 
 @triton.jit
+def cells(tile, rows, channel, d, ROWS: tl.constexpr):
+    """Where the rows of a tile lie, and whether they do."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    return row[:, None] * d + channel[None, :], (row < rows)[:, None] & (channel < d)[None, :]
+
+
+@triton.jit
 def norm_backward_kernel(
     dstream, dy, x, weight, dx, copy, partial, rows, d, eps,
     CENTRE: tl.constexpr, COPY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -169,24 +179,30 @@ def norm_backward_kernel(
     factor = tl.load(weight + channel, mask=channel < d, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
+    at, inside = cells(program, rows, channel, d, ROWS)
+    next_value = tl.load(x + at, mask=inside, other=0.0)
+    next_slope = tl.load(dy + at, mask=inside, other=0.0)
+    next_stream = tl.load(dstream + at, mask=inside, other=0.0)
     for tile in range(program, tl.cdiv(rows, ROWS), programs):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & (channel < d)[None, :]
-        at = row[:, None] * d + channel[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        value, slope = next_value.to(tl.float32), next_slope.to(tl.float32)
+        stream = next_stream.to(tl.float32)
+        # the next rows are on their way while these are worked on
+        ahead, there = cells(tile + programs, rows, channel, d, ROWS)
+        next_value = tl.load(x + ahead, mask=there, other=0.0)
+        next_slope = tl.load(dy + ahead, mask=there, other=0.0)
+        next_stream = tl.load(dstream + ahead, mask=there, other=0.0)
         value, scale = normalised(value, inside, d, eps, CENTRE)
-        slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         dweight += tl.sum(slope * value, axis=0)
         dbias += tl.sum(slope, axis=0)
         slope *= factor
         change = slope - value * (tl.sum(slope * value, axis=1) / d)[:, None]
         if CENTRE:
             change -= (tl.sum(slope, axis=1) / d)[:, None]
-        stream = tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
         stream += change * scale[:, None]
         tl.store(dx + at, stream, mask=inside)
         if COPY:
             tl.store(copy + at, stream.to(copy.dtype.element_ty), mask=inside)
+        at, inside = ahead, there
     tl.store(partial + program * d + channel, dweight, mask=channel < d)
     if CENTRE:
         tl.store(partial + (programs + program) * d + channel, dbias, mask=channel < d)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.route import SMALLEST, Routed
 from ssmoe.ops.reference.route import route as torch_route
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
 
 MOST = 16
 """Choices a token that the kernels take; beyond, torch sorts."""
@@ -34,7 +34,7 @@ def route(
     check_activations(logits=logits, bias=bias)
     if logits.dtype != torch.float32:
         raise ValueError(f"logits are {logits.dtype}: a router works in float32")
-    expert, weight, load, shares, sums = route_forward(
+    expert, weight, load, shares, sums = direct(route_forward, logits)(
         logits, real, bias, top_k, score == "sigmoid", normalise
     )
     z, entropy, confidence = sums.unbind()
@@ -66,7 +66,7 @@ def route_forward(
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     with on_device(logits):
         route_forward_kernel[(programs,)](
-            logits, real.to(torch.int8), *some(logits, bias), expert, weight, loads, shares, sums, t, e,
+            logits, real.view(torch.int8), *some(logits, bias), expert, weight, loads, shares, sums, t, e,
             K=top_k, SIGMOID=sigmoid, NORMALISE=normalise, BIASED=bias is not None, **layout,
         )  # fmt: skip
     return expert, weight, loads.sum(0), shares.sum(0), sums.sum(0)
@@ -93,7 +93,7 @@ def route_backward(
     programs, layout = _launch(logits)
     with on_device(logits):
         route_backward_kernel[(programs,)](
-            logits, real.to(torch.int8), expert, weight, dweight.contiguous(), dshares.contiguous(),
+            logits, real.view(torch.int8), expert, weight, dweight.contiguous(), dshares.contiguous(),
             dsums.contiguous(), dlogits, t, e, K=expert.shape[1], SIGMOID=sigmoid, NORMALISE=normalise, **layout,
         )  # fmt: skip
     return dlogits

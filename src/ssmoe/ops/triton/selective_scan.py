@@ -14,7 +14,7 @@ from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton import scan_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, on_device, row_major, some
+from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
 from ssmoe.ops.triton.scan_gradient import fake_outputs, register
 
 # positions between two saved states; the backward replays this many from registers
@@ -67,7 +67,7 @@ def selective_scan(
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if scan_cuda.covers(x, A):
-        y, final, _ = scan_cuda.scan_cuda(*tensors, flags, save)
+        y, final, _ = direct(scan_cuda.scan_cuda, x)(*tensors, flags, save)
         return y, write_state(final, slots, out_state)
     # with gradients the gate is its own pass: inside the backward scan it would cost far more than it reads
     apart = save and z is not None
