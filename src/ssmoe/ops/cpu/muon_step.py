@@ -1,6 +1,6 @@
 """Muon's update on a CPU: a few matrices at a time, in bfloat16 where it multiplies that in hardware.
 
-Each thread works on matrices of its own. Threads inside every product would wait for one another some thousand
+Each thread works on matrices of its own. Threads inside every product would wait for one another a thousand
 times a step, which is slow as soon as another process takes a core.
 """
 
