@@ -57,6 +57,7 @@ def test_without_one_the_nearest_is_chosen_and_the_page_says_whom_that_favours()
     assert "No Transformer that was trained is as good as MoE-Mamba" in text
     assert "0.100 nats worse (2.600 nats against 2.500, both after 100 M tokens)" in text
     assert "favours the Transformer" in text
+    assert text.endswith("The Transformer beside it ends +0.300 nats from MoE-Mamba.")
 
 
 def test_only_runs_of_as_many_tokens_are_compared() -> None:

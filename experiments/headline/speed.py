@@ -48,15 +48,20 @@ def sentence(pair: Pair) -> str:
         f"{pair.theirs['active'] / 1e6:.1f} M active parameters of {pair.theirs['non_embedding'] / 1e6:.0f} M"
     )
     losses = f"{final(pair.theirs):.3f} nats against {final(pair.ours):.3f}, both after {tokens}"
+    beside = "".join(
+        f" The {NAMES[run['entry']]} beside it ends {final(run) - final(pair.ours):+.3f} nats from {ours}."
+        for run in pair.others
+        if run is not pair.theirs
+    )
     if pair.worse <= 0:
         return (
             f"The smallest Transformer that was trained and is at least as good as {ours} is the {theirs} "
-            f"({sizes}; {losses})."
+            f"({sizes}; {losses}).{beside}"
         )
     return (
         f"No Transformer that was trained is as good as {ours}. The nearest, the {theirs} ({sizes}), ends "
         f"{pair.worse:.3f} nats worse ({losses}): one of equal loss would be larger or trained for longer, "
-        "so the comparison favours the Transformer."
+        f"so the comparison favours the Transformer. Its learning rate was not searched.{beside}"
     )
 
 

@@ -56,3 +56,38 @@ def test_float64_stays_float64() -> None:
     exact, _ = update(definition, POLAR, torch.float64)
     found, _ = update(ours, POLAR, torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def test_threads_change_nothing_and_are_as_many_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmoe.ops.cpu import muon_step as ours
+
+    monkeypatch.setitem(ours.__globals__, "AT_ONCE", 2 * 40 * 24)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(update(ours, POLAR, torch.float32))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_parameters_of_a_model_are_leaves_that_want_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmoe.ops.cpu import muon_step as ours
+
+    bank = torch.nn.Parameter(torch.ones(2, 8, 4))
+    before, threads = bank.detach().clone(), torch.get_num_threads()
+    monkeypatch.setitem(ours.__globals__, "AT_ONCE", 32)
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            ours(
+                [bank, bank], [torch.randn_like(bank)] * 2, [torch.zeros_like(bank)] * 2,
+                rate=0.1, decay=0.0, mu=0.9, iteration=POLAR,
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.equal(bank, before)

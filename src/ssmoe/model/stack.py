@@ -9,6 +9,7 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from ssmoe.model.feedforwards.moe import MoE
 from ssmoe.model.layer import LayerOut, LayerState, RouterStats, State
 from ssmoe.model.mixers.attention import Attention, AttentionState
 from ssmoe.model.mixers.mamba import Mamba, MambaState
@@ -51,6 +52,8 @@ class Residual(nn.Module):
         out: LayerOut
         if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
             out = self.layer.append(normed, state)
+        elif in_place and isinstance(self.layer, MoE) and not self.layer.training:
+            out = LayerOut(self.layer.step(normed), (), None)
         else:
             out = self.layer(normed, state, segments)
         if in_place and state is not None:

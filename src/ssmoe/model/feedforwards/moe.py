@@ -118,6 +118,26 @@ class MoE(nn.Module):
             y = y + self.shared(x).x
         return LayerOut(y, (), routing.stats)
 
+    def step(self, x: Tensor) -> Tensor:
+        """(b, 1, d_model) -> the same, dropless and without statistics; inference only."""
+        router, experts = self.router, self.experts
+        y = experts.ops.moe_step(
+            x.flatten(0, 1),
+            router.weight,
+            router.bias,
+            experts.up,
+            experts.down,
+            experts.gate,
+            top_k=router.top_k,
+            score=router.score,
+            normalise=router.normalise_weights,
+            scale=router.weight_scale,
+            activation=experts.activation,
+        ).view_as(x)
+        if self.norm is not None:
+            y = self.norm(y).to(x.dtype)
+        return y if self.shared is None else y + self.shared(x).x
+
     def init_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> tuple[()]:
         """Stateless."""
         del batch, capacity, dtype, device

@@ -16,6 +16,7 @@ from ssmoe.ops.cpu.expert_mlp import expert_mlp
 from ssmoe.ops.cpu.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.cpu.linear import fork_linear, linear, split_linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
+from ssmoe.ops.cpu.moe_step import moe_step
 from ssmoe.ops.cpu.muon_step import muon_step
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
@@ -36,6 +37,7 @@ __all__ = [
     "linear",
     "mamba_step",
     "mamba_steps",
+    "moe_step",
     "muon_step",
     "residual_norm",
     "route",

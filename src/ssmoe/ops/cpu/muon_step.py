@@ -1,6 +1,14 @@
-"""Muon's update on a CPU: a few matrices at a time, in bfloat16 where the hardware multiplies that."""
+"""Muon's update on a CPU: a few matrices at a time, in bfloat16 where it multiplies that in hardware.
+
+Each thread works on matrices of its own. Threads inside every product would wait for one another a thousand
+times a step, which is slow as soon as another process takes a core.
+"""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from threading import Barrier
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +39,42 @@ def muon_step(
     without it the opposite holds, so the level decides.
     """
     native = describe()["level"] == "Avx512Bf16" and parameters[0].dtype == torch.float32
-    for batch in _batches(parameters, gradients, momenta):
-        definition(
-            *zip(*batch, strict=True),
-            rate=rate,
-            decay=decay,
-            mu=mu,
-            iteration=iteration,
-            products=torch.bfloat16 if native else None,
-        )
+    update = partial(
+        _update,
+        rate=rate,
+        decay=decay,
+        mu=mu,
+        iteration=iteration,
+        products=torch.bfloat16 if native else None,
+    )
+    batches = list(_batches(parameters, gradients, momenta))
+    threads = torch.get_num_threads()
+    if threads == 1 or len(batches) == 1:
+        for batch in batches:
+            update(batch)
+    else:
+        list(_workers(threads).map(update, batches))
+
+
+@torch.no_grad()
+def _update(batch: list[_Triple], **options: Any) -> None:
+    parameters, gradients, momenta = zip(*batch, strict=True)
+    definition(parameters, gradients, momenta, **options)
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """So many threads, each of which does its products alone."""
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    started = Barrier(threads)
+
+    def start(_: int) -> None:
+        started.wait()
+
+    list(pool.map(start, range(threads)))
+    # a worker's call also says with how many any new thread begins
+    torch.set_num_threads(threads)
+    return pool
 
 
 def _batches(*tensors: Sequence[Tensor]) -> Iterator[list[_Triple]]:

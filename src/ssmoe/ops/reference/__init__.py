@@ -8,6 +8,7 @@ from ssmoe.ops.reference.expert_mlp import expert_mlp
 from ssmoe.ops.reference.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.reference.mamba_step import mamba_step, mamba_steps
+from ssmoe.ops.reference.moe_step import moe_step
 from ssmoe.ops.reference.muon_step import muon_step
 from ssmoe.ops.reference.residual_norm import residual_norm
 from ssmoe.ops.reference.route import route
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "mamba_step",
     "mamba_steps",
+    "moe_step",
     "muon_step",
     "residual_norm",
     "route",

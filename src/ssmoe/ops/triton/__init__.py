@@ -8,6 +8,7 @@ from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
 from ssmoe.ops.triton.head_cross_entropy import head_cross_entropy
 from ssmoe.ops.triton.mamba_step import mamba_step, mamba_steps
+from ssmoe.ops.triton.moe_step import moe_step
 from ssmoe.ops.triton.muon_step import muon_step
 from ssmoe.ops.triton.residual_norm import residual_norm
 from ssmoe.ops.triton.route import route
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "mamba_step",
     "mamba_steps",
+    "moe_step",
     "muon_step",
     "residual_norm",
     "route",
