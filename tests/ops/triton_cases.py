@@ -151,9 +151,7 @@ def norm_errors(
 def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
     """A router's product."""
     normal = normals(device)
-    inputs = {"x": normal(t, d).to(dtype), "weight": normal(e, d)}
-    alone, fork = errors("wide_linear", inputs), errors("fork_wide_linear", inputs)
-    return alone | {f"fork {key}": found for key, found in fork.items()}
+    return errors("wide_linear", {"x": normal(t, d).to(dtype), "weight": normal(e, d)})
 
 
 def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:

@@ -36,7 +36,6 @@ class Ops(NamedTuple):
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     wide_linear: Callable[..., Tensor]
-    fork_wide_linear: Callable[..., tuple[Tensor, Tensor]]
     route: Callable[..., Routed]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
@@ -126,7 +125,6 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         wide_linear=module.wide_linear,
-        fork_wide_linear=module.fork_wide_linear,
         route=module.route,
         mamba_step=module.mamba_step,
         mamba_steps=module.mamba_steps,

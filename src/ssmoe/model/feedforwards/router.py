@@ -21,15 +21,11 @@ from ssmoe.ops.reference.route import Routed, count, scores_of
 
 
 class Routing(NamedTuple):
-    """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32.
-
-    x: what was routed, to go on with (`ops.fork_wide_linear`); None where only logits were at hand.
-    """
+    """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32."""
 
     expert: Tensor
     weight: Tensor
     stats: RouterStats
-    x: Tensor | None = None
 
 
 class Router(Float32Module):
@@ -74,11 +70,7 @@ class Router(Float32Module):
     def forward(self, x: Tensor, segments: Segments | None = None) -> Routing:
         """x: (b, l, d_model) -> Routing of t = b * l tokens."""
         tokens = x.shape[0] * x.shape[1] if segments is None else None
-        if self.training and self.jitter > 0:
-            logits = self.logits(x)
-        else:
-            x, logits = self.ops.fork_wide_linear(x, self.weight)
-        return self.choose(logits, real_tokens(x, segments), tokens)._replace(x=x)
+        return self.choose(self.logits(x), real_tokens(x, segments), tokens)
 
     def choose(self, logits: Tensor, real: Tensor, tokens: int | None = None) -> Routing:
         """logits: (b, l, e). real: (b, l) bool, false on padding. tokens: how many are real, where known."""

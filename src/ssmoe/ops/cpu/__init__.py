@@ -22,7 +22,7 @@ from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.adamw_step import adamw_step
 from ssmoe.ops.reference.route import route
-from ssmoe.ops.reference.wide_linear import fork_wide_linear, wide_linear
+from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
     "adamw_step",
@@ -32,7 +32,6 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "fork_linear",
-    "fork_wide_linear",
     "head_cross_entropy",
     "linear",
     "mamba_step",

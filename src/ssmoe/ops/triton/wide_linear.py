@@ -28,32 +28,6 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return direct(wide_forward, x)(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
-def fork_wide_linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., d_in), weight (d_out, d_in) float32 -> (x, (..., d_out) float32); see the reference."""
-    narrow = x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and x.numel() > 0
-    if not narrow or not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return x, wide_linear(x, weight)
-    return _ForkWide.apply(x, weight)
-
-
-class _ForkWide(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        ctx.set_materialize_grads(False)
-        return x.view_as(x), wide_linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, dstream, dy):
-        x, weight = ctx.saved_tensors
-        if dy is None:
-            return dstream, None
-        rows = x.reshape(-1, x.shape[-1])
-        stream = None if dstream is None else dstream.reshape(rows.shape)
-        dx, dweight = wide_backward(dy.reshape(-1, dy.shape[-1]), rows, weight, stream)
-        return dx.view_as(x), dweight
-
-
 @torch.library.custom_op("ssmoe::wide_forward", mutates_args=())
 def wide_forward(x: Tensor, weight: Tensor) -> Tensor:
     """(t, d_in), (d_out, d_in) -> (t, d_out) float32."""
@@ -77,18 +51,17 @@ def _(x, weight):
 
 
 @torch.library.custom_op("ssmoe::wide_backward", mutates_args=())
-def wide_backward(dy: Tensor, x: Tensor, weight: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with `stream` added where there is one, and of weight."""
+def wide_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
     parts = split(dy, PARTS)  # (3, t, d_out)
-    narrow = weight.to(torch.bfloat16)
-    dx = parts[0] @ narrow if stream is None else torch.addmm(stream, parts[0], narrow)
+    dx = parts[0] @ weight.to(torch.bfloat16)
     # the smallest first
     largest, middle, smallest = (product(part.t(), x, torch.float32) for part in parts)
     return dx, smallest + middle + largest
 
 
 @wide_backward.register_fake
-def _(dy, x, weight, stream):  # noqa: ARG001
+def _(dy, x, weight):  # noqa: ARG001
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
 
 
@@ -97,7 +70,7 @@ def _save(ctx, inputs, output):  # noqa: ARG001
 
 
 def _backward(ctx, dy):
-    return wide_backward(dy, *ctx.saved_tensors, None)
+    return wide_backward(dy, *ctx.saved_tensors)
 
 
 wide_forward.register_autograd(_backward, setup_context=_save)
