@@ -34,7 +34,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["Avx2"] = ["-mavx2", "-mfma"]
     # -mtune: by Zen's model of the units the scan's inner loop takes 6 % fewer cycles than by the generic one
     LEVELS["Avx512"] = [
-        "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512", "-mtune=znver3",
+        "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
+        "-mtune=znver3",
     ]  # fmt: skip
     LEVELS["Avx512Bf16"] = [*LEVELS["Avx512"], "-mavx512bf16"]
 
