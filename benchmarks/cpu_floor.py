@@ -14,7 +14,7 @@ import torch
 # What one update of one state costs, in vector operations on the multiply-add units, besides exponentials:
 # drive B, the recurrence and <C, h>; backward the recurrence again, dC, dB, dh, q, dA, ddelta, dx.
 FORWARD_FMA, BACKWARD_FMA = 3, 10
-# With AVX-512 an exponential takes five more of them, so the units alone, kept busy without a gap, need:
+# With AVX-512 an exponential takes five more of them: what the units alone, busy without a gap, would need.
 FORWARD_UNITS, BACKWARD_UNITS = FORWARD_FMA + 5, BACKWARD_FMA + 5
 
 

@@ -55,6 +55,15 @@ def test_parity(l: int, n: int, d: int, full: bool, dtype: torch.dtype) -> None:
     judge(lambda: drawn(2, l, d, n, dtype, full, segments), reference.selective_scan, scan, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("n", [1, 5, 16, 24, 30])
+def test_parity_of_whole_vectors_without_a_gate(n: int, segmented: bool, dtype: torch.dtype) -> None:
+    """Their outputs are written from the recurrence itself, by the last of the states."""
+    segments = documents(2, 41) if segmented else None
+    judge(lambda: drawn(2, 41, 32, n, dtype, False, segments), reference.selective_scan, scan, dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 4, 16, 24, 64])
@@ -69,6 +78,15 @@ def inputs(b: int, l: int, d: int, n: int, dtype: torch.dtype = torch.float32) -
     x, delta, z = (torch.randn(b, l, d, dtype=dtype) for _ in range(3))
     B, C = torch.randn(b, l, n, dtype=dtype), torch.randn(b, l, n, dtype=dtype)
     return [x, delta, -torch.rand(d, n) - 0.1, B, C, torch.randn(d), z, torch.randn(d)]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_skip_with_and_without_a_gate(skip: bool) -> None:
+    x, delta, A, B, C, D, z, bias = inputs(2, 35, 32, 16)
+    D = D if skip else None
+    for gate in (None, z):
+        expected, _ = reference.selective_scan(x, delta, A, B, C, D, gate, bias)
+        torch.testing.assert_close(scan(x, delta, A, B, C, D, gate, bias)[0], expected)
 
 
 def test_strided_inputs_need_no_copy_to_be_right() -> None:
