@@ -68,13 +68,14 @@ def main() -> None:
 
 def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:
     """What `run_forward` and `run_backward` compile for these inputs."""
-    z = {"ZT": "bf16" if gate else "float"}
+    z = {"ZT": "bf16" if gate or (forward and cut.matrix) else "float"}
     types = dict.fromkeys(("XT", "DT"), "bf16") | z | dict.fromkeys(("BT", "CT"), "bf16")
     common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": gate, **types}
     if not forward:
         rows = (torch.empty(0, dtype=torch.bfloat16),) * (4 if gate else 3)
         shared = scan_cuda.backward_shared(cut, 16, True, False, rows)
         return *scan_cuda._macros(cut, 16, BACKWARD=1, CKPT=every, **common), ("SHARED_BYTES", str(shared))
+    common = {"ALIGNED": True, "PACKED": cut.matrix} | {k: v for k, v in common.items() if k != "ALIGNED"}
     return scan_cuda._macros(cut, 16, FORWARD=1, CKPT=every, **common)
 
 

@@ -69,6 +69,20 @@ __device__ __forceinline__ void product(float (&d)[4], const float (&a)[4], floa
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
+// d = a b, likewise
+__device__ __forceinline__ void product_of(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+        " {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
+}
+// d = a b of 16 x 4 and 4 x 8, likewise
+__device__ __forceinline__ void product_of(float (&d)[4], float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.0f));
+}
 #define SHARED(type, name) \
     extern __shared__ float4 memory[]; \
     type& name = *reinterpret_cast<type*>(memory)
@@ -110,6 +124,17 @@ static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 
 #define UNROLL _Pragma("unroll")
 
+// Products with B and C on the matrix units, for bfloat16; see the walks
+#ifndef MATRIX
+#define MATRIX 0
+#endif
+#if MATRIX && defined(FORWARD)
+static_assert(K == 4 && CH == 1 && N % 16 == 0 && SUB % 8 == 0, "a warp has eight channels");
+#define IN_PAIRS 1
+#else
+#define IN_PAIRS 0
+#endif
+
 template <class T, int W>
 struct alignas(sizeof(T) * W) Row {
     T v[W];
@@ -122,7 +147,13 @@ __device__ __forceinline__ void down(float v, bf16& out) {
     unsigned rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     out.bits = (unsigned short)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
 }
-#ifndef EMULATED
+#ifdef EMULATED
+__device__ __forceinline__ unsigned down2(float low, float high) {
+    bf16 a, b;
+    down(low, a), down(high, b);
+    return a.bits | (unsigned)b.bits << 16;
+}
+#else
 __device__ __forceinline__ unsigned down2(float low, float high) {
     unsigned r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -185,6 +216,9 @@ __device__ __forceinline__ void store_row(T* at, const float (&value)[CH], bool 
         if (live && j < left) at[j] = row.v[j];
 #endif
 }
+
+// what tf32 leaves away
+__device__ __forceinline__ float lower_bits(float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
 // W floats from an address aligned to as many
 template <int W>
@@ -254,11 +288,26 @@ __device__ __forceinline__ Place place(i64 block_channel, i64 b, i64 d) {
     return p;
 }
 
+#if IN_PAIRS
+// A lane has two neighbouring states of every eight.
+__device__ __forceinline__ void write_pairs(float* to, const float (&h)[S]) {
+    UNROLL for (int s = 0; s < S; s += 2) {
+        float both[2] = {h[s], h[s + 1]};
+        write<2>(to + s / 2 * 8, both);
+    }
+}
+#endif
+
 // S states of each of the lane's channels from a (..., d, N) tensor at row `at` of d * N floats
 __device__ __forceinline__ void load_states(const float* from, i64 at, i64 d, const Place& p, float (&h)[CH][S]) {
     UNROLL for (int j = 0; j < CH; j++) {
         if (j < p.left) {
+#if IN_PAIRS
+            const float* row = from + (at * d + p.channel) * N + 2 * p.k;
+            UNROLL for (int s = 0; s < S; s++) h[0][s] = row[s / 2 * 8 + s % 2];
+#else
             read<S>(from + (at * d + p.channel + j) * N + p.k * S, h[j]);
+#endif
         } else {
             UNROLL for (int s = 0; s < S; s++) h[j][s] = 0.0f;
         }
@@ -266,8 +315,12 @@ __device__ __forceinline__ void load_states(const float* from, i64 at, i64 d, co
 }
 
 __device__ __forceinline__ void store_states(float* to, i64 at, i64 d, const Place& p, const float (&h)[CH][S]) {
+#if IN_PAIRS
+    if (p.left > 0) write_pairs(to + (at * d + p.channel) * N + 2 * p.k, h[0]);
+#else
     UNROLL for (int j = 0; j < CH; j++)
         if (j < p.left) write<S>(to + (at * d + p.channel + j) * N + p.k * S, h[j]);
+#endif
 }
 
 __device__ __forceinline__ void load_A(const float* A, i64 d, const Place& p, float (&a)[CH][S]) {
@@ -387,6 +440,285 @@ struct Arguments {
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl;
 };
 
+#if MATRIX
+constexpr int BLOCKS = N / 16;  // of 16 states, of which a lane has four
+constexpr int EIGHTS = SUB / 8, OWNED = 2 * EIGHTS;
+static_assert(TILE / SUB % 2 == 0, "the steps of a tile take turns in two places");
+constexpr int TASKS = 4 * TILE * BLOCKS;  // of eight values of B or C each
+
+struct alignas(16) Half8 {
+    unsigned w[4];
+};
+
+struct alignas(16) Shared {
+    // two positions' states n and n + 8 side by side, for every n below eight; four words of room between positions
+    float B[2][BLOCKS][TILE / 2][36];
+    float C[2][BLOCKS][TILE][4][4];  // of a position, each lane's four states
+    // of two steps in turn, four positions side by side: log2(e) step or RESET; step x as tf32 parts that add up to it
+    float step[WARPS][2][SUB / 4][GROUPS][4];
+    float part[WARPS][2][SUB / 4][GROUPS * 4][4];
+    Half8 x[WARPS][2][TILE], d[WARPS][2][TILE], z[WARPS][HAS_Z ? 2 : 1][HAS_Z ? TILE : 1], y[WARPS][TILE];
+};
+
+// Where four positions of a channel lie, and those of a part of it: so that lanes do not meet in a bank.
+__device__ __forceinline__ int step_place(int group, int quarter) { return group ^ (quarter & 1) * 4; }
+__device__ __forceinline__ int part_place(int group, int quarter, int part) {
+    return group * 4 + (part + group / 2 + (quarter & 1) * 2) % 4;
+}
+
+// A row of a warp's eight channels on its way to shared memory
+__device__ __forceinline__ void bring(Half8& to, const bf16* at, bool live, i64 left) {
+    if (ALIGNED) {
+        copy_later<4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at), live && left > 0);
+    } else {
+        UNROLL for (int i = 0; i < 4; i++)
+            to.w[i] = load_half(at + 2 * i, live && 2 * i < left) | load_half(at + 2 * i + 1, live && 2 * i + 1 < left) << 16;
+    }
+}
+
+__device__ __forceinline__ float value(const Half8* rows, int row, int channel) {
+    return __uint_as_float((unsigned)reinterpret_cast<const unsigned short*>(rows)[row * 8 + channel] << 16);
+}
+
+// B and C of a tile on their way: of a position and 16 states, a thread carries 4 j ... 4 j + 3 and the eighth after each.
+template <bool WITH_C>
+struct Pairs {
+    static constexpr int OWN = (TASKS + THREADS - 1) / THREADS;
+    unsigned w[OWN][4];
+    const Arguments& g;
+    i64 b;
+
+    __device__ __forceinline__ Pairs(const Arguments& g, i64 b) : g(g), b(b) {}
+
+    __device__ __forceinline__ void fetch(i64 t, int rows) {
+        UNROLL for (int i = 0; i < OWN; i++) {
+            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE, q = task / (2 * TILE) % BLOCKS;
+            const bool is_c = task >= TASKS / 2;
+            const bool live = row < rows && task < TASKS && (WITH_C || !is_c) && is_real(g.flags, SEGMENTS ? b * g.length + t + row : 0);
+            const bf16* at = is_c ? g.C + b * g.scb + (t + row) * g.scl : g.B + b * g.sbb + (t + row) * g.sbl;
+            at += q * 16 + task % 2 * 4;
+            if (PACKED) {
+                load_words<2>(at, live, w[i]);
+                load_words<2>(at + 8, live, w[i] + 2);
+            } else {
+                UNROLL for (int j = 0; j < 4; j++)
+                    w[i][j] = load_half(at + j / 2 * 8 + j % 2 * 2, live) | load_half(at + j / 2 * 8 + j % 2 * 2 + 1, live) << 16;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void put(Shared& shared, int buffer) const {
+        UNROLL for (int i = 0; i < OWN; i++) {
+            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE, q = task / (2 * TILE) % BLOCKS, j = task % 2;
+            float low[4], high[4];
+            UNROLL for (int m = 0; m < 4; m++) {
+                low[m] = __uint_as_float(m % 2 ? w[i][m / 2] & 0xffff0000u : w[i][m / 2] << 16);
+                high[m] = __uint_as_float(m % 2 ? w[i][2 + m / 2] & 0xffff0000u : w[i][2 + m / 2] << 16);
+            }
+            if (task < TASKS / 2) {
+                UNROLL for (int m = 0; m < 4; m++) {
+                    const float both[2] = {low[m], high[m]};
+                    write<2>(shared.B[buffer][q][row / 2] + (4 * j + m) * 4 + row % 2 * 2, both);
+                }
+            } else if (WITH_C && task < TASKS) {
+                UNROLL for (int m = 0; m < 2; m++) {
+                    const float four[4] = {low[2 * m], low[2 * m + 1], high[2 * m], high[2 * m + 1]};
+                    write<4>(shared.C[buffer][q][row][2 * j + m], four);
+                }
+            }
+        }
+    }
+};
+
+// A warp has eight channels, one to every four lanes, and of each a lane has four of 16 states: 2 k, 2 k + 1, 8 + 2 k
+// and 9 + 2 k, as a product leaves them.
+//
+// What enters the states of two positions, (step x) B: (16 x 4)(4 x 8) in tf32, whose rows are the channels at either
+// position; step x comes in parts along the sum, and tf32 products are exact in float32. The recurrence is float32.
+// y: the rows are the states of two positions (their upper 19 bits), the columns C at eight positions, of which each
+// lane keeps its own two.
+//
+// LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
+template <bool LOCAL>
+__device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
+    const Place p = place(block_channel, b, g.d);
+    const int lane = threadIdx.x % 32;
+    float a[1][S], h[1][S], bias[1], skip[1], total[1] = {0.0f};
+    load_A(g.A, g.d, p, a);
+    load_channels(g.bias, p, bias);
+    load_channels(g.skip, p, skip);
+    UNROLL for (int s = 0; s < S; s++) h[0][s] = 0.0f;
+    if (!LOCAL) {
+        if (chunk > 0) {
+            enter(g.states, g.steps, g.chunks, g.d, 0, chunk, 1, p, a, h);
+        } else if (g.initial) {
+            load_states(g.initial, b, g.d, p, h);
+        }
+    }
+    const i64 first = chunk * g.chunk_tiles;
+    const i64 tiles = (g.length + TILE - 1) / TILE;
+    const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
+    const int end = (int)(g.length < last * TILE ? g.length : last * TILE);
+    int t = (int)(first * TILE);  // of the step in hand
+    const int own = 2 * p.k;      // a lane owns two neighbouring positions of every eight
+    const i64 channel = p.channel - p.group, left = g.d - channel;  // the warp's
+    const bf16* x_at = g.x + b * g.sxb + (t + lane) * g.sxl + channel;
+    const bf16* d_at = g.delta + b * g.sdb + (t + lane) * g.sdl + channel;
+    const bf16* z_at = g.z + (HAS_Z ? b * g.szb + (t + lane) * g.szl + channel : 0);
+    bf16* y_at = g.y + (b * g.length + t + lane) * g.d + channel;
+    const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + own : 0);
+    constexpr int EVERY = CKPT > 0 ? CKPT : SUB;
+    const i64 blocks = (g.length + EVERY - 1) / EVERY;
+    float* saved_at = g.saved + ((b * blocks + t / EVERY) * g.d + p.channel) * N + 2 * p.k;
+
+    // the rows of the tile at t0
+    auto ahead = [&](int t0, int side) {
+        UNROLL for (int row = 0; row < TILE; row += 32) {
+            const bool live = t0 + row + lane < end;
+            bring(shared.x[p.warp][side][row + lane], x_at + row * g.sxl, live, left);
+            bring(shared.d[p.warp][side][row + lane], d_at + row * g.sdl, live, left);
+            if (HAS_Z && !LOCAL) bring(shared.z[p.warp][HAS_Z ? side : 0][HAS_Z ? row + lane : 0], z_at + row * g.szl, live, left);
+        }
+        x_at += TILE * g.sxl;
+        d_at += TILE * g.sdl;
+        if (HAS_Z) z_at += TILE * g.szl;
+    };
+    float xs[OWNED], zs[OWNED];
+    // to the other lanes: the step at t0, row `row` of a tile
+    auto prepare = [&](int t0, int row, int tile_side, int side) {
+        const Half8* x = shared.x[p.warp][tile_side] + row + own;
+        const Half8* d = shared.d[p.warp][tile_side] + row + own;
+        const Half8* z = shared.z[p.warp][HAS_Z ? tile_side : 0] + (HAS_Z ? row + own : 0);
+        UNROLL for (int e = 0; e < EIGHTS; e++) {
+            float steps[2], part[3][2];
+            UNROLL for (int i = 0; i < 2; i++) {
+                const int r = 2 * e + i;
+                const bool live = t0 + e * 8 + i + own < end;
+                const signed char flag = SEGMENTS && live ? flag_at[t0 + e * 8 + i] : 0;
+                const bool real = SEGMENTS ? flag & 1 : live;
+                float slope, step = softplus(value(d, e * 8 + i, p.group) + bias[0], slope);
+                step = real ? step : 0.0f;
+                xs[r] = unless_padding(value(x, e * 8 + i, p.group), real);
+                if (HAS_Z && !LOCAL) zs[r] = unless_padding(value(z, e * 8 + i, p.group), real);
+                steps[i] = SEGMENTS && real && (flag & 2) ? RESET : step * LOG2E;
+                if (LOCAL) total[0] += steps[i];
+                part[0][i] = step * xs[r];
+                part[1][i] = lower_bits(part[0][i]);
+                part[2][i] = lower_bits(part[1][i]);
+            }
+            const int quarter = 2 * e + p.k / 2;
+            write<2>(shared.step[p.warp][side][quarter][step_place(p.group, quarter)] + p.k % 2 * 2, steps);
+            UNROLL for (int i = 0; i < 3; i++)
+                write<2>(shared.part[p.warp][side][quarter][part_place(p.group, quarter, i)] + p.k % 2 * 2, part[i]);
+        }
+    };
+
+    Pairs<!LOCAL> stage(g, b);
+    stage.fetch(t, end - t);
+    ahead(t, 0);
+    const float zero[2] = {0.0f, 0.0f};
+    UNROLL for (int side = 0; side < 2; side++)
+        UNROLL for (int quarter = p.k / 2; quarter < SUB / 4; quarter += 2)
+            write<2>(shared.part[p.warp][side][quarter][part_place(p.group, quarter, 3)] + p.k % 2 * 2, zero);
+    wait_copies();
+    WARP_BARRIER();
+    ahead(t + TILE, 1);
+    prepare(t, 0, 0, 0);
+    stage.put(shared, 0);
+    BARRIER();
+    int buffer = 0;
+    for (i64 tile = first; tile < last; tile++) {
+        stage.fetch(t + TILE, end - t - TILE);
+        UNROLL for (int row = 0; row < TILE; row += SUB) {
+            const int side = row / SUB % 2;
+            float x[OWNED], y[OWNED], z[OWNED];
+            UNROLL for (int r = 0; r < OWNED; r++) {
+                x[r] = xs[r];
+                if (HAS_Z && !LOCAL) z[r] = zs[r];
+            }
+            const bool end_of_tile = row == TILE - SUB;
+            if (end_of_tile) {
+                wait_copies();
+                WARP_BARRIER();
+                ahead(t + SUB + TILE, buffer);
+            }
+            prepare(t + SUB, end_of_tile ? 0 : row + SUB, buffer ^ end_of_tile, side ^ 1);
+            UNROLL for (int quarter = 0; quarter < SUB / 4; quarter++) {
+                float steps[4], parts[4], cs[BLOCKS][4];
+                read<4>(shared.step[p.warp][side][quarter][step_place(p.group, quarter)], steps);
+                read<4>(shared.part[p.warp][side][quarter][part_place(p.group, quarter, p.k)], parts);
+                if (!LOCAL) UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.C[buffer][q][row + quarter / 2 * 8 + p.group][p.k], cs[q]);
+                UNROLL for (int i = 0; i < 4; i += 2) {
+                    float bs[BLOCKS][4], then[2][S];
+                    UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.B[buffer][q][row / 2 + quarter * 2 + i / 2] + p.group * 4, bs[q]);
+                    UNROLL for (int now = 0; now < 2; now++) {
+                        if constexpr (CKPT > 0 && !LOCAL) {
+                            const int at = quarter * 4 + i + now;
+                            if ((row + at) % EVERY == 0) {
+                                if (t + at < end && p.left > 0) write_pairs(saved_at, h[0]);
+                                saved_at += g.d * N;
+                            }
+                        }
+                        UNROLL for (int s = 0; s < S; s += 2) {
+                            float in[4];
+                            product_of(in, parts[i], parts[i + 1], bs[s / 4][2 * now + s / 2 % 2]);
+                            h[0][s] = fmaf(ex2(steps[i + now] * a[0][s]), h[0][s], in[2 * now]);
+                            h[0][s + 1] = fmaf(ex2(steps[i + now] * a[0][s + 1]), h[0][s + 1], in[2 * now + 1]);
+                            then[now][s] = h[0][s];
+                            then[now][s + 1] = h[0][s + 1];
+                        }
+                    }
+                    if (!LOCAL) {
+                        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                        UNROLL for (int s = 0; s < S; s += 2) {
+                            const float rows[4] = {then[0][s], then[1][s], then[0][s + 1], then[1][s + 1]};
+                            product(sum, rows, cs[s / 4][s % 4], cs[s / 4][s % 4 + 1]);
+                        }
+                        const bool mine = p.k == quarter % 2 * 2 + i / 2;
+                        float* out = y + quarter / 2 * 2;
+                        out[0] = mine ? sum[0] : out[0];
+                        out[1] = mine ? sum[3] : out[1];
+                    }
+                }
+            }
+            if (!LOCAL) {
+                UNROLL for (int r = 0; r < OWNED; r++) {
+                    y[r] = fmaf(skip[0], x[r], y[r]);
+                    if (HAS_Z) y[r] = y[r] * z[r] * rcp(1.0f + ex2(-z[r] * LOG2E));
+                }
+                UNROLL for (int r = 0; r < OWNED; r += 2) {
+                    bf16* to = reinterpret_cast<bf16*>(shared.y[p.warp] + row + r * 4 + own) + p.group;
+                    const unsigned both = down2(y[r], y[r + 1]);
+                    to[0].bits = (unsigned short)both;
+                    to[8].bits = (unsigned short)(both >> 16);
+                }
+            }
+            t += SUB;
+            WARP_BARRIER();
+        }
+        if (!LOCAL) {
+            UNROLL for (int row = 0; row < TILE; row += 32) {
+                if (t - TILE + row + lane < end) {
+                    const Half8 out = shared.y[p.warp][row + lane];
+                    bf16* to = y_at + row * g.d;
+                    if (ALIGNED) {
+                        if (left > 0) *reinterpret_cast<Half8*>(to) = out;
+                    } else {
+                        UNROLL for (int i = 0; i < 8; i++)
+                            if (i < left) to[i].bits = (unsigned short)(out.w[i / 2] >> i % 2 * 16);
+                    }
+                }
+            }
+            y_at += TILE * g.d;
+        }
+        buffer ^= 1;
+        stage.put(shared, buffer);
+        BARRIER();
+    }
+    if (!LOCAL && chunk == g.chunks - 1) store_states(g.last_state, b, g.d, p, h);
+    if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
+}
+#else
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
@@ -527,6 +859,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
 
+#endif
+
 // phase 0: no chunks. 1: the first chunk whole and the others but the last LOCAL. 2: all chunks but the first.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
     __shared__ Shared shared;
@@ -584,17 +918,29 @@ constexpr int OWN = 1 + SEGMENTS + HAS_Z;
 constexpr bool EXACT = sizeof(BT) == 4 || sizeof(CT) == 4;
 // words of a position's sums: four more than the numbers, so that lanes of two positions meet in no bank
 constexpr int LINE = 2 * N + 8;
+constexpr int AT_ONCE = MATRIX > 1 ? STEPS : 1;
 constexpr int PER = CKPT / SUB;  // steps between two saved states
 static_assert(K <= 8 && SUB % 4 == 0, "a product has four columns of states and takes four positions");
 static_assert(CKPT % SUB == 0 && TILE % CKPT == 0, "states are saved before whole steps");
+static_assert(!MATRIX || (K == 4 && CH == 2 && S % 2 == 0 && SUB == 4 && !EXACT), "a warp has sixteen channels");
 
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float partial[COPIES][TILE * LINE];
-    float pair[WARPS][TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
-    float grad[WARPS][TILE][GROUPS][CH];
-    float own[WARPS][TILE][GROUPS][OWN][CH];  // slope, step with segments, the gate's slope
+    struct {
+#if MATRIX
+        float pair[TILE][GROUPS][CH];      // log2(e) step or RESET
+        float drive[2][TILE][GROUPS][CH];  // step x, and what tf32 leaves of it
+#else
+        float pair[TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
+#endif
+        float grad[TILE][GROUPS][CH];
+        float own[OWN][TILE][GROUPS][CH];  // slope, step with segments, the gate's slope
+    } warp[WARPS];
+#if MATRIX
+    float zero[TILE * N];
+#endif
     float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
     Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
     Raw<DT> d[OWNED][THREADS];
@@ -613,24 +959,71 @@ __device__ __forceinline__ void bring(Raw<T>& to, const T* at, bool live, int le
     }
 }
 
+// Of a product's columns, position `row` of four: a lane has two of them. No position is added to another's, whose
+// product with zero may be NaN. first: of the two in the same place.
+__device__ __forceinline__ void keep(float (&sums)[4], const float (&d)[4], int row, bool first) {
+    const bool mine = first || threadIdx.x % 2 == row % 4 / 2;
+    sums[row % 2] = mine ? d[row % 2] : sums[row % 2];
+    sums[row % 2 + 2] = mine ? d[row % 2 + 2] : sums[row % 2 + 2];
+}
+
+#if MATRIX
+typedef float Sums[1][S / 2][4];
+
+// What enters the states of a lane's channels, (step x) B: (16 x 4)(4 x 8), whose rows are two states of each four
+// lanes and of either half of the warp, whose columns the four lanes' channels; along the sum two parts of step x
+// for either half. b: of the lanes whose place along the sum is their own half's the lane's states of B, else zeros.
+__device__ __forceinline__ void drive_states(float (&in)[CH][S], const float (&b)[S], float drive) {
+    UNROLL for (int s = 0; s < S; s += 2) {
+        float d[4];
+        product_of(d, b[s], b[s + 1], drive);
+        in[0][s] = d[0], in[1][s] = d[1], in[0][s + 1] = d[2], in[1][s + 1] = d[3];
+    }
+}
+
+// v weight at position `row` of a step, summed over the channels of the warp's half: rows as above, columns the
+// positions for either half. weights: of the lane's column, at the channels that are the lane's along the sum.
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[CH][S], const float (&weights)[CH], int row,
+                                        bool first) {
+    UNROLL for (int s = 0; s < S; s += 2) {
+        const float rows[4] = {v[0][s], v[0][s + 1], v[1][s], v[1][s + 1]};
+        float d[4];
+        product_of(d, rows, weights[0], weights[1]);
+        keep(sums[0][s / 2], d, row, first);
+    }
+}
+
+// Writes sums to the rows of a step at `to`, whose column is the lane's first state.
+__device__ __forceinline__ void lay(float* to, const Sums& sums) {
+    const int part = threadIdx.x % 4;
+    if (part / 2 == threadIdx.x % 32 / 16) {
+        UNROLL for (int s = 0; s < S; s += 2) {
+            float* at = to + part % 2 * 2 * LINE + s;
+            const float one[2] = {sums[0][s / 2][0], sums[0][s / 2][2]};
+            const float next[2] = {sums[0][s / 2][1], sums[0][s / 2][3]};
+            write<2>(at, one);
+            write<2>(at + LINE, next);
+        }
+    }
+}
+#else
 typedef float Sums[SUB / 4][QUADS][4];
 
-// Adds v at position `row` of a step, summed over the four lanes that differ in the last two bits, to sums.
-__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row) {
-    const int line = threadIdx.x % 32 / 4;
-    float low = line == row % 4 ? 1.0f : 0.0f, high = line == row % 4 + 4 ? 1.0f : 0.0f;
+// v at position `row` of a step, summed over the four lanes that differ in the last two bits
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool first) {
+    const float low = threadIdx.x % 32 < 16 ? 1.0f : 0.0f, high = 1.0f - low;
     UNROLL for (int q = 0; q < QUADS; q++) {
-        float part[4], rest[4];
+        float part[4], rest[4], d[4];
         UNROLL for (int i = 0; i < 4; i++) {
             part[i] = 4 * q + i < S ? v[4 * q + i < S ? 4 * q + i : 0] : 0.0f;
             if (EXACT) {
-                rest[i] = part[i];
-                part[i] = __uint_as_float(__float_as_uint(part[i]) & 0xffffe000u);
-                rest[i] -= part[i];
+                rest[i] = lower_bits(part[i]);
+                part[i] -= rest[i];
             }
         }
-        product(sums[row / 4][q], part, low, high);
-        if (EXACT) product(sums[row / 4][q], rest, low, high);
+        product_of(d, part, low, high);
+        if (EXACT) product(d, rest, low, high);
+        keep(sums[row / 4][q], d, row, first);
     }
 }
 
@@ -654,6 +1047,8 @@ __device__ __forceinline__ void lay(float* to, const Sums& sums) {
         }
     }
 }
+
+#endif
 
 // LOCAL: only the adjoint that leaves the chunk when zero enters it, and the sum of its steps.
 //
@@ -737,14 +1132,30 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
-    float(*grads)[GROUPS][CH] = shared.grad[p.warp];
-    float(*owns)[GROUPS][OWN][CH] = shared.own[p.warp];
+    auto& own_warp = shared.warp[p.warp];
+#if MATRIX
+    constexpr int WIDE = CH;
+    const int place_in_sum = me % 4, column = me % 32 / 4;
+    const bool active = me % 32 / 16 == place_in_sum / 2;
+    const float* drive_at = &own_warp.drive[place_in_sum % 2][0][0][0] + place_in_sum / 2 * 8 + column;
+    const int weights_at = (column % 4 * GROUPS + p.group) * CH;
+    const float* drive_weights = &own_warp.drive[0][0][0][0] + weights_at;
+    const float* grad_weights = &own_warp.grad[0][0][0] + weights_at;
+    if (me < TILE * N / 4) *reinterpret_cast<Row<float, 4>*>(shared.zero + 4 * me) = Row<float, 4>{};
+#else
+    constexpr int WIDE = 2 * CH;
+#endif
+    float(*pair)[GROUPS][WIDE] = own_warp.pair;
+    float(*grads)[GROUPS][CH] = own_warp.grad;
+    float(*owns)[TILE][GROUPS][CH] = own_warp.own;
     float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
+#if MATRIX
+        const float* B_or_zero = active ? B : shared.zero;
+#endif
         wait_copies();
         unsigned real_rows = 0;
         UNROLL for (int r = 0; r < OWNED; r++) {
@@ -774,16 +1185,26 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 both[CH + j] = LOCAL ? 0.0f : step * unless_padding(raw_x.get(j), real);
                 if (LOCAL) total[j] += both[j];
             }
+#if MATRIX
+            const float steps[CH] = {both[0], both[1]}, drive[CH] = {both[2], both[3]};
+            const float rest[CH] = {lower_bits(drive[0]), lower_bits(drive[1])};
+            write<CH>(pair[row][p.group], steps);
+            if (!LOCAL) {
+                write<CH>(own_warp.drive[0][row][p.group], drive);
+                write<CH>(own_warp.drive[1][row][p.group], rest);
+            }
+#else
             write<2 * CH>(pair[row][p.group], both);
+#endif
             write<CH>(grads[row][p.group], grad);
-            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[row][p.group][i], own[i]);
+            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[i][row][p.group], own[i]);
         }
         ahead(t - TILE);
         WARP_BARRIER();
         if (LOCAL) {
             _Pragma("unroll 4") for (int row = TILE - 1; row >= 0; row--) {
-                float both[2 * CH], dys[CH], cs[S];
-                read<2 * CH>(pair[row][p.group], both);
+                float both[WIDE], dys[CH], cs[S];
+                read<WIDE>(pair[row][p.group], both);
                 read<CH>(grads[row][p.group], dys);
                 read<S>(C + row * N, cs);
                 UNROLL for (int j = 0; j < CH; j++)
@@ -793,50 +1214,76 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         } else {
             if constexpr (PER > 1) {
                 float h[CH][S];
-                _Pragma("unroll 1") for (int sub = 0; sub < STEPS; sub++) {
+                _Pragma("unroll AT_ONCE") for (int sub = 0; sub < STEPS; sub++) {
                     if (sub % PER == PER - 1) continue;
                     if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
                     UNROLL for (int i = 0; i < SUB; i++) {
-                        float both[2 * CH], bs[S];
-                        read<2 * CH>(pair[sub * SUB + i][p.group], both);
+                        float both[WIDE], bs[S], in[CH][S];
+                        read<WIDE>(pair[sub * SUB + i][p.group], both);
+#if MATRIX
+                        read<S>(B_or_zero + (sub * SUB + i) * N, bs);
+                        drive_states(in, bs, drive_at[(sub * SUB + i) * 16]);
+#else
                         read<S>(B + (sub * SUB + i) * N, bs);
                         UNROLL for (int j = 0; j < CH; j++)
+                            UNROLL for (int s = 0; s < S; s++) in[j][s] = both[CH + j] * bs[s];
+#endif
+                        UNROLL for (int j = 0; j < CH; j++)
                             UNROLL for (int s = 0; s < S; s++)
-                                h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], both[CH + j] * bs[s]);
+                                h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], in[j][s]);
                     }
                     UNROLL for (int j = 0; j < CH; j++) write<S>(shared.entry[sub + 1][j][me], h[j]);
                 }
             }
             // the sums of the tile before have been read
             BARRIER();
-            _Pragma("unroll 1") for (int sub = STEPS - 1; sub >= 0; sub--) {
+            _Pragma("unroll AT_ONCE") for (int sub = STEPS - 1; sub >= 0; sub--) {
                 float h[SUB][CH][S], decay[SUB][CH][S];
                 UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[0][j]);
                 Raw<XT> own_x[SUB / K];
                 UNROLL for (int r = 0; r < SUB / K; r++) own_x[r] = shared.x[sub * (SUB / K) + r][me];
                 ahead_step(t - TILE, sub);
-                Sums sums = {};
+                Sums sums, sums_of_B;
+#if MATRIX
+                float grad_of[CH], drive_of[CH];
+                read<CH>(grad_weights + sub * SUB * 16, grad_of);
+                read<CH>(drive_weights + sub * SUB * 16, drive_of);
+#endif
                 UNROLL for (int r = 0; r < SUB / K; r++) {
                     float part[K][CH];
                     UNROLL for (int i = 0; i < K; i++) {
                         const int row = r * K + i;
-                        float both[2 * CH], bs[S], cs[S], dys[CH], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
+                        float both[WIDE], bs[S], cs[S], in[CH][S], next[CH][S];
+                        read<WIDE>(pair[sub * SUB + row][p.group], both);
+                        if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
+#if MATRIX
+                        read<S>(B_or_zero + (sub * SUB + row) * N, bs);
+                        drive_states(in, bs, drive_at[(sub * SUB + row) * 16]);
+#else
+                        float dys[CH], values[S];
                         read<CH>(grads[sub * SUB + row][p.group], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
-                        if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
+                        UNROLL for (int j = 0; j < CH; j++)
+                            UNROLL for (int s = 0; s < S; s++) in[j][s] = both[CH + j] * bs[s];
+#endif
                         UNROLL for (int j = 0; j < CH; j++) {
                             float sum = 0.0f;
                             UNROLL for (int s = 0; s < S; s++) {
                                 decay[row][j][s] = ex2(both[j] * a[j][s]);
-                                float next = fmaf(decay[row][j][s], h[row][j][s], both[CH + j] * bs[s]);
-                                values[s] = j ? fmaf(next, dys[j], values[s]) : next * dys[0];
-                                if (HAS_Z) sum = s ? fmaf(cs[s], next, sum) : cs[s] * next;
-                                if (row + 1 < SUB) h[row + 1][j][s] = next;
+                                next[j][s] = fmaf(decay[row][j][s], h[row][j][s], in[j][s]);
+#if !MATRIX
+                                values[s] = j ? fmaf(next[j][s], dys[j], values[s]) : next[j][s] * dys[0];
+#endif
+                                if (HAS_Z) sum = s ? fmaf(cs[s], next[j][s], sum) : cs[s] * next[j][s];
+                                if (row + 1 < SUB) h[row + 1][j][s] = next[j][s];
                             }
                             part[i][j] = sum;
                         }
-                        collect(sums, values, row);
+#if MATRIX
+                        collect(sums, next, grad_of, row, row % 4 < 2);
+#else
+                        collect(sums, values, row, row % 4 < 2);
+#endif
                     }
                     if (HAS_Z) {
                         float out[CH];
@@ -844,21 +1291,23 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
                         UNROLL for (int j = 0; j < CH; j++) {
                             float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
-                            out[j] = fmaf(skip[j], x, out[j]) * owns[row][p.group][OWN - 1][j];
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][row][p.group][j];
                         }
                         store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
                     }
                 }
                 lay(partial + sub * SUB * LINE + N, sums);
-                UNROLL for (int r = 0; r < SUB / 4; r++)
-                    UNROLL for (int q = 0; q < QUADS; q++)
-                        UNROLL for (int i = 0; i < 4; i++) sums[r][q][i] = 0.0f;
                 UNROLL for (int r = SUB / K - 1; r >= 0; r--) {
                     float drive[K][CH], through[K][CH];
                     UNROLL for (int i = K - 1; i >= 0; i--) {
                         const int row = r * K + i;
-                        float both[2 * CH], dys[CH], bs[S], cs[S], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
+                        float both[WIDE], dys[CH], bs[S], cs[S];
+#if MATRIX
+                        float qs[CH][S];
+#else
+                        float values[S];
+#endif
+                        read<WIDE>(pair[sub * SUB + row][p.group], both);
                         read<CH>(grads[sub * SUB + row][p.group], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         read<S>(C + (sub * SUB + row) * N, cs);
@@ -866,7 +1315,11 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             float driven = 0.0f, passed = 0.0f;
                             UNROLL for (int s = 0; s < S; s++) {
                                 float q = fmaf(cs[s], dys[j], adjoint[j][s]);
+#if MATRIX
+                                qs[j][s] = q;
+#else
                                 values[s] = j ? fmaf(q, both[CH + j], values[s]) : q * both[CH];
+#endif
                                 driven = s ? fmaf(q, bs[s], driven) : q * bs[s];
                                 q *= decay[row][j][s];
                                 float back = q * h[row][j][s];
@@ -877,15 +1330,19 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             drive[i][j] = driven;
                             through[i][j] = passed;
                         }
-                        collect(sums, values, row);
+#if MATRIX
+                        collect(sums_of_B, qs, drive_of, row, row % 4 >= 2);
+#else
+                        collect(sums_of_B, values, row, row % 4 >= 2);
+#endif
                     }
-                    float driven[CH], passed[CH], both[2 * CH], grad[CH], own[OWN][CH];
+                    float driven[CH], passed[CH], both[WIDE], grad[CH], own[OWN][CH];
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
                     const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
-                    read<2 * CH>(pair[row][p.group], both);
+                    read<WIDE>(pair[row][p.group], both);
                     read<CH>(grads[row][p.group], grad);
-                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[row][p.group][i], own[i]);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][row][p.group], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
                         float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
                         float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
@@ -897,7 +1354,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     store_row(g.dx + out_at + mine * K * g.d, driven, t + row < length, p.left);
                     store_row(g.ddelta + out_at + mine * K * g.d, passed, t + row < length, p.left);
                 }
-                lay(partial + sub * SUB * LINE, sums);
+                lay(partial + sub * SUB * LINE, sums_of_B);
             }
             ahead_steps_done();
         }

@@ -22,7 +22,10 @@ SAVED = 2**28
 
 
 class Cut(NamedTuple):
-    """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand."""
+    """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand.
+
+    matrix: the forward's products with B and C on the matrix units, for bfloat16.
+    """
 
     lanes: int
     channels: int
@@ -30,6 +33,7 @@ class Cut(NamedTuple):
     tile: int
     sub: int
     min_blocks: int
+    matrix: bool = False
 
     @property
     def block_channels(self) -> int:
@@ -95,9 +99,8 @@ def _type(t: Tensor | None) -> str:
     return "bf16" if t is not None and t.dtype == torch.bfloat16 else "float"
 
 
-def _aligned(cut: Cut, *tensors: Tensor | None) -> bool:
-    """Whether every row of the tensors (b, l, d) can be read in vectors of `cut.channels`."""
-    w = cut.channels
+def _aligned(w: int, *tensors: Tensor | None) -> bool:
+    """Whether every row of the tensors (b, l, d) can be read in vectors of `w`."""
     return all(
         t.shape[2] % w == 0
         and t.stride(0) % w == 0
@@ -111,7 +114,7 @@ def _aligned(cut: Cut, *tensors: Tensor | None) -> bool:
 def _macros(cut: Cut, n: int, **values: object) -> nvrtc.Macros:
     cut_values = {
         "N": n, "K": cut.lanes, "CH": cut.channels, "WARPS": cut.warps, "TILE": cut.tile, "SUB": cut.sub,
-        "MIN_BLOCKS": cut.min_blocks,
+        "MIN_BLOCKS": cut.min_blocks, "MATRIX": cut.matrix,
     }  # fmt: skip
     return tuple((k, str(int(v) if isinstance(v, bool) else v)) for k, v in (cut_values | values).items())
 
@@ -125,7 +128,9 @@ def backward_shared(cut: Cut, n: int, aligned: bool, segments: bool, rows: tuple
     packed = [cdiv(t.element_size() * cut.channels, 4) if aligned else cut.channels for t in rows]
     # without a gate one word a lane stands in its place
     raw = owned * sum(packed) + (0 if len(rows) > 3 else cut.channels)
-    return 4 * (staged + channels * (3 + own) + kept + raw * 32 * cut.warps)
+    # the drive in two parts, and a tile of zeros
+    matrix = channels + cut.tile * n if cut.matrix else 0
+    return 4 * (staged + channels * (3 + own) + matrix + kept + raw * 32 * cut.warps)
 
 
 def _words(*values: Tensor | int | None) -> list[int]:
@@ -170,8 +175,9 @@ def run_forward(
     states = torch.empty((b, chunks, d, n) if chunks > 1 else (0,), **like)
     steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
     macros = _macros(
-        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(cut, x, delta, z), SEGMENTS=flags is not None,
-        HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(z), BT=_type(B), CT=_type(C),
+        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(8 if cut.matrix else cut.channels, x, delta, z),
+        PACKED=cut.matrix and _aligned(4, B, C), SEGMENTS=flags is not None,
+        HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(x if cut.matrix else z), BT=_type(B), CT=_type(C),
     )  # fmt: skip
     kept = [_plain(t) for t in (A, D, delta_bias, initial)]
     with on_device(x):
@@ -224,7 +230,7 @@ def run_backward(
     steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
-    aligned = _aligned(cut, x, delta, z, dy)
+    aligned = _aligned(cut.channels, x, delta, z, dy)
     shared = backward_shared(
         cut, n, aligned, flags is not None, (x, delta, dy) if z is None else (x, delta, dy, z)
     )
