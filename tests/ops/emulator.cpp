@@ -37,6 +37,7 @@ static void yield(Wait why) {
     fiber.wait = why;
     swapcontext(&fiber.context, &scheduler);
 }
+static int once(int v) { return v; }
 static void BARRIER() { yield(AT_BLOCK); }
 static void WARP_BARRIER() { yield(AT_WARP); }
 static float SWAP(float value, int mask) {

@@ -6,6 +6,11 @@
 // No headers: bfloat16 is converted by hand.
 
 #ifndef EMULATED
+// a number that the compiler does not work out anew wherever it is used
+__device__ __forceinline__ int once(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
 #define BARRIER() __syncthreads()
 #define WARP_BARRIER() __syncwarp()
 #define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
@@ -442,8 +447,8 @@ struct Arguments {
 
 #if MATRIX
 constexpr int BLOCKS = N / 16;  // of 16 states, of which a lane has four
-constexpr int EIGHTS = SUB / 8, OWNED = 2 * EIGHTS;
-static_assert(TILE / SUB % 2 == 0, "the steps of a tile take turns in two places");
+constexpr int STEPS = TILE / SUB;
+static_assert(SUB == 8 && STEPS >= 3, "a step is prepared two before its turn");
 constexpr int TASKS = 4 * TILE * BLOCKS;  // of eight values of B or C each
 
 struct alignas(16) Half8 {
@@ -454,9 +459,9 @@ struct alignas(16) Shared {
     // two positions' states n and n + 8 side by side, for every n below eight; four words of room between positions
     float B[2][BLOCKS][TILE / 2][36];
     float C[2][BLOCKS][TILE][4][4];  // of a position, each lane's four states
-    // of two steps in turn, four positions side by side: log2(e) step or RESET; step x as tf32 parts that add up to it
-    float step[WARPS][2][SUB / 4][GROUPS][4];
-    float part[WARPS][2][SUB / 4][GROUPS * 4][4];
+    // of a tile's positions, four side by side: log2(e) step or RESET; step x as tf32 parts that add up to it
+    float step[WARPS][TILE / 4][GROUPS][4];
+    float part[WARPS][TILE / 4][GROUPS * 4][4];
     Half8 x[WARPS][2][TILE], d[WARPS][2][TILE], z[WARPS][HAS_Z ? 2 : 1][HAS_Z ? TILE : 1], y[WARPS][TILE];
 };
 
@@ -583,87 +588,92 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         d_at += TILE * g.sdl;
         if (HAS_Z) z_at += TILE * g.szl;
     };
-    float xs[OWNED], zs[OWNED];
-    // to the other lanes: the step at t0, row `row` of a tile
-    auto prepare = [&](int t0, int row, int tile_side, int side) {
-        const Half8* x = shared.x[p.warp][tile_side] + row + own;
-        const Half8* d = shared.d[p.warp][tile_side] + row + own;
-        const Half8* z = shared.z[p.warp][HAS_Z ? tile_side : 0] + (HAS_Z ? row + own : 0);
-        UNROLL for (int e = 0; e < EIGHTS; e++) {
-            float steps[2], part[3][2];
-            UNROLL for (int i = 0; i < 2; i++) {
-                const int r = 2 * e + i;
-                const bool live = t0 + e * 8 + i + own < end;
-                const signed char flag = SEGMENTS && live ? flag_at[t0 + e * 8 + i] : 0;
-                const bool real = SEGMENTS ? flag & 1 : live;
-                float slope, step = softplus(value(d, e * 8 + i, p.group) + bias[0], slope);
-                step = real ? step : 0.0f;
-                xs[r] = unless_padding(value(x, e * 8 + i, p.group), real);
-                if (HAS_Z && !LOCAL) zs[r] = unless_padding(value(z, e * 8 + i, p.group), real);
-                steps[i] = SEGMENTS && real && (flag & 2) ? RESET : step * LOG2E;
-                if (LOCAL) total[0] += steps[i];
-                part[0][i] = step * xs[r];
-                part[1][i] = lower_bits(part[0][i]);
-                part[2][i] = lower_bits(part[1][i]);
-            }
-            const int quarter = 2 * e + p.k / 2;
-            write<2>(shared.step[p.warp][side][quarter][step_place(p.group, quarter)] + p.k % 2 * 2, steps);
-            UNROLL for (int i = 0; i < 3; i++)
-                write<2>(shared.part[p.warp][side][quarter][part_place(p.group, quarter, i)] + p.k % 2 * 2, part[i]);
+    // A step's two positions of a lane: what the other lanes need
+    struct Ready {
+        float step[2], part[3][2];
+    };
+    unsigned reals = 0;  // whether the lane's positions are real, of the last steps that were prepared
+    // the step at t0, row `row` of a tile
+    auto prepare = [&](int t0, int row, int tile_side) {
+        const Half8* x = shared.x[p.warp][tile_side];
+        const Half8* d = shared.d[p.warp][tile_side];
+        Ready ready;
+        UNROLL for (int i = 0; i < 2; i++) {
+            const bool live = t0 + i + own < end;
+            const signed char flag = SEGMENTS && live ? flag_at[t0 + i] : 0;
+            const bool real = SEGMENTS ? flag & 1 : live;
+            reals = reals << 1 | real;
+            float slope, step = softplus(value(d, row + own + i, p.group) + bias[0], slope);
+            step = real ? step : 0.0f;
+            ready.step[i] = SEGMENTS && real && (flag & 2) ? RESET : step * LOG2E;
+            if (LOCAL) total[0] += ready.step[i];
+            ready.part[0][i] = step * unless_padding(value(x, row + own + i, p.group), real);
+            ready.part[1][i] = lower_bits(ready.part[0][i]);
+            ready.part[2][i] = lower_bits(ready.part[1][i]);
         }
+        return ready;
+    };
+    const int step_to = step_place(p.group, p.k / 2);
+    const int part_to[3] = {part_place(p.group, p.k / 2, 0), part_place(p.group, p.k / 2, 1), part_place(p.group, p.k / 2, 2)};
+    auto hand_over = [&](const Ready& ready, int row) {
+        const int quarter = row / 4 + p.k / 2;
+        write<2>(shared.step[p.warp][quarter][step_to] + p.k % 2 * 2, ready.step);
+        UNROLL for (int i = 0; i < 3; i++) write<2>(shared.part[p.warp][quarter][part_to[i]] + p.k % 2 * 2, ready.part[i]);
+    };
+    float decay[4][S];
+    auto decays = [&](int quarter, float (&to)[4][S]) {
+        float steps[4];
+        read<4>(shared.step[p.warp][quarter][step_place(p.group, quarter)], steps);
+        UNROLL for (int i = 0; i < 4; i++)
+            UNROLL for (int s = 0; s < S; s++) to[i][s] = ex2(steps[i] * a[0][s]);
     };
 
     Pairs<!LOCAL> stage(g, b);
     stage.fetch(t, end - t);
     ahead(t, 0);
     const float zero[2] = {0.0f, 0.0f};
-    UNROLL for (int side = 0; side < 2; side++)
-        UNROLL for (int quarter = p.k / 2; quarter < SUB / 4; quarter += 2)
-            write<2>(shared.part[p.warp][side][quarter][part_place(p.group, quarter, 3)] + p.k % 2 * 2, zero);
+    UNROLL for (int quarter = p.k / 2; quarter < TILE / 4; quarter += 2)
+        write<2>(shared.part[p.warp][quarter][part_place(p.group, quarter, 3)] + p.k % 2 * 2, zero);
     wait_copies();
     WARP_BARRIER();
     ahead(t + TILE, 1);
-    prepare(t, 0, 0, 0);
+    hand_over(prepare(t, 0, 0), 0);
+    hand_over(prepare(t + SUB, SUB, 0), SUB);
     stage.put(shared, 0);
     BARRIER();
+    decays(0, decay);
     int buffer = 0;
     for (i64 tile = first; tile < last; tile++) {
         stage.fetch(t + TILE, end - t - TILE);
         UNROLL for (int row = 0; row < TILE; row += SUB) {
-            const int side = row / SUB % 2;
-            float x[OWNED], y[OWNED], z[OWNED];
-            UNROLL for (int r = 0; r < OWNED; r++) {
-                x[r] = xs[r];
-                if (HAS_Z && !LOCAL) z[r] = zs[r];
-            }
-            const bool end_of_tile = row == TILE - SUB;
-            if (end_of_tile) {
+            if (row == TILE - 2 * SUB) {
                 wait_copies();
                 WARP_BARRIER();
-                ahead(t + SUB + TILE, buffer);
             }
-            prepare(t + SUB, end_of_tile ? 0 : row + SUB, buffer ^ end_of_tile, side ^ 1);
-            UNROLL for (int quarter = 0; quarter < SUB / 4; quarter++) {
-                float steps[4], parts[4], cs[BLOCKS][4];
-                read<4>(shared.step[p.warp][side][quarter][step_place(p.group, quarter)], steps);
-                read<4>(shared.part[p.warp][side][quarter][part_place(p.group, quarter, p.k)], parts);
-                if (!LOCAL) UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.C[buffer][q][row + quarter / 2 * 8 + p.group][p.k], cs[q]);
+            const Ready ready = prepare(t + 2 * SUB, (row + 2 * SUB) % TILE, row + 2 * SUB < TILE ? buffer : buffer ^ 1);
+            float y[2];
+            UNROLL for (int quarter = row / 4; quarter < row / 4 + 2; quarter++) {
+                float parts[4], cs[BLOCKS][4], next[4][S];
+                // of the next four positions: they wait for nothing that is made here
+                decays((quarter + 1) % (TILE / 4), next);
+                read<4>(shared.part[p.warp][quarter][part_place(p.group, quarter, p.k)], parts);
+                if (!LOCAL) UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.C[buffer][q][row + p.group][p.k], cs[q]);
                 UNROLL for (int i = 0; i < 4; i += 2) {
                     float bs[BLOCKS][4], then[2][S];
-                    UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.B[buffer][q][row / 2 + quarter * 2 + i / 2] + p.group * 4, bs[q]);
+                    UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.B[buffer][q][quarter * 2 + i / 2] + p.group * 4, bs[q]);
                     UNROLL for (int now = 0; now < 2; now++) {
                         if constexpr (CKPT > 0 && !LOCAL) {
                             const int at = quarter * 4 + i + now;
-                            if ((row + at) % EVERY == 0) {
-                                if (t + at < end && p.left > 0) write_pairs(saved_at, h[0]);
+                            if (at % EVERY == 0) {
+                                if (t - row + at < end && p.left > 0) write_pairs(saved_at, h[0]);
                                 saved_at += g.d * N;
                             }
                         }
                         UNROLL for (int s = 0; s < S; s += 2) {
                             float in[4];
                             product_of(in, parts[i], parts[i + 1], bs[s / 4][2 * now + s / 2 % 2]);
-                            h[0][s] = fmaf(ex2(steps[i + now] * a[0][s]), h[0][s], in[2 * now]);
-                            h[0][s + 1] = fmaf(ex2(steps[i + now] * a[0][s + 1]), h[0][s + 1], in[2 * now + 1]);
+                            h[0][s] = fmaf(decay[i + now][s], h[0][s], in[2 * now]);
+                            h[0][s + 1] = fmaf(decay[i + now][s + 1], h[0][s + 1], in[2 * now + 1]);
                             then[now][s] = h[0][s];
                             then[now][s + 1] = h[0][s + 1];
                         }
@@ -675,27 +685,32 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             product(sum, rows, cs[s / 4][s % 4], cs[s / 4][s % 4 + 1]);
                         }
                         const bool mine = p.k == quarter % 2 * 2 + i / 2;
-                        float* out = y + quarter / 2 * 2;
-                        out[0] = mine ? sum[0] : out[0];
-                        out[1] = mine ? sum[3] : out[1];
+                        y[0] = mine ? sum[0] : y[0];
+                        y[1] = mine ? sum[3] : y[1];
                     }
                 }
+                UNROLL for (int i = 0; i < 4; i++)
+                    UNROLL for (int s = 0; s < S; s++) decay[i][s] = next[i][s];
             }
             if (!LOCAL) {
-                UNROLL for (int r = 0; r < OWNED; r++) {
-                    y[r] = fmaf(skip[0], x[r], y[r]);
-                    if (HAS_Z) y[r] = y[r] * z[r] * rcp(1.0f + ex2(-z[r] * LOG2E));
+                UNROLL for (int i = 0; i < 2; i++) {
+                    const bool real = reals >> (5 - i) & 1;
+                    y[i] = fmaf(skip[0], unless_padding(value(shared.x[p.warp][buffer], row + own + i, p.group), real), y[i]);
+                    if (HAS_Z) {
+                        const float gate = unless_padding(value(shared.z[p.warp][buffer], row + own + i, p.group), real);
+                        y[i] = y[i] * gate * rcp(1.0f + ex2(-gate * LOG2E));
+                    }
                 }
-                UNROLL for (int r = 0; r < OWNED; r += 2) {
-                    bf16* to = reinterpret_cast<bf16*>(shared.y[p.warp] + row + r * 4 + own) + p.group;
-                    const unsigned both = down2(y[r], y[r + 1]);
-                    to[0].bits = (unsigned short)both;
-                    to[8].bits = (unsigned short)(both >> 16);
-                }
+                bf16* to = reinterpret_cast<bf16*>(shared.y[p.warp] + row + own) + p.group;
+                const unsigned both = down2(y[0], y[1]);
+                to[0].bits = (unsigned short)both;
+                to[8].bits = (unsigned short)(both >> 16);
             }
+            hand_over(ready, (row + 2 * SUB) % TILE);
             t += SUB;
             WARP_BARRIER();
         }
+        ahead(t + TILE, buffer);
         if (!LOCAL) {
             UNROLL for (int row = 0; row < TILE; row += 32) {
                 if (t - TILE + row + lane < end) {
@@ -931,7 +946,7 @@ struct alignas(16) Shared {
     struct {
 #if MATRIX
         float pair[TILE][GROUPS][CH];      // log2(e) step or RESET
-        float drive[2][TILE][GROUPS][CH];  // step x, and what tf32 leaves of it
+        float drive[2][TILE + 1][GROUPS][CH];  // step x, and what tf32 leaves of it; a row of room keeps banks apart
 #else
         float pair[TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
 #endif
@@ -961,8 +976,8 @@ __device__ __forceinline__ void bring(Raw<T>& to, const T* at, bool live, int le
 
 // Of a product's columns, position `row` of four: a lane has two of them. No position is added to another's, whose
 // product with zero may be NaN. first: of the two in the same place.
-__device__ __forceinline__ void keep(float (&sums)[4], const float (&d)[4], int row, bool first) {
-    const bool mine = first || threadIdx.x % 2 == row % 4 / 2;
+__device__ __forceinline__ void keep(float (&sums)[4], const float (&d)[4], int row, bool first, bool odd) {
+    const bool mine = first || odd == row % 4 / 2;
     sums[row % 2] = mine ? d[row % 2] : sums[row % 2];
     sums[row % 2 + 2] = mine ? d[row % 2 + 2] : sums[row % 2 + 2];
 }
@@ -984,21 +999,20 @@ __device__ __forceinline__ void drive_states(float (&in)[CH][S], const float (&b
 // v weight at position `row` of a step, summed over the channels of the warp's half: rows as above, columns the
 // positions for either half. weights: of the lane's column, at the channels that are the lane's along the sum.
 __device__ __forceinline__ void collect(Sums& sums, const float (&v)[CH][S], const float (&weights)[CH], int row,
-                                        bool first) {
+                                        bool first, bool odd) {
     UNROLL for (int s = 0; s < S; s += 2) {
         const float rows[4] = {v[0][s], v[0][s + 1], v[1][s], v[1][s + 1]};
         float d[4];
         product_of(d, rows, weights[0], weights[1]);
-        keep(sums[0][s / 2], d, row, first);
+        keep(sums[0][s / 2], d, row, first, odd);
     }
 }
 
-// Writes sums to the rows of a step at `to`, whose column is the lane's first state.
-__device__ __forceinline__ void lay(float* to, const Sums& sums) {
-    const int part = threadIdx.x % 4;
-    if (part / 2 == threadIdx.x % 32 / 16) {
+// Writes sums to the rows of a step at `to`: of the lane's first position and its first state.
+__device__ __forceinline__ void lay(float* to, const Sums& sums, bool mine) {
+    if (mine) {
         UNROLL for (int s = 0; s < S; s += 2) {
-            float* at = to + part % 2 * 2 * LINE + s;
+            float* at = to + s;
             const float one[2] = {sums[0][s / 2][0], sums[0][s / 2][2]};
             const float next[2] = {sums[0][s / 2][1], sums[0][s / 2][3]};
             write<2>(at, one);
@@ -1010,7 +1024,7 @@ __device__ __forceinline__ void lay(float* to, const Sums& sums) {
 typedef float Sums[SUB / 4][QUADS][4];
 
 // v at position `row` of a step, summed over the four lanes that differ in the last two bits
-__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool first) {
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool first, bool odd) {
     const float low = threadIdx.x % 32 < 16 ? 1.0f : 0.0f, high = 1.0f - low;
     UNROLL for (int q = 0; q < QUADS; q++) {
         float part[4], rest[4], d[4];
@@ -1023,17 +1037,16 @@ __device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row
         }
         product_of(d, part, low, high);
         if (EXACT) product(d, rest, low, high);
-        keep(sums[row / 4][q], d, row, first);
+        keep(sums[row / 4][q], d, row, first, odd);
     }
 }
 
-// Writes sums to the rows of a step at `to`, whose column is the lane's first state.
-__device__ __forceinline__ void lay(float* to, const Sums& sums) {
-    const int part = threadIdx.x % 4;
+// Writes sums to the rows of a step at `to`: of the lane's first position and its first state.
+__device__ __forceinline__ void lay(float* to, const Sums& sums, bool upper) {
     UNROLL for (int r = 0; r < SUB / 4; r++) {
         UNROLL for (int q = 0; q < QUADS; q++) {
-            const int s = 4 * q + part / 2 * 2;
-            float* at = to + (r * 4 + part % 2 * 2) * LINE + s;
+            const int s = 4 * q + upper * 2;
+            float* at = to + r * 4 * LINE + s;
             if constexpr (S > 1) {
                 float one[2] = {sums[r][q][0], sums[r][q][2]}, next[2] = {sums[r][q][1], sums[r][q][3]};
                 if (s < S) {
@@ -1058,7 +1071,7 @@ __device__ __forceinline__ void lay(float* to, const Sums& sums) {
 template <bool LOCAL>
 __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
     const Place p = place(block_channel, b, g.d);
-    const int me = threadIdx.x;
+    const int me = once(threadIdx.x);
     float a[CH][S], adjoint[CH][S], sum_A[CH][S], bias[CH], skip[CH], total[CH], sum_skip[CH], sum_bias[CH];
     load_A(g.A, g.d, p, a);
     load_channels(g.bias, p, bias);
@@ -1130,25 +1143,33 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         ahead_steps_done();
     }
     stage.put(shared.B[0], shared.C[0]);
+#if MATRIX
+    for (int e = me; e < TILE * N; e += THREADS) shared.zero[e] = 0.0f;
+#endif
     BARRIER();
     int buffer = 0;
     auto& own_warp = shared.warp[p.warp];
 #if MATRIX
     constexpr int WIDE = CH;
     const int place_in_sum = me % 4, column = me % 32 / 4;
-    const bool active = me % 32 / 16 == place_in_sum / 2;
+    const bool active = once(me % 32 / 16 == place_in_sum / 2);
     const float* drive_at = &own_warp.drive[place_in_sum % 2][0][0][0] + place_in_sum / 2 * 8 + column;
     const int weights_at = (column % 4 * GROUPS + p.group) * CH;
     const float* drive_weights = &own_warp.drive[0][0][0][0] + weights_at;
     const float* grad_weights = &own_warp.grad[0][0][0] + weights_at;
-    if (me < TILE * N / 4) *reinterpret_cast<Row<float, 4>*>(shared.zero + 4 * me) = Row<float, 4>{};
 #else
     constexpr int WIDE = 2 * CH;
 #endif
     float(*pair)[GROUPS][WIDE] = own_warp.pair;
     float(*grads)[GROUPS][CH] = own_warp.grad;
     float(*owns)[TILE][GROUPS][CH] = own_warp.own;
-    float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
+    float* partial = shared.partial[0] + once((p.warp * HALVES + p.group / 4) * TILE * LINE + p.k * S + me % 2 * 2 * LINE);
+    const bool odd = once(me % 2);
+#if MATRIX
+    const bool layer = active;
+#else
+    const bool layer = once(me % 4 / 2);
+#endif
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
         const float* B = shared.B[buffer] + p.k * S;
@@ -1280,9 +1301,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             part[i][j] = sum;
                         }
 #if MATRIX
-                        collect(sums, next, grad_of, row, row % 4 < 2);
+                        collect(sums, next, grad_of, row, row % 4 < 2, odd);
 #else
-                        collect(sums, values, row, row % 4 < 2);
+                        collect(sums, values, row, row % 4 < 2, odd);
 #endif
                     }
                     if (HAS_Z) {
@@ -1296,7 +1317,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
                     }
                 }
-                lay(partial + sub * SUB * LINE + N, sums);
+                lay(partial + sub * SUB * LINE + N, sums, layer);
                 UNROLL for (int r = SUB / K - 1; r >= 0; r--) {
                     float drive[K][CH], through[K][CH];
                     UNROLL for (int i = K - 1; i >= 0; i--) {
@@ -1331,9 +1352,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             through[i][j] = passed;
                         }
 #if MATRIX
-                        collect(sums_of_B, qs, drive_of, row, row % 4 >= 2);
+                        collect(sums_of_B, qs, drive_of, row, row % 4 >= 2, odd);
 #else
-                        collect(sums_of_B, values, row, row % 4 >= 2);
+                        collect(sums_of_B, values, row, row % 4 >= 2, odd);
 #endif
                     }
                     float driven[CH], passed[CH], both[WIDE], grad[CH], own[OWN][CH];
@@ -1354,7 +1375,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     store_row(g.dx + out_at + mine * K * g.d, driven, t + row < length, p.left);
                     store_row(g.ddelta + out_at + mine * K * g.d, passed, t + row < length, p.left);
                 }
-                lay(partial + sub * SUB * LINE, sums_of_B);
+                lay(partial + sub * SUB * LINE, sums_of_B, layer);
             }
             ahead_steps_done();
         }

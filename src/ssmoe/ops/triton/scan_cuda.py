@@ -128,8 +128,8 @@ def backward_shared(cut: Cut, n: int, aligned: bool, segments: bool, rows: tuple
     packed = [cdiv(t.element_size() * cut.channels, 4) if aligned else cut.channels for t in rows]
     # without a gate one word a lane stands in its place
     raw = owned * sum(packed) + (0 if len(rows) > 3 else cut.channels)
-    # the drive in two parts, and a tile of zeros
-    matrix = channels + cut.tile * n if cut.matrix else 0
+    # the drive in two parts, a row between each, and a tile of zeros
+    matrix = channels + 2 * channels // cut.tile + cut.tile * n if cut.matrix else 0
     return 4 * (staged + channels * (3 + own) + matrix + kept + raw * 32 * cut.warps)
 
 
