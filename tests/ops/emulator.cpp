@@ -15,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_TURN, DONE };
 struct Index {
     unsigned x;
 };
@@ -24,6 +24,7 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait;
     unsigned parity;
+    int turn;
 };
 static std::vector<Fiber> fibers;
 static std::vector<float> exchange[2];
@@ -39,6 +40,12 @@ static void yield(Wait why) {
 }
 static int once(int v) { return v; }
 static void BARRIER() { yield(AT_BLOCK); }
+static int arrived[16];  // threads, at the barriers with numbers
+static void ARRIVE(int id) { arrived[id]++; }
+static void AWAIT(int id) {
+    fibers[threadIdx.x].turn = id;
+    yield(AT_TURN);
+}
 static void WARP_BARRIER() { yield(AT_WARP); }
 static float SWAP(float value, int mask) {
     unsigned me = threadIdx.x, side = fibers[me].parity++ & 1;
@@ -132,6 +139,7 @@ static void run_block(unsigned threads, bool backwards) {
         fiber.parity = 0;
         makecontext(&fiber.context, enter_fiber, 0);
     }
+    for (int& count : arrived) count = 0;
     for (unsigned finished = 0; finished < threads;) {
         finished = 0;
         for (unsigned w = 0; w < threads / 32; w++) {
@@ -147,6 +155,10 @@ static void run_block(unsigned threads, bool backwards) {
                         abort();
                     }
                 }
+            }
+            if (fibers[warp].wait == AT_TURN && arrived[fibers[warp].turn] >= 32) {
+                arrived[fibers[warp].turn] -= 32;
+                for (unsigned i = 0; i < 32; i++) fibers[warp + i].wait = RUNS;
             }
             finished += fibers[warp].wait == DONE ? 32 : 0;
         }

@@ -13,6 +13,9 @@ __device__ __forceinline__ int once(int v) {
 }
 #define BARRIER() __syncthreads()
 #define WARP_BARRIER() __syncwarp()
+// the 32 threads that arrive and the 32 that wait meet at a barrier with a number
+#define ARRIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
+#define AWAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 __device__ __forceinline__ float ex2(float v) {
     float r;
@@ -132,6 +135,11 @@ static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 // Products with B and C on the matrix units, for bfloat16; see the walks
 #ifndef MATRIX
 #define MATRIX 0
+#endif
+#if defined(FORWARD) && MATRIX == 2
+#define RELAY 1
+#else
+#define RELAY 0
 #endif
 #if MATRIX && defined(FORWARD)
 static_assert(K == 4 && CH == 1 && N % 16 == 0 && SUB % 8 == 0, "a warp has eight channels");
@@ -446,14 +454,239 @@ struct Arguments {
 };
 
 #if MATRIX
-constexpr int BLOCKS = N / 16;  // of 16 states, of which a lane has four
-constexpr int STEPS = TILE / SUB;
-static_assert(SUB == 8 && STEPS >= 3, "a step is prepared two before its turn");
-constexpr int TASKS = 4 * TILE * BLOCKS;  // of eight values of B or C each
+// Where four positions of a channel lie, and those of a part of it: so that lanes do not meet in a bank.
+__device__ __forceinline__ int step_place(int group, int quarter) { return group ^ (quarter & 1) * 4; }
+__device__ __forceinline__ int part_place(int group, int quarter, int part) {
+    return group * 4 + (part + group / 2 + (quarter & 1) * 2) % 4;
+}
 
 struct alignas(16) Half8 {
     unsigned w[4];
 };
+
+// Eight numbers on their way to shared memory
+template <bool WHOLE>
+__device__ __forceinline__ void bring(Half8& to, const bf16* at, bool live, i64 left) {
+    if (WHOLE) {
+        copy_later<4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at), live && left > 0);
+    } else {
+        UNROLL for (int i = 0; i < 4; i++)
+            to.w[i] = load_half(at + 2 * i, live && 2 * i < left) | load_half(at + 2 * i + 1, live && 2 * i + 1 < left) << 16;
+    }
+}
+
+#if RELAY
+// The warps of a block take turns on the same four channels, for inputs with too few channels to fill a GPU: each
+// takes TILE positions, of which the rows of a product are two halves. What a half does to a state, times P and plus
+// E, is made without waiting; then the state comes from the warp before, and goes on after one product.
+constexpr int HALF = TILE / 2, EIGHTS = HALF / 8;
+static_assert(HALF % 8 == 0 && N == 16 && TILE == 32, "a lane stages one position");
+
+struct alignas(16) Turn {
+    float B[2][HALF / 2 * 36 + 8];  // of either half and two positions, as above; with room
+    float C[TILE][20];              // of a position, each lane's four states; with room
+    float step[HALF / 4][GROUPS][4];
+    float part[HALF / 4][GROUPS * 4][4];  // along the sum two parts for either half; the other half's stay zero
+    float hand[16][4];
+    Half8 raw[4][TILE];  // B and C of the next turn
+};
+struct alignas(16) Shared {
+    Turn turn[WARPS];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
+    __shared__ Shared shared;
+    const int warp = threadIdx.x / 32, lane = once(threadIdx.x % 32);
+    const i64 groups = (g.d + 3) / 4;
+    const i64 b = blockIdx.x / groups;
+    Place p;
+    p.k = lane % 4, p.group = lane / 4, p.warp = warp, p.b = b;
+    p.channel = (blockIdx.x - b * groups) * 4 + p.group % 4;
+    p.left = p.channel < g.d;
+    const bool late = p.group >= 4;
+    Turn& turn = shared.turn[warp];
+    float a[1][S], bias[1], skip[1];
+    load_A(g.A, g.d, p, a);
+    load_channels(g.bias, p, bias);
+    load_channels(g.skip, p, skip);
+    const int own = late ? (2 * p.k + 4) % 8 : 2 * p.k;  // of eight positions of the half, the lane's first
+    const int end = (int)g.length;
+    int t = warp * TILE;
+    const int mine = late * HALF + own;
+    const bf16* x_at = g.x + b * g.sxb + (t + mine) * g.sxl + p.channel;
+    const bf16* d_at = g.delta + b * g.sdb + (t + mine) * g.sdl + p.channel;
+    const bf16* z_at = g.z + (HAS_Z ? b * g.szb + (t + mine) * g.szl + p.channel : 0);
+    const bf16* b_at = g.B + b * g.sbb + (t + lane) * g.sbl;
+    const bf16* c_at = g.C + b * g.scb + (t + lane) * g.scl;
+    const signed char* flags = g.flags + (SEGMENTS ? b * g.length : 0);
+    bf16* y_at = g.y + (b * g.length + t + mine) * g.d + p.channel;
+    constexpr int EVERY = CKPT > 0 ? CKPT : HALF;
+    static_assert(EVERY <= HALF, "every half begins with a saved state");
+    const i64 blocks = (g.length + EVERY - 1) / EVERY;
+    float* saved = g.saved + ((b * blocks + (t + late * HALF) / EVERY) * g.d + p.channel) * N + 2 * p.k;
+
+    unsigned next_x[EIGHTS][2], next_d[EIGHTS][2], next_z[EIGHTS][2];
+    auto ahead = [&](int t0) {
+        UNROLL for (int e = 0; e < EIGHTS; e++) {
+            UNROLL for (int i = 0; i < 2; i++) {
+                const bool live = t0 + mine + e * 8 + i < end && p.left > 0;
+                next_x[e][i] = load_half(x_at + (e * 8 + i) * g.sxl, live);
+                next_d[e][i] = load_half(d_at + (e * 8 + i) * g.sdl, live);
+                if (HAS_Z) next_z[e][i] = load_half(z_at + (e * 8 + i) * g.szl, live);
+            }
+        }
+        const bool live = t0 + lane < end && is_real(flags, SEGMENTS ? t0 + lane : 0);
+        UNROLL for (int i = 0; i < 2; i++) {
+            bring<PACKED>(turn.raw[i][lane], b_at + 8 * i, live, 8);
+            bring<PACKED>(turn.raw[2 + i][lane], c_at + 8 * i, live, 8);
+        }
+        x_at += WARPS * TILE * g.sxl;
+        d_at += WARPS * TILE * g.sdl;
+        if (HAS_Z) z_at += WARPS * TILE * g.szl;
+        b_at += WARPS * TILE * g.sbl;
+        c_at += WARPS * TILE * g.scl;
+    };
+    ahead(t);
+    for (int e = lane; e < HALF / 4 * GROUPS * 16; e += 32) turn.part[0][0][e] = 0.0f;
+    WARP_BARRIER();
+    const int after = warp + 1 < WARPS ? warp + 1 : 0;
+    const int from = p.group % 4 * 4 + p.k;  // the lane's place in a hand
+    auto drives = [&](int quarter, float (&in)[4][S]) {
+        float parts[4];
+        read<4>(turn.part[quarter][part_place(p.group, quarter, p.k)], parts);
+        UNROLL for (int i = 0; i < 4; i += 2) {
+            float bs[4];
+            read<4>(turn.B[p.k / 2] + (quarter * 2 + i / 2) * 36 + p.group * 4, bs);
+            UNROLL for (int now = 0; now < 2; now++) {
+                UNROLL for (int s = 0; s < S; s += 2) {
+                    float d[4];
+                    product_of(d, parts[i], parts[i + 1], bs[2 * now + s / 2]);
+                    in[i + now][s] = d[2 * now], in[i + now][s + 1] = d[2 * now + 1];
+                }
+            }
+        }
+    };
+    for (; t < end; t += WARPS * TILE) {
+        float xs[EIGHTS][2], zs[EIGHTS][2];
+        UNROLL for (int e = 0; e < EIGHTS; e++) {
+            float steps[2], part[2][2];
+            UNROLL for (int i = 0; i < 2; i++) {
+                const int at = t + mine + e * 8 + i;
+                const bool live = at < end;
+                const signed char flag = SEGMENTS && live ? flags[at] : 0;
+                const bool real = SEGMENTS ? flag & 1 : live;
+                float slope, step = softplus(__uint_as_float(next_d[e][i] << 16) + bias[0], slope);
+                step = real ? step : 0.0f;
+                xs[e][i] = unless_padding(__uint_as_float(next_x[e][i] << 16), real);
+                if (HAS_Z) zs[e][i] = unless_padding(__uint_as_float(next_z[e][i] << 16), real);
+                steps[i] = SEGMENTS && real && (flag & 2) ? RESET : step * LOG2E;
+                part[0][i] = step * xs[e][i];
+                part[1][i] = lower_bits(part[0][i]);
+            }
+            const int quarter = 2 * e + own / 4;
+            write<2>(turn.step[quarter][step_place(p.group, own / 4)] + own % 4, steps);
+            UNROLL for (int i = 0; i < 2; i++)
+                write<2>(turn.part[quarter][part_place(p.group, own / 4, late * 2 + i)] + own % 4, part[i]);
+        }
+        wait_copies();
+        const Half8 raw[4] = {turn.raw[0][lane], turn.raw[1][lane], turn.raw[2][lane], turn.raw[3][lane]};
+        UNROLL for (int i = 0; i < 4; i++) {
+            float low[2], high[2];
+            const unsigned words[4] = {raw[0].w[i], raw[1].w[i], raw[2].w[i], raw[3].w[i]};
+            UNROLL for (int m = 0; m < 2; m++) {
+                const float pair[2] = {m ? __uint_as_float(words[0] & 0xffff0000u) : __uint_as_float(words[0] << 16),
+                                       m ? __uint_as_float(words[1] & 0xffff0000u) : __uint_as_float(words[1] << 16)};
+                write<2>(turn.B[lane / HALF] + lane % HALF / 2 * 36 + (2 * i + m) * 4 + lane % 2 * 2, pair);
+                low[m] = m ? __uint_as_float(words[2] & 0xffff0000u) : __uint_as_float(words[2] << 16);
+                high[m] = m ? __uint_as_float(words[3] & 0xffff0000u) : __uint_as_float(words[3] << 16);
+            }
+            const float four[4] = {low[0], low[1], high[0], high[1]};
+            write<4>(turn.C[lane] + 4 * i, four);
+        }
+        ahead(t + WARPS * TILE);
+        WARP_BARRIER();
+        float decay[HALF][S], P[S], E[S], whole = 0.0f;
+        UNROLL for (int quarter = 0; quarter < HALF / 4; quarter++) {
+            float steps[4], in[4][S];
+            read<4>(turn.step[quarter][step_place(p.group, quarter)], steps);
+            UNROLL for (int i = 0; i < 4; i++) {
+                whole += steps[i];
+                UNROLL for (int s = 0; s < S; s++) decay[4 * quarter + i][s] = ex2(steps[i] * a[0][s]);
+            }
+            drives(quarter, in);
+            UNROLL for (int i = 0; i < 4; i++)
+                UNROLL for (int s = 0; s < S; s++) E[s] = quarter + i ? fmaf(decay[4 * quarter + i][s], E[s], in[i][s]) : in[0][s];
+        }
+        // of the late half both together; what comes before it
+        float before_P[S], before_E[S];
+        UNROLL for (int s = 0; s < S; s++) {
+            P[s] = ex2(whole * a[0][s]);
+            before_P[s] = SWAP(P[s], 16), before_E[s] = SWAP(E[s], 16);
+            E[s] = fmaf(P[s], before_E[s], E[s]);
+            P[s] *= before_P[s];
+        }
+        float h[1][S];
+        if (t > 0) {
+            AWAIT(1 + warp);
+            read<4>(turn.hand[from], h[0]);
+        } else if (g.initial) {
+            load_states(g.initial, b, g.d, p, h);
+        } else {
+            UNROLL for (int s = 0; s < S; s++) h[0][s] = 0.0f;
+        }
+        float left[1][S];
+        UNROLL for (int s = 0; s < S; s++) left[0][s] = fmaf(P[s], h[0][s], E[s]);
+        if (t + TILE < end) {
+            if (late) write<4>(shared.turn[after].hand[from], left[0]);
+            ARRIVE(1 + after);
+        } else if (late) {
+            store_states(g.last_state, b, g.d, p, left);
+        }
+        UNROLL for (int s = 0; s < S; s++) h[0][s] = late ? fmaf(before_P[s], h[0][s], before_E[s]) : h[0][s];
+        UNROLL for (int e = 0; e < EIGHTS; e++) {
+            float y[2];
+            UNROLL for (int quarter = 2 * e; quarter < 2 * e + 2; quarter++) {
+                float cs[4], in[4][S];
+                const int row = quarter % 2 == 0 ? (late ? HALF + p.group - 4 : p.group) : (late ? p.group : HALF + p.group + 4);
+                read<4>(turn.C[row + e * 8] + 4 * p.k, cs);
+                drives(quarter, in);
+                UNROLL for (int i = 0; i < 4; i += 2) {
+                    const int at = 4 * quarter + i;
+                    if constexpr (CKPT > 0) {
+                        if (at % EVERY == 0) {
+                            if (t + late * HALF + at < end && p.left > 0) write_pairs(saved + at / EVERY * g.d * N, h[0]);
+                        }
+                    }
+                    float then[2][S];
+                    UNROLL for (int now = 0; now < 2; now++)
+                        UNROLL for (int s = 0; s < S; s++) then[now][s] = h[0][s] = fmaf(decay[at + now][s], h[0][s], in[i + now][s]);
+                    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    UNROLL for (int s = 0; s < S; s += 2) {
+                        const float rows[4] = {then[0][s], then[1][s], then[0][s + 1], then[1][s + 1]};
+                        product(sum, rows, cs[s], cs[s + 1]);
+                    }
+                    y[0] = at % 8 == own ? sum[0] : y[0];
+                    y[1] = at % 8 == own ? sum[3] : y[1];
+                }
+            }
+            UNROLL for (int i = 0; i < 2; i++) {
+                y[i] = fmaf(skip[0], xs[e][i], y[i]);
+                if (HAS_Z) y[i] = y[i] * zs[e][i] * rcp(1.0f + ex2(-zs[e][i] * LOG2E));
+            }
+            const unsigned both = down2(y[0], y[1]);
+            UNROLL for (int i = 0; i < 2; i++)
+                if (t + mine + e * 8 + i < end && p.left > 0) y_at[(e * 8 + i) * g.d].bits = (unsigned short)(both >> 16 * i);
+        }
+        y_at += WARPS * TILE * g.d;
+        if (CKPT > 0) saved += WARPS * TILE / EVERY * g.d * N;
+        WARP_BARRIER();
+    }
+}
+#else
+constexpr int BLOCKS = N / 16;  // of 16 states, of which a lane has four
+constexpr int STEPS = TILE / SUB;
+static_assert(SUB == 8 && STEPS >= 3, "a step is prepared two before its turn");
+constexpr int TASKS = 4 * TILE * BLOCKS;  // of eight values of B or C each
 
 struct alignas(16) Shared {
     // two positions' states n and n + 8 side by side, for every n below eight; four words of room between positions
@@ -464,22 +697,6 @@ struct alignas(16) Shared {
     float part[WARPS][TILE / 4][GROUPS * 4][4];
     Half8 x[WARPS][2][TILE], d[WARPS][2][TILE], z[WARPS][HAS_Z ? 2 : 1][HAS_Z ? TILE : 1], y[WARPS][TILE];
 };
-
-// Where four positions of a channel lie, and those of a part of it: so that lanes do not meet in a bank.
-__device__ __forceinline__ int step_place(int group, int quarter) { return group ^ (quarter & 1) * 4; }
-__device__ __forceinline__ int part_place(int group, int quarter, int part) {
-    return group * 4 + (part + group / 2 + (quarter & 1) * 2) % 4;
-}
-
-// A row of a warp's eight channels on its way to shared memory
-__device__ __forceinline__ void bring(Half8& to, const bf16* at, bool live, i64 left) {
-    if (ALIGNED) {
-        copy_later<4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at), live && left > 0);
-    } else {
-        UNROLL for (int i = 0; i < 4; i++)
-            to.w[i] = load_half(at + 2 * i, live && 2 * i < left) | load_half(at + 2 * i + 1, live && 2 * i + 1 < left) << 16;
-    }
-}
 
 __device__ __forceinline__ float value(const Half8* rows, int row, int channel) {
     return __uint_as_float((unsigned)reinterpret_cast<const unsigned short*>(rows)[row * 8 + channel] << 16);
@@ -580,9 +797,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     auto ahead = [&](int t0, int side) {
         UNROLL for (int row = 0; row < TILE; row += 32) {
             const bool live = t0 + row + lane < end;
-            bring(shared.x[p.warp][side][row + lane], x_at + row * g.sxl, live, left);
-            bring(shared.d[p.warp][side][row + lane], d_at + row * g.sdl, live, left);
-            if (HAS_Z && !LOCAL) bring(shared.z[p.warp][HAS_Z ? side : 0][HAS_Z ? row + lane : 0], z_at + row * g.szl, live, left);
+            bring<ALIGNED>(shared.x[p.warp][side][row + lane], x_at + row * g.sxl, live, left);
+            bring<ALIGNED>(shared.d[p.warp][side][row + lane], d_at + row * g.sdl, live, left);
+            if (HAS_Z && !LOCAL) bring<ALIGNED>(shared.z[p.warp][HAS_Z ? side : 0][HAS_Z ? row + lane : 0], z_at + row * g.szl, live, left);
         }
         x_at += TILE * g.sxl;
         d_at += TILE * g.sdl;
@@ -733,6 +950,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (!LOCAL && chunk == g.chunks - 1) store_states(g.last_state, b, g.d, p, h);
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
+#endif
 #else
 struct alignas(16) Shared {
     float B[2][TILE * N];
@@ -876,6 +1094,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
 
 #endif
 
+#if !RELAY
 // phase 0: no chunks. 1: the first chunk whole and the others but the last LOCAL. 2: all chunks but the first.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
     __shared__ Shared shared;
@@ -890,6 +1109,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         walk<false>(g, shared, channel, chunk, rest / slots);
     }
 }
+
+#endif
 
 #endif
 

@@ -37,7 +37,7 @@ class Cut(NamedTuple):
 
     @property
     def block_channels(self) -> int:
-        return 32 // self.lanes * self.channels * self.warps
+        return 4 if self.matrix == 2 and self.channels == 1 else 32 // self.lanes * self.channels * self.warps
 
 
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
@@ -176,7 +176,7 @@ def run_forward(
     steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
     macros = _macros(
         cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(8 if cut.matrix else cut.channels, x, delta, z),
-        PACKED=cut.matrix and _aligned(4, B, C), SEGMENTS=flags is not None,
+        PACKED=cut.matrix and _aligned(8 if cut.matrix == 2 else 4, B, C), SEGMENTS=flags is not None,
         HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(x if cut.matrix else z), BT=_type(B), CT=_type(C),
     )  # fmt: skip
     kept = [_plain(t) for t in (A, D, delta_bias, initial)]
