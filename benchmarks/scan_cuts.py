@@ -75,7 +75,9 @@ def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:
         rows = (torch.empty(0, dtype=torch.bfloat16),) * (4 if gate else 3)
         shared = scan_cuda.backward_shared(cut, 16, True, False, rows)
         return *scan_cuda._macros(cut, 16, BACKWARD=1, CKPT=every, **common), ("SHARED_BYTES", str(shared))
-    common = {"ALIGNED": True, "PACKED": bool(cut.matrix)} | {k: v for k, v in common.items() if k != "ALIGNED"}
+    common = {"ALIGNED": True, "PACKED": bool(cut.matrix)} | {
+        k: v for k, v in common.items() if k != "ALIGNED"
+    }
     return scan_cuda._macros(cut, 16, FORWARD=1, CKPT=every, **common)
 
 

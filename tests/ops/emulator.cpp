@@ -15,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_TURN, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
 struct Index {
     unsigned x;
 };
@@ -24,7 +24,6 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait;
     unsigned parity;
-    int turn;
 };
 static std::vector<Fiber> fibers;
 static std::vector<float> exchange[2];
@@ -38,14 +37,7 @@ static void yield(Wait why) {
     fiber.wait = why;
     swapcontext(&fiber.context, &scheduler);
 }
-static int once(int v) { return v; }
 static void BARRIER() { yield(AT_BLOCK); }
-static int arrived[16];  // threads, at the barriers with numbers
-static void ARRIVE(int id) { arrived[id]++; }
-static void AWAIT(int id) {
-    fibers[threadIdx.x].turn = id;
-    yield(AT_TURN);
-}
 static void WARP_BARRIER() { yield(AT_WARP); }
 static float SWAP(float value, int mask) {
     unsigned me = threadIdx.x, side = fibers[me].parity++ & 1;
@@ -110,8 +102,12 @@ struct Copy {
     int width;
 };
 static std::vector<Copy> pending[1024];
+typedef char* At;
+static At address_of(void* to) { return (At)to; }
 template <int W>
-static void copy_later(float* to, const float* from, bool live) {
+static void copy_later(At at, const void* source, bool live) {
+    float* to = (float*)at;
+    const float* from = (const float*)source;
     for (int i = 0; i < W; i++) to[i] = NAN;
     pending[threadIdx.x].push_back({to, live ? from : nullptr, W});
 }
@@ -139,7 +135,6 @@ static void run_block(unsigned threads, bool backwards) {
         fiber.parity = 0;
         makecontext(&fiber.context, enter_fiber, 0);
     }
-    for (int& count : arrived) count = 0;
     for (unsigned finished = 0; finished < threads;) {
         finished = 0;
         for (unsigned w = 0; w < threads / 32; w++) {
@@ -155,10 +150,6 @@ static void run_block(unsigned threads, bool backwards) {
                         abort();
                     }
                 }
-            }
-            if (fibers[warp].wait == AT_TURN && arrived[fibers[warp].turn] >= 32) {
-                arrived[fibers[warp].turn] -= 32;
-                for (unsigned i = 0; i < 32; i++) fibers[warp + i].wait = RUNS;
             }
             finished += fibers[warp].wait == DONE ? 32 : 0;
         }

@@ -6,16 +6,8 @@
 // No headers: bfloat16 is converted by hand.
 
 #ifndef EMULATED
-// a number that the compiler does not work out anew wherever it is used
-__device__ __forceinline__ int once(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
 #define BARRIER() __syncthreads()
 #define WARP_BARRIER() __syncwarp()
-// the 32 threads that arrive and the 32 that wait meet at a barrier with a number
-#define ARRIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
-#define AWAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 __device__ __forceinline__ float ex2(float v) {
     float r;
@@ -52,11 +44,17 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
                          : "l"((const char*)at + 4 * i), "r"((unsigned)live));
     }
 }
+// An address in shared memory, to which bytes can be added
+typedef unsigned At;
+__device__ __forceinline__ At address_of(void* to) {
+    At at;
+    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(to));
+    return at;
+}
 // Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
 template <int W>
-__device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
-    unsigned at;
-    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(to));
+__device__ __forceinline__ void copy_later(At at, const void* source, bool live) {
+    const float* from = reinterpret_cast<const float*>(source);
     constexpr int V = W < 4 ? W : 4;
     for (int i = 0; i < W; i += V) {
         if constexpr (V == 4) {
@@ -136,10 +134,11 @@ static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 #ifndef MATRIX
 #define MATRIX 0
 #endif
-#if defined(FORWARD) && MATRIX == 2
-#define RELAY 1
-#else
-#define RELAY 0
+#ifndef SWIZZLED
+#define SWIZZLED 1
+#endif
+#ifndef APART
+#define APART 1
 #endif
 #if MATRIX && defined(FORWARD)
 static_assert(K == 4 && CH == 1 && N % 16 == 0 && SUB % 8 == 0, "a warp has eight channels");
@@ -468,221 +467,13 @@ struct alignas(16) Half8 {
 template <bool WHOLE>
 __device__ __forceinline__ void bring(Half8& to, const bf16* at, bool live, i64 left) {
     if (WHOLE) {
-        copy_later<4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at), live && left > 0);
+        copy_later<4>(address_of(to.w), at, live && left > 0);
     } else {
         UNROLL for (int i = 0; i < 4; i++)
             to.w[i] = load_half(at + 2 * i, live && 2 * i < left) | load_half(at + 2 * i + 1, live && 2 * i + 1 < left) << 16;
     }
 }
 
-#if RELAY
-// The warps of a block take turns on the same four channels, for inputs with too few channels to fill a GPU: each
-// takes TILE positions, of which the rows of a product are two halves. What a half does to a state, times P and plus
-// E, is made without waiting; then the state comes from the warp before, and goes on after one product.
-constexpr int HALF = TILE / 2, EIGHTS = HALF / 8;
-static_assert(HALF % 8 == 0 && N == 16 && TILE == 32, "a lane stages one position");
-
-struct alignas(16) Turn {
-    float B[2][HALF / 2 * 36 + 8];  // of either half and two positions, as above; with room
-    float C[TILE][20];              // of a position, each lane's four states; with room
-    float step[HALF / 4][GROUPS][4];
-    float part[HALF / 4][GROUPS * 4][4];  // along the sum two parts for either half; the other half's stay zero
-    float hand[16][4];
-    Half8 raw[4][TILE];  // B and C of the next turn
-};
-struct alignas(16) Shared {
-    Turn turn[WARPS];
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
-    __shared__ Shared shared;
-    const int warp = threadIdx.x / 32, lane = once(threadIdx.x % 32);
-    const i64 groups = (g.d + 3) / 4;
-    const i64 b = blockIdx.x / groups;
-    Place p;
-    p.k = lane % 4, p.group = lane / 4, p.warp = warp, p.b = b;
-    p.channel = (blockIdx.x - b * groups) * 4 + p.group % 4;
-    p.left = p.channel < g.d;
-    const bool late = p.group >= 4;
-    Turn& turn = shared.turn[warp];
-    float a[1][S], bias[1], skip[1];
-    load_A(g.A, g.d, p, a);
-    load_channels(g.bias, p, bias);
-    load_channels(g.skip, p, skip);
-    const int own = late ? (2 * p.k + 4) % 8 : 2 * p.k;  // of eight positions of the half, the lane's first
-    const int end = (int)g.length;
-    int t = warp * TILE;
-    const int mine = late * HALF + own;
-    const bf16* x_at = g.x + b * g.sxb + (t + mine) * g.sxl + p.channel;
-    const bf16* d_at = g.delta + b * g.sdb + (t + mine) * g.sdl + p.channel;
-    const bf16* z_at = g.z + (HAS_Z ? b * g.szb + (t + mine) * g.szl + p.channel : 0);
-    const bf16* b_at = g.B + b * g.sbb + (t + lane) * g.sbl;
-    const bf16* c_at = g.C + b * g.scb + (t + lane) * g.scl;
-    const signed char* flags = g.flags + (SEGMENTS ? b * g.length : 0);
-    bf16* y_at = g.y + (b * g.length + t + mine) * g.d + p.channel;
-    constexpr int EVERY = CKPT > 0 ? CKPT : HALF;
-    static_assert(EVERY <= HALF, "every half begins with a saved state");
-    const i64 blocks = (g.length + EVERY - 1) / EVERY;
-    float* saved = g.saved + ((b * blocks + (t + late * HALF) / EVERY) * g.d + p.channel) * N + 2 * p.k;
-
-    unsigned next_x[EIGHTS][2], next_d[EIGHTS][2], next_z[EIGHTS][2];
-    auto ahead = [&](int t0) {
-        UNROLL for (int e = 0; e < EIGHTS; e++) {
-            UNROLL for (int i = 0; i < 2; i++) {
-                const bool live = t0 + mine + e * 8 + i < end && p.left > 0;
-                next_x[e][i] = load_half(x_at + (e * 8 + i) * g.sxl, live);
-                next_d[e][i] = load_half(d_at + (e * 8 + i) * g.sdl, live);
-                if (HAS_Z) next_z[e][i] = load_half(z_at + (e * 8 + i) * g.szl, live);
-            }
-        }
-        const bool live = t0 + lane < end && is_real(flags, SEGMENTS ? t0 + lane : 0);
-        UNROLL for (int i = 0; i < 2; i++) {
-            bring<PACKED>(turn.raw[i][lane], b_at + 8 * i, live, 8);
-            bring<PACKED>(turn.raw[2 + i][lane], c_at + 8 * i, live, 8);
-        }
-        x_at += WARPS * TILE * g.sxl;
-        d_at += WARPS * TILE * g.sdl;
-        if (HAS_Z) z_at += WARPS * TILE * g.szl;
-        b_at += WARPS * TILE * g.sbl;
-        c_at += WARPS * TILE * g.scl;
-    };
-    ahead(t);
-    for (int e = lane; e < HALF / 4 * GROUPS * 16; e += 32) turn.part[0][0][e] = 0.0f;
-    WARP_BARRIER();
-    const int after = warp + 1 < WARPS ? warp + 1 : 0;
-    const int from = p.group % 4 * 4 + p.k;  // the lane's place in a hand
-    auto drives = [&](int quarter, float (&in)[4][S]) {
-        float parts[4];
-        read<4>(turn.part[quarter][part_place(p.group, quarter, p.k)], parts);
-        UNROLL for (int i = 0; i < 4; i += 2) {
-            float bs[4];
-            read<4>(turn.B[p.k / 2] + (quarter * 2 + i / 2) * 36 + p.group * 4, bs);
-            UNROLL for (int now = 0; now < 2; now++) {
-                UNROLL for (int s = 0; s < S; s += 2) {
-                    float d[4];
-                    product_of(d, parts[i], parts[i + 1], bs[2 * now + s / 2]);
-                    in[i + now][s] = d[2 * now], in[i + now][s + 1] = d[2 * now + 1];
-                }
-            }
-        }
-    };
-    for (; t < end; t += WARPS * TILE) {
-        float xs[EIGHTS][2], zs[EIGHTS][2];
-        UNROLL for (int e = 0; e < EIGHTS; e++) {
-            float steps[2], part[2][2];
-            UNROLL for (int i = 0; i < 2; i++) {
-                const int at = t + mine + e * 8 + i;
-                const bool live = at < end;
-                const signed char flag = SEGMENTS && live ? flags[at] : 0;
-                const bool real = SEGMENTS ? flag & 1 : live;
-                float slope, step = softplus(__uint_as_float(next_d[e][i] << 16) + bias[0], slope);
-                step = real ? step : 0.0f;
-                xs[e][i] = unless_padding(__uint_as_float(next_x[e][i] << 16), real);
-                if (HAS_Z) zs[e][i] = unless_padding(__uint_as_float(next_z[e][i] << 16), real);
-                steps[i] = SEGMENTS && real && (flag & 2) ? RESET : step * LOG2E;
-                part[0][i] = step * xs[e][i];
-                part[1][i] = lower_bits(part[0][i]);
-            }
-            const int quarter = 2 * e + own / 4;
-            write<2>(turn.step[quarter][step_place(p.group, own / 4)] + own % 4, steps);
-            UNROLL for (int i = 0; i < 2; i++)
-                write<2>(turn.part[quarter][part_place(p.group, own / 4, late * 2 + i)] + own % 4, part[i]);
-        }
-        wait_copies();
-        const Half8 raw[4] = {turn.raw[0][lane], turn.raw[1][lane], turn.raw[2][lane], turn.raw[3][lane]};
-        UNROLL for (int i = 0; i < 4; i++) {
-            float low[2], high[2];
-            const unsigned words[4] = {raw[0].w[i], raw[1].w[i], raw[2].w[i], raw[3].w[i]};
-            UNROLL for (int m = 0; m < 2; m++) {
-                const float pair[2] = {m ? __uint_as_float(words[0] & 0xffff0000u) : __uint_as_float(words[0] << 16),
-                                       m ? __uint_as_float(words[1] & 0xffff0000u) : __uint_as_float(words[1] << 16)};
-                write<2>(turn.B[lane / HALF] + lane % HALF / 2 * 36 + (2 * i + m) * 4 + lane % 2 * 2, pair);
-                low[m] = m ? __uint_as_float(words[2] & 0xffff0000u) : __uint_as_float(words[2] << 16);
-                high[m] = m ? __uint_as_float(words[3] & 0xffff0000u) : __uint_as_float(words[3] << 16);
-            }
-            const float four[4] = {low[0], low[1], high[0], high[1]};
-            write<4>(turn.C[lane] + 4 * i, four);
-        }
-        ahead(t + WARPS * TILE);
-        WARP_BARRIER();
-        float decay[HALF][S], P[S], E[S], whole = 0.0f;
-        UNROLL for (int quarter = 0; quarter < HALF / 4; quarter++) {
-            float steps[4], in[4][S];
-            read<4>(turn.step[quarter][step_place(p.group, quarter)], steps);
-            UNROLL for (int i = 0; i < 4; i++) {
-                whole += steps[i];
-                UNROLL for (int s = 0; s < S; s++) decay[4 * quarter + i][s] = ex2(steps[i] * a[0][s]);
-            }
-            drives(quarter, in);
-            UNROLL for (int i = 0; i < 4; i++)
-                UNROLL for (int s = 0; s < S; s++) E[s] = quarter + i ? fmaf(decay[4 * quarter + i][s], E[s], in[i][s]) : in[0][s];
-        }
-        // of the late half both together; what comes before it
-        float before_P[S], before_E[S];
-        UNROLL for (int s = 0; s < S; s++) {
-            P[s] = ex2(whole * a[0][s]);
-            before_P[s] = SWAP(P[s], 16), before_E[s] = SWAP(E[s], 16);
-            E[s] = fmaf(P[s], before_E[s], E[s]);
-            P[s] *= before_P[s];
-        }
-        float h[1][S];
-        if (t > 0) {
-            AWAIT(1 + warp);
-            read<4>(turn.hand[from], h[0]);
-        } else if (g.initial) {
-            load_states(g.initial, b, g.d, p, h);
-        } else {
-            UNROLL for (int s = 0; s < S; s++) h[0][s] = 0.0f;
-        }
-        float left[1][S];
-        UNROLL for (int s = 0; s < S; s++) left[0][s] = fmaf(P[s], h[0][s], E[s]);
-        if (t + TILE < end) {
-            if (late) write<4>(shared.turn[after].hand[from], left[0]);
-            ARRIVE(1 + after);
-        } else if (late) {
-            store_states(g.last_state, b, g.d, p, left);
-        }
-        UNROLL for (int s = 0; s < S; s++) h[0][s] = late ? fmaf(before_P[s], h[0][s], before_E[s]) : h[0][s];
-        UNROLL for (int e = 0; e < EIGHTS; e++) {
-            float y[2];
-            UNROLL for (int quarter = 2 * e; quarter < 2 * e + 2; quarter++) {
-                float cs[4], in[4][S];
-                const int row = quarter % 2 == 0 ? (late ? HALF + p.group - 4 : p.group) : (late ? p.group : HALF + p.group + 4);
-                read<4>(turn.C[row + e * 8] + 4 * p.k, cs);
-                drives(quarter, in);
-                UNROLL for (int i = 0; i < 4; i += 2) {
-                    const int at = 4 * quarter + i;
-                    if constexpr (CKPT > 0) {
-                        if (at % EVERY == 0) {
-                            if (t + late * HALF + at < end && p.left > 0) write_pairs(saved + at / EVERY * g.d * N, h[0]);
-                        }
-                    }
-                    float then[2][S];
-                    UNROLL for (int now = 0; now < 2; now++)
-                        UNROLL for (int s = 0; s < S; s++) then[now][s] = h[0][s] = fmaf(decay[at + now][s], h[0][s], in[i + now][s]);
-                    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                    UNROLL for (int s = 0; s < S; s += 2) {
-                        const float rows[4] = {then[0][s], then[1][s], then[0][s + 1], then[1][s + 1]};
-                        product(sum, rows, cs[s], cs[s + 1]);
-                    }
-                    y[0] = at % 8 == own ? sum[0] : y[0];
-                    y[1] = at % 8 == own ? sum[3] : y[1];
-                }
-            }
-            UNROLL for (int i = 0; i < 2; i++) {
-                y[i] = fmaf(skip[0], xs[e][i], y[i]);
-                if (HAS_Z) y[i] = y[i] * zs[e][i] * rcp(1.0f + ex2(-zs[e][i] * LOG2E));
-            }
-            const unsigned both = down2(y[0], y[1]);
-            UNROLL for (int i = 0; i < 2; i++)
-                if (t + mine + e * 8 + i < end && p.left > 0) y_at[(e * 8 + i) * g.d].bits = (unsigned short)(both >> 16 * i);
-        }
-        y_at += WARPS * TILE * g.d;
-        if (CKPT > 0) saved += WARPS * TILE / EVERY * g.d * N;
-        WARP_BARRIER();
-    }
-}
-#else
 constexpr int BLOCKS = N / 16;  // of 16 states, of which a lane has four
 constexpr int STEPS = TILE / SUB;
 static_assert(SUB == 8 && STEPS >= 3, "a step is prepared two before its turn");
@@ -950,7 +741,6 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (!LOCAL && chunk == g.chunks - 1) store_states(g.last_state, b, g.d, p, h);
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
-#endif
 #else
 struct alignas(16) Shared {
     float B[2][TILE * N];
@@ -1094,7 +884,6 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
 
 #endif
 
-#if !RELAY
 // phase 0: no chunks. 1: the first chunk whole and the others but the last LOCAL. 2: all chunks but the first.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
     __shared__ Shared shared;
@@ -1109,8 +898,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         walk<false>(g, shared, channel, chunk, rest / slots);
     }
 }
-
-#endif
 
 #endif
 
@@ -1154,29 +941,19 @@ constexpr int OWN = 1 + SEGMENTS + HAS_Z;
 constexpr bool EXACT = sizeof(BT) == 4 || sizeof(CT) == 4;
 // words of a position's sums: four more than the numbers, so that lanes of two positions meet in no bank
 constexpr int LINE = 2 * N + 8;
-constexpr int AT_ONCE = MATRIX > 1 ? STEPS : 1;
 constexpr int PER = CKPT / SUB;  // steps between two saved states
 static_assert(K <= 8 && SUB % 4 == 0, "a product has four columns of states and takes four positions");
 static_assert(CKPT % SUB == 0 && TILE % CKPT == 0, "states are saved before whole steps");
-static_assert(!MATRIX || (K == 4 && CH == 2 && S % 2 == 0 && SUB == 4 && !EXACT), "a warp has sixteen channels");
 
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float partial[COPIES][TILE * LINE];
     struct {
-#if MATRIX
-        float pair[TILE][GROUPS][CH];      // log2(e) step or RESET
-        float drive[2][TILE + 1][GROUPS][CH];  // step x, and what tf32 leaves of it; a row of room keeps banks apart
-#else
         float pair[TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
-#endif
         float grad[TILE][GROUPS][CH];
         float own[OWN][TILE][GROUPS][CH];  // slope, step with segments, the gate's slope
     } warp[WARPS];
-#if MATRIX
-    float zero[TILE * N];
-#endif
     float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
     Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
     Raw<DT> d[OWNED][THREADS];
@@ -1184,69 +961,28 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan_cuda.py counts the same shared memory");
 
-// A lane's row on its way to its own place in shared memory
+// Where a channel's numbers at a position lie, pairs and single ones: apart for lanes that write neighbouring positions
+__device__ __forceinline__ int pair_place(int group, int row) { return SWIZZLED ? group ^ (row & 1) * (GROUPS / 2) : group; }
+__device__ __forceinline__ int place_of(int group, int row) { return SWIZZLED ? group ^ (row >> 1 & 1) * (GROUPS / 2) : group; }
+
+// A lane's row on its way to its own place `row` in shared memory, whose row 0 is at `first`
 template <class T>
-__device__ __forceinline__ void bring(Raw<T>& to, const T* at, bool live, int left) {
+__device__ __forceinline__ void bring(Raw<T> (*rows)[THREADS], At first, int row, const T* at, bool live, int left) {
     if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
-        copy_later<sizeof(T) * CH / 4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at),
-                                       live && left > 0);
+        copy_later<sizeof(T) * CH / 4>(first + row * THREADS * (int)sizeof(Raw<T>), at, live && left > 0);
     } else {
-        to = load_row(at, live, left);
+        rows[row][threadIdx.x] = load_row(at, live, left);
     }
 }
 
-// Of a product's columns, position `row` of four: a lane has two of them. No position is added to another's, whose
-// product with zero may be NaN. first: of the two in the same place.
-__device__ __forceinline__ void keep(float (&sums)[4], const float (&d)[4], int row, bool first, bool odd) {
-    const bool mine = first || odd == row % 4 / 2;
-    sums[row % 2] = mine ? d[row % 2] : sums[row % 2];
-    sums[row % 2 + 2] = mine ? d[row % 2 + 2] : sums[row % 2 + 2];
-}
-
-#if MATRIX
-typedef float Sums[1][S / 2][4];
-
-// What enters the states of a lane's channels, (step x) B: (16 x 4)(4 x 8), whose rows are two states of each four
-// lanes and of either half of the warp, whose columns the four lanes' channels; along the sum two parts of step x
-// for either half. b: of the lanes whose place along the sum is their own half's the lane's states of B, else zeros.
-__device__ __forceinline__ void drive_states(float (&in)[CH][S], const float (&b)[S], float drive) {
-    UNROLL for (int s = 0; s < S; s += 2) {
-        float d[4];
-        product_of(d, b[s], b[s + 1], drive);
-        in[0][s] = d[0], in[1][s] = d[1], in[0][s + 1] = d[2], in[1][s + 1] = d[3];
-    }
-}
-
-// v weight at position `row` of a step, summed over the channels of the warp's half: rows as above, columns the
-// positions for either half. weights: of the lane's column, at the channels that are the lane's along the sum.
-__device__ __forceinline__ void collect(Sums& sums, const float (&v)[CH][S], const float (&weights)[CH], int row,
-                                        bool first, bool odd) {
-    UNROLL for (int s = 0; s < S; s += 2) {
-        const float rows[4] = {v[0][s], v[0][s + 1], v[1][s], v[1][s + 1]};
-        float d[4];
-        product_of(d, rows, weights[0], weights[1]);
-        keep(sums[0][s / 2], d, row, first, odd);
-    }
-}
-
-// Writes sums to the rows of a step at `to`: of the lane's first position and its first state.
-__device__ __forceinline__ void lay(float* to, const Sums& sums, bool mine) {
-    if (mine) {
-        UNROLL for (int s = 0; s < S; s += 2) {
-            float* at = to + s;
-            const float one[2] = {sums[0][s / 2][0], sums[0][s / 2][2]};
-            const float next[2] = {sums[0][s / 2][1], sums[0][s / 2][3]};
-            write<2>(at, one);
-            write<2>(at + LINE, next);
-        }
-    }
-}
-#else
 typedef float Sums[SUB / 4][QUADS][4];
 
-// v at position `row` of a step, summed over the four lanes that differ in the last two bits
-__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool first, bool odd) {
+#if APART
+// v at position `row` of a step, summed over the four lanes that differ in the last two bits, to sums. No position is
+// added to another's, whose product with zero may be NaN. first: of the two whose sums a lane has in the same place.
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool first) {
     const float low = threadIdx.x % 32 < 16 ? 1.0f : 0.0f, high = 1.0f - low;
+    const bool mine = first || threadIdx.x % 2 == row % 4 / 2;
     UNROLL for (int q = 0; q < QUADS; q++) {
         float part[4], rest[4], d[4];
         UNROLL for (int i = 0; i < 4; i++) {
@@ -1258,16 +994,40 @@ __device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row
         }
         product_of(d, part, low, high);
         if (EXACT) product(d, rest, low, high);
-        keep(sums[row / 4][q], d, row, first, odd);
+        float(&sum)[4] = sums[row / 4][q];
+        sum[row % 2] = mine ? d[row % 2] : sum[row % 2];
+        sum[row % 2 + 2] = mine ? d[row % 2 + 2] : sum[row % 2 + 2];
+    }
+}
+#else
+// Adds v at position `row` of a step, summed over the four lanes that differ in the last two bits, to sums.
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool) {
+    const int line = threadIdx.x % 32 / 4;
+    float low = line == row % 4 ? 1.0f : 0.0f, high = line == row % 4 + 4 ? 1.0f : 0.0f;
+    UNROLL for (int q = 0; q < QUADS; q++) {
+        float part[4], rest[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            part[i] = 4 * q + i < S ? v[4 * q + i < S ? 4 * q + i : 0] : 0.0f;
+            if (EXACT) {
+                rest[i] = part[i];
+                part[i] = __uint_as_float(__float_as_uint(part[i]) & 0xffffe000u);
+                rest[i] -= part[i];
+            }
+        }
+        product(sums[row / 4][q], part, low, high);
+        if (EXACT) product(sums[row / 4][q], rest, low, high);
     }
 }
 
-// Writes sums to the rows of a step at `to`: of the lane's first position and its first state.
-__device__ __forceinline__ void lay(float* to, const Sums& sums, bool upper) {
+#endif
+
+// Writes sums to the rows of a step at `to`, whose column is the lane's first state.
+__device__ __forceinline__ void lay(float* to, const Sums& sums) {
+    const int part = threadIdx.x % 4;
     UNROLL for (int r = 0; r < SUB / 4; r++) {
         UNROLL for (int q = 0; q < QUADS; q++) {
-            const int s = 4 * q + upper * 2;
-            float* at = to + r * 4 * LINE + s;
+            const int s = 4 * q + part / 2 * 2;
+            float* at = to + (r * 4 + part % 2 * 2) * LINE + s;
             if constexpr (S > 1) {
                 float one[2] = {sums[r][q][0], sums[r][q][2]}, next[2] = {sums[r][q][1], sums[r][q][3]};
                 if (s < S) {
@@ -1282,8 +1042,6 @@ __device__ __forceinline__ void lay(float* to, const Sums& sums, bool upper) {
     }
 }
 
-#endif
-
 // LOCAL: only the adjoint that leaves the chunk when zero enters it, and the sum of its steps.
 //
 // A tile, from the last to the first: every lane prepares the positions that it owns; the states before its steps
@@ -1292,7 +1050,7 @@ __device__ __forceinline__ void lay(float* to, const Sums& sums, bool upper) {
 template <bool LOCAL>
 __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
     const Place p = place(block_channel, b, g.d);
-    const int me = once(threadIdx.x);
+    const int me = threadIdx.x;
     float a[CH][S], adjoint[CH][S], sum_A[CH][S], bias[CH], skip[CH], total[CH], sum_skip[CH], sum_bias[CH];
     load_A(g.A, g.d, p, a);
     load_channels(g.bias, p, bias);
@@ -1313,14 +1071,19 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
     const int length = (int)g.length, begin = (int)(first * TILE);
     int t = (int)((last - 1) * TILE);  // of the tile in hand
-    const XT* x_at = g.x + b * g.sxb + (t + p.k) * g.sxl + p.channel;
+    int next_row = t + TILE - SUB;  // of the step whose x and state are fetched next, and of those
+    const XT* x_at = g.x + b * g.sxb + (next_row + p.k) * g.sxl + p.channel;
     const DT* d_at = g.delta + b * g.sdb + (t + p.k) * g.sdl + p.channel;
     const XT* y_at = g.dy + b * g.syb + (t + p.k) * g.syl + p.channel;
     const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
     const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t + p.k : 0);
-    i64 out_at = (b * g.length + t + p.k) * g.d + p.channel;
+    i64 out_at = (b * g.length + next_row + p.k) * g.d + p.channel;
     const i64 blocks = (g.length + CKPT - 1) / CKPT;
-    const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / CKPT) * g.d + p.channel) * N + p.k * S;
+    const float* saved_at =
+        LOCAL ? g.saved : g.saved + ((b * blocks + (t + TILE) / CKPT - 1) * g.d + p.channel) * N + p.k * S;
+    const At to_x = address_of(&shared.x[0][me]), to_d = address_of(&shared.d[0][me]);
+    const At to_y = address_of(&shared.y[0][me]), to_z = address_of(&shared.z[0][me]);
+    const At to_entry = address_of(&shared.entry[0][0][me]);
     const i64 group = block_channel / BLOCK_CHANNELS;
     float* partial_at = g.partial + ((group * g.batch + b) * g.length + t) * 2 * N;
 
@@ -1329,9 +1092,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     auto ahead = [&](int t0) {
         UNROLL for (int r = 0; r < OWNED; r++) {
             bool live = t0 >= begin && t0 + r * K + p.k < length;
-            bring(shared.d[r][me], d_at + r * K * g.sdl, live, p.left);
-            bring(shared.y[r][me], y_at + r * K * g.syl, live, p.left);
-            if (HAS_Z) bring(shared.z[r][me], z_at + r * K * g.szl, live, p.left);
+            bring(shared.d, to_d, r, d_at + r * K * g.sdl, live, p.left);
+            bring(shared.y, to_y, r, y_at + r * K * g.syl, live, p.left);
+            if (HAS_Z) bring(shared.z, to_z, r, z_at + r * K * g.szl, live, p.left);
             if (SEGMENTS) next_flag[r] = live ? flag_at[r * K] : 0;
         }
         d_at -= TILE * g.sdl;
@@ -1339,65 +1102,36 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         if (HAS_Z) z_at -= TILE * g.szl;
         if (SEGMENTS) flag_at -= TILE;
     };
-    auto ahead_step = [&](int t0, int sub) {
-        UNROLL for (int i = 0; i < SUB / K; i++) {
-            const int r = sub * (SUB / K) + i;
-            bring(shared.x[r][me], x_at + r * K * g.sxl, t0 >= begin && t0 + r * K + p.k < length, p.left);
-        }
+    auto ahead_step = [&](int sub) {
+        const bool live = next_row >= begin && next_row < length;
+        UNROLL for (int i = 0; i < SUB / K; i++)
+            bring(shared.x, to_x, sub * (SUB / K) + i, x_at + i * K * g.sxl, live && next_row + i * K + p.k < length, p.left);
+        x_at -= SUB * g.sxl;
+        next_row -= SUB;
         if (sub % PER == 0) {
-            const bool live = t0 >= begin && t0 + sub * SUB < length;
-            const float* at = saved_at + sub / PER * g.d * N;
             UNROLL for (int j = 0; j < CH; j++)
-                copy_later<S>(shared.entry[sub][j][me], at + j * N, live && j < p.left);
+                copy_later<S>(to_entry + (sub * CH + j) * THREADS * S * 4, saved_at + j * N, live && j < p.left);
+            saved_at -= g.d * N;
         }
-    };
-    auto ahead_steps_done = [&] {
-        x_at -= TILE * g.sxl;
-        saved_at -= TILE / CKPT * g.d * N;
     };
 
     Stage<!LOCAL, true> stage(g.B, g.C, g.flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl);
     stage.fetch(length - t, -1);
     ahead(t);
     if (!LOCAL) {
-        for (int sub = 0; sub < STEPS; sub++) ahead_step(t, sub);
-        ahead_steps_done();
+        for (int sub = STEPS - 1; sub >= 0; sub--) ahead_step(sub);
     }
     stage.put(shared.B[0], shared.C[0]);
-#if MATRIX
-    for (int e = me; e < TILE * N; e += THREADS) shared.zero[e] = 0.0f;
-#endif
     BARRIER();
     int buffer = 0;
-    auto& own_warp = shared.warp[p.warp];
-#if MATRIX
-    constexpr int WIDE = CH;
-    const int place_in_sum = me % 4, column = me % 32 / 4;
-    const bool active = once(me % 32 / 16 == place_in_sum / 2);
-    const float* drive_at = &own_warp.drive[place_in_sum % 2][0][0][0] + place_in_sum / 2 * 8 + column;
-    const int weights_at = (column % 4 * GROUPS + p.group) * CH;
-    const float* drive_weights = &own_warp.drive[0][0][0][0] + weights_at;
-    const float* grad_weights = &own_warp.grad[0][0][0] + weights_at;
-#else
-    constexpr int WIDE = 2 * CH;
-#endif
-    float(*pair)[GROUPS][WIDE] = own_warp.pair;
-    float(*grads)[GROUPS][CH] = own_warp.grad;
-    float(*owns)[TILE][GROUPS][CH] = own_warp.own;
-    float* partial = shared.partial[0] + once((p.warp * HALVES + p.group / 4) * TILE * LINE + p.k * S + me % 2 * 2 * LINE);
-    const bool odd = once(me % 2);
-#if MATRIX
-    const bool layer = active;
-#else
-    const bool layer = once(me % 4 / 2);
-#endif
+    float(*pair)[GROUPS][2 * CH] = shared.warp[p.warp].pair;
+    float(*grads)[GROUPS][CH] = shared.warp[p.warp].grad;
+    float(*owns)[TILE][GROUPS][CH] = shared.warp[p.warp].own;
+    float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
-#if MATRIX
-        const float* B_or_zero = active ? B : shared.zero;
-#endif
         wait_copies();
         unsigned real_rows = 0;
         UNROLL for (int r = 0; r < OWNED; r++) {
@@ -1427,27 +1161,17 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 both[CH + j] = LOCAL ? 0.0f : step * unless_padding(raw_x.get(j), real);
                 if (LOCAL) total[j] += both[j];
             }
-#if MATRIX
-            const float steps[CH] = {both[0], both[1]}, drive[CH] = {both[2], both[3]};
-            const float rest[CH] = {lower_bits(drive[0]), lower_bits(drive[1])};
-            write<CH>(pair[row][p.group], steps);
-            if (!LOCAL) {
-                write<CH>(own_warp.drive[0][row][p.group], drive);
-                write<CH>(own_warp.drive[1][row][p.group], rest);
-            }
-#else
-            write<2 * CH>(pair[row][p.group], both);
-#endif
-            write<CH>(grads[row][p.group], grad);
-            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[i][row][p.group], own[i]);
+            write<2 * CH>(pair[row][pair_place(p.group, row)], both);
+            write<CH>(grads[row][place_of(p.group, row)], grad);
+            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[i][row][place_of(p.group, row)], own[i]);
         }
         ahead(t - TILE);
         WARP_BARRIER();
         if (LOCAL) {
             _Pragma("unroll 4") for (int row = TILE - 1; row >= 0; row--) {
-                float both[WIDE], dys[CH], cs[S];
-                read<WIDE>(pair[row][p.group], both);
-                read<CH>(grads[row][p.group], dys);
+                float both[2 * CH], dys[CH], cs[S];
+                read<2 * CH>(pair[row][pair_place(p.group, row)], both);
+                read<CH>(grads[row][place_of(p.group, row)], dys);
                 read<S>(C + row * N, cs);
                 UNROLL for (int j = 0; j < CH; j++)
                     UNROLL for (int s = 0; s < S; s++)
@@ -1456,76 +1180,50 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         } else {
             if constexpr (PER > 1) {
                 float h[CH][S];
-                _Pragma("unroll AT_ONCE") for (int sub = 0; sub < STEPS; sub++) {
+                _Pragma("unroll 1") for (int sub = 0; sub < STEPS; sub++) {
                     if (sub % PER == PER - 1) continue;
                     if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
                     UNROLL for (int i = 0; i < SUB; i++) {
-                        float both[WIDE], bs[S], in[CH][S];
-                        read<WIDE>(pair[sub * SUB + i][p.group], both);
-#if MATRIX
-                        read<S>(B_or_zero + (sub * SUB + i) * N, bs);
-                        drive_states(in, bs, drive_at[(sub * SUB + i) * 16]);
-#else
+                        float both[2 * CH], bs[S];
+                        read<2 * CH>(pair[sub * SUB + i][pair_place(p.group, i)], both);
                         read<S>(B + (sub * SUB + i) * N, bs);
                         UNROLL for (int j = 0; j < CH; j++)
-                            UNROLL for (int s = 0; s < S; s++) in[j][s] = both[CH + j] * bs[s];
-#endif
-                        UNROLL for (int j = 0; j < CH; j++)
                             UNROLL for (int s = 0; s < S; s++)
-                                h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], in[j][s]);
+                                h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], both[CH + j] * bs[s]);
                     }
                     UNROLL for (int j = 0; j < CH; j++) write<S>(shared.entry[sub + 1][j][me], h[j]);
                 }
             }
             // the sums of the tile before have been read
             BARRIER();
-            _Pragma("unroll AT_ONCE") for (int sub = STEPS - 1; sub >= 0; sub--) {
+            _Pragma("unroll 1") for (int sub = STEPS - 1; sub >= 0; sub--) {
                 float h[SUB][CH][S], decay[SUB][CH][S];
                 UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[0][j]);
                 Raw<XT> own_x[SUB / K];
                 UNROLL for (int r = 0; r < SUB / K; r++) own_x[r] = shared.x[sub * (SUB / K) + r][me];
-                ahead_step(t - TILE, sub);
-                Sums sums, sums_of_B;
-#if MATRIX
-                float grad_of[CH], drive_of[CH];
-                read<CH>(grad_weights + sub * SUB * 16, grad_of);
-                read<CH>(drive_weights + sub * SUB * 16, drive_of);
-#endif
+                ahead_step(sub);
+                Sums sums = {};
                 UNROLL for (int r = 0; r < SUB / K; r++) {
                     float part[K][CH];
                     UNROLL for (int i = 0; i < K; i++) {
                         const int row = r * K + i;
-                        float both[WIDE], bs[S], cs[S], in[CH][S], next[CH][S];
-                        read<WIDE>(pair[sub * SUB + row][p.group], both);
-                        if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
-#if MATRIX
-                        read<S>(B_or_zero + (sub * SUB + row) * N, bs);
-                        drive_states(in, bs, drive_at[(sub * SUB + row) * 16]);
-#else
-                        float dys[CH], values[S];
-                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        float both[2 * CH], bs[S], cs[S], dys[CH], values[S];
+                        read<2 * CH>(pair[sub * SUB + row][pair_place(p.group, row)], both);
+                        read<CH>(grads[sub * SUB + row][place_of(p.group, row)], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
-                        UNROLL for (int j = 0; j < CH; j++)
-                            UNROLL for (int s = 0; s < S; s++) in[j][s] = both[CH + j] * bs[s];
-#endif
+                        if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
                             float sum = 0.0f;
                             UNROLL for (int s = 0; s < S; s++) {
                                 decay[row][j][s] = ex2(both[j] * a[j][s]);
-                                next[j][s] = fmaf(decay[row][j][s], h[row][j][s], in[j][s]);
-#if !MATRIX
-                                values[s] = j ? fmaf(next[j][s], dys[j], values[s]) : next[j][s] * dys[0];
-#endif
-                                if (HAS_Z) sum = s ? fmaf(cs[s], next[j][s], sum) : cs[s] * next[j][s];
-                                if (row + 1 < SUB) h[row + 1][j][s] = next[j][s];
+                                float next = fmaf(decay[row][j][s], h[row][j][s], both[CH + j] * bs[s]);
+                                values[s] = j ? fmaf(next, dys[j], values[s]) : next * dys[0];
+                                if (HAS_Z) sum = s ? fmaf(cs[s], next, sum) : cs[s] * next;
+                                if (row + 1 < SUB) h[row + 1][j][s] = next;
                             }
                             part[i][j] = sum;
                         }
-#if MATRIX
-                        collect(sums, next, grad_of, row, row % 4 < 2, odd);
-#else
-                        collect(sums, values, row, row % 4 < 2, odd);
-#endif
+                        collect(sums, values, row, row % 4 < 2);
                     }
                     if (HAS_Z) {
                         float out[CH];
@@ -1533,35 +1231,29 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
                         UNROLL for (int j = 0; j < CH; j++) {
                             float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
-                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][row][p.group][j];
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][row][place_of(p.group, p.k)][j];
                         }
-                        store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
+                        store_row(g.dz + out_at + r * K * g.d, out, t + row < length, p.left);
                     }
                 }
-                lay(partial + sub * SUB * LINE + N, sums, layer);
+                lay(partial + sub * SUB * LINE + N, sums);
+                UNROLL for (int r = 0; r < SUB / 4; r++)
+                    UNROLL for (int q = 0; q < QUADS; q++)
+                        UNROLL for (int i = 0; i < 4; i++) sums[r][q][i] = 0.0f;
                 UNROLL for (int r = SUB / K - 1; r >= 0; r--) {
                     float drive[K][CH], through[K][CH];
                     UNROLL for (int i = K - 1; i >= 0; i--) {
                         const int row = r * K + i;
-                        float both[WIDE], dys[CH], bs[S], cs[S];
-#if MATRIX
-                        float qs[CH][S];
-#else
-                        float values[S];
-#endif
-                        read<WIDE>(pair[sub * SUB + row][p.group], both);
-                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        float both[2 * CH], dys[CH], bs[S], cs[S], values[S];
+                        read<2 * CH>(pair[sub * SUB + row][pair_place(p.group, row)], both);
+                        read<CH>(grads[sub * SUB + row][place_of(p.group, row)], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
                             float driven = 0.0f, passed = 0.0f;
                             UNROLL for (int s = 0; s < S; s++) {
                                 float q = fmaf(cs[s], dys[j], adjoint[j][s]);
-#if MATRIX
-                                qs[j][s] = q;
-#else
                                 values[s] = j ? fmaf(q, both[CH + j], values[s]) : q * both[CH];
-#endif
                                 driven = s ? fmaf(q, bs[s], driven) : q * bs[s];
                                 q *= decay[row][j][s];
                                 float back = q * h[row][j][s];
@@ -1572,19 +1264,15 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             drive[i][j] = driven;
                             through[i][j] = passed;
                         }
-#if MATRIX
-                        collect(sums_of_B, qs, drive_of, row, row % 4 >= 2, odd);
-#else
-                        collect(sums_of_B, values, row, row % 4 >= 2, odd);
-#endif
+                        collect(sums, values, row, row % 4 >= 2);
                     }
-                    float driven[CH], passed[CH], both[WIDE], grad[CH], own[OWN][CH];
+                    float driven[CH], passed[CH], both[2 * CH], grad[CH], own[OWN][CH];
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
                     const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
-                    read<WIDE>(pair[row][p.group], both);
-                    read<CH>(grads[row][p.group], grad);
-                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][row][p.group], own[i]);
+                    read<2 * CH>(pair[row][pair_place(p.group, p.k)], both);
+                    read<CH>(grads[row][place_of(p.group, p.k)], grad);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][row][place_of(p.group, p.k)], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
                         float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
                         float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
@@ -1593,12 +1281,12 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         sum_skip[j] = fmaf(x, grad[j], sum_skip[j]);
                         sum_bias[j] += passed[j];
                     }
-                    store_row(g.dx + out_at + mine * K * g.d, driven, t + row < length, p.left);
-                    store_row(g.ddelta + out_at + mine * K * g.d, passed, t + row < length, p.left);
+                    store_row(g.dx + out_at + r * K * g.d, driven, t + row < length, p.left);
+                    store_row(g.ddelta + out_at + r * K * g.d, passed, t + row < length, p.left);
                 }
-                lay(partial + sub * SUB * LINE, sums_of_B, layer);
+                out_at -= SUB * g.d;
+                lay(partial + sub * SUB * LINE, sums);
             }
-            ahead_steps_done();
         }
         buffer ^= 1;
         stage.put(shared.B[buffer], shared.C[buffer]);
@@ -1617,7 +1305,6 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             }
             partial_at -= TILE * 2 * N;
         }
-        out_at -= TILE * g.d;
         t -= TILE;
     }
     if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);

@@ -37,12 +37,13 @@ class Cut(NamedTuple):
 
     @property
     def block_channels(self) -> int:
-        return 4 if self.matrix == 2 and self.channels == 1 else 32 // self.lanes * self.channels * self.warps
+        return 32 // self.lanes * self.channels * self.warps
 
 
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
 # one channel a lane where that alone fills the GPU
 FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
+MATRIX = Cut(4, 1, 4, 32, 8, 3, matrix=True)
 BACKWARD = Cut(4, 2, 4, 16, 4, 3)
 LONG = 2560
 MULTIPROCESSORS = 128
@@ -54,9 +55,14 @@ def covers(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
 
 
-def forward_cut(b: int, d: int) -> Cut:
-    """One channel a lane where that makes between half a wave and all of one."""
-    return FORWARD_SPREAD if 0.5 <= _waves(FORWARD_SPREAD, b, d) <= 1 else FORWARD
+def forward_cut(b: int, d: int, n: int, *tensors: Tensor | None) -> Cut:
+    """One channel a lane where that makes between half a wave and all of one.
+
+    tensors: x, delta, B, C and z. All in bfloat16, their products take the matrix units.
+    """
+    halves = n == 16 and all(t is None or t.dtype == torch.bfloat16 for t in tensors)
+    spread = MATRIX if halves else FORWARD_SPREAD
+    return spread if 0.5 <= _waves(spread, b, d) <= 1 else FORWARD
 
 
 def backward_cut(n: int) -> Cut:
@@ -128,9 +134,7 @@ def backward_shared(cut: Cut, n: int, aligned: bool, segments: bool, rows: tuple
     packed = [cdiv(t.element_size() * cut.channels, 4) if aligned else cut.channels for t in rows]
     # without a gate one word a lane stands in its place
     raw = owned * sum(packed) + (0 if len(rows) > 3 else cut.channels)
-    # the drive in two parts, a row between each, and a tile of zeros
-    matrix = channels + 2 * channels // cut.tile + cut.tile * n if cut.matrix else 0
-    return 4 * (staged + channels * (3 + own) + matrix + kept + raw * 32 * cut.warps)
+    return 4 * (staged + channels * (3 + own) + kept + raw * 32 * cut.warps)
 
 
 def _words(*values: Tensor | int | None) -> list[int]:
@@ -176,7 +180,7 @@ def run_forward(
     steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
     macros = _macros(
         cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(8 if cut.matrix else cut.channels, x, delta, z),
-        PACKED=cut.matrix and _aligned(8 if cut.matrix == 2 else 4, B, C), SEGMENTS=flags is not None,
+        PACKED=cut.matrix and _aligned(4, B, C), SEGMENTS=flags is not None,
         HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(x if cut.matrix else z), BT=_type(B), CT=_type(C),
     )  # fmt: skip
     kept = [_plain(t) for t in (A, D, delta_bias, initial)]
@@ -282,7 +286,7 @@ def scan_cuda(
     x, delta, z: (b, l, d); A: (d, n), n in WIDTHS; B, C: (b, l, n); flags: (b, l) int8, bit 0 real, bit 1 reset.
     """
     b, length, d = x.shape
-    cut = forward_cut(b, d)
+    cut = forward_cut(b, d, A.shape[1], x, delta, B, C, z)
     chunks = _chunks(cut, b, length, d)
     every = saved_every(x, A) if save else 0
     return run_forward(cut, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)
