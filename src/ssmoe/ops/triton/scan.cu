@@ -1231,7 +1231,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
                         UNROLL for (int j = 0; j < CH; j++) {
                             float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
-                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][row][place_of(p.group, p.k)][j];
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][row][place_of(p.group, row)][j];
                         }
                         store_row(g.dz + out_at + r * K * g.d, out, t + row < length, p.left);
                     }
@@ -1270,9 +1270,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
                     const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
-                    read<2 * CH>(pair[row][pair_place(p.group, p.k)], both);
-                    read<CH>(grads[row][place_of(p.group, p.k)], grad);
-                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][row][place_of(p.group, p.k)], own[i]);
+                    read<2 * CH>(pair[row][pair_place(p.group, row)], both);
+                    read<CH>(grads[row][place_of(p.group, row)], grad);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][row][place_of(p.group, row)], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
                         float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
                         float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
