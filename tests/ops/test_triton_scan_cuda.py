@@ -91,7 +91,7 @@ MATRIX = Cut(4, 1, 2, 32, 8, 1, matrix=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 99, 40, 16), (2, 75, 38, 16), (1, 35, 40, 32), (1, 1, 1, 16)])
+@pytest.mark.parametrize("shape", [(2, 99, 40, 16), (2, 75, 38, 16), (1, 1, 1, 16)])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_products_on_matrix_units(
     chunks: int, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -104,19 +104,6 @@ def test_products_on_matrix_units_of_documents(monkeypatch: pytest.MonkeyPatch) 
     cut(monkeypatch, MATRIX, SMALL[1], 2, 4)
     inputs = scan_inputs(1, 99, 24, 16, torch.bfloat16)
     close(errors("selective_scan", inputs, segments=documents(1, 99)))
-
-
-def test_a_position_that_is_not_finite_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums over channels by matrix products, which multiply by zeros, keep other positions' gradients."""
-    cut(monkeypatch, SMALL[0], SMALL[1], 1)
-    inputs = scan_inputs(1, 20, 38, 16, torch.bfloat16)
-    C = inputs["C"].requires_grad_()
-    upstream = torch.ones(1, 20, 38, dtype=torch.bfloat16)
-    upstream[0, 6, 3] = torch.nan
-    (gradient,) = torch.autograd.grad(scan(**inputs)[0], C, upstream)
-    assert gradient[0, 6].isnan().all()
-    assert gradient[0, :6].isfinite().all()
-    assert gradient[0, 7:].isfinite().all()
 
 
 def test_bfloat16_that_fills_a_gpu_takes_the_matrix_units() -> None:

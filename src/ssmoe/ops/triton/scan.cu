@@ -44,17 +44,11 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
                          : "l"((const char*)at + 4 * i), "r"((unsigned)live));
     }
 }
-// An address in shared memory, to which bytes can be added
-typedef unsigned At;
-__device__ __forceinline__ At address_of(void* to) {
-    At at;
-    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(to));
-    return at;
-}
 // Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
 template <int W>
-__device__ __forceinline__ void copy_later(At at, const void* source, bool live) {
-    const float* from = reinterpret_cast<const float*>(source);
+__device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
+    unsigned at;
+    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(to));
     constexpr int V = W < 4 ? W : 4;
     for (int i = 0; i < W; i += V) {
         if constexpr (V == 4) {
@@ -74,14 +68,6 @@ __device__ __forceinline__ void product(float (&d)[4], const float (&a)[4], floa
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-// d = a b, likewise
-__device__ __forceinline__ void product_of(float (&d)[4], const float (&a)[4], float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-        " {%10, %10, %10, %10};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
 }
 // d = a b of 16 x 4 and 4 x 8, likewise
 __device__ __forceinline__ void product_of(float (&d)[4], float a0, float a1, float b) {
@@ -134,14 +120,8 @@ static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 #ifndef MATRIX
 #define MATRIX 0
 #endif
-#ifndef SWIZZLED
-#define SWIZZLED 1
-#endif
-#ifndef APART
-#define APART 1
-#endif
 #if MATRIX && defined(FORWARD)
-static_assert(K == 4 && CH == 1 && N % 16 == 0 && SUB % 8 == 0, "a warp has eight channels");
+static_assert(K == 4 && CH == 1 && N == 16 && SUB == 8, "a warp has eight channels");
 #define IN_PAIRS 1
 #else
 #define IN_PAIRS 0
@@ -467,22 +447,21 @@ struct alignas(16) Half8 {
 template <bool WHOLE>
 __device__ __forceinline__ void bring(Half8& to, const bf16* at, bool live, i64 left) {
     if (WHOLE) {
-        copy_later<4>(address_of(to.w), at, live && left > 0);
+        copy_later<4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at), live && left > 0);
     } else {
         UNROLL for (int i = 0; i < 4; i++)
             to.w[i] = load_half(at + 2 * i, live && 2 * i < left) | load_half(at + 2 * i + 1, live && 2 * i + 1 < left) << 16;
     }
 }
 
-constexpr int BLOCKS = N / 16;  // of 16 states, of which a lane has four
 constexpr int STEPS = TILE / SUB;
-static_assert(SUB == 8 && STEPS >= 3, "a step is prepared two before its turn");
-constexpr int TASKS = 4 * TILE * BLOCKS;  // of eight values of B or C each
+static_assert(STEPS >= 3, "a step is prepared two before its turn");
+constexpr int TASKS = 4 * TILE;  // of eight values of B or C each
 
 struct alignas(16) Shared {
     // two positions' states n and n + 8 side by side, for every n below eight; four words of room between positions
-    float B[2][BLOCKS][TILE / 2][36];
-    float C[2][BLOCKS][TILE][4][4];  // of a position, each lane's four states
+    float B[2][TILE / 2][36];
+    float C[2][TILE][4][4];  // of a position, each lane's four states
     // of a tile's positions, four side by side: log2(e) step or RESET; step x as tf32 parts that add up to it
     float step[WARPS][TILE / 4][GROUPS][4];
     float part[WARPS][TILE / 4][GROUPS * 4][4];
@@ -505,11 +484,11 @@ struct Pairs {
 
     __device__ __forceinline__ void fetch(i64 t, int rows) {
         UNROLL for (int i = 0; i < OWN; i++) {
-            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE, q = task / (2 * TILE) % BLOCKS;
+            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE;
             const bool is_c = task >= TASKS / 2;
             const bool live = row < rows && task < TASKS && (WITH_C || !is_c) && is_real(g.flags, SEGMENTS ? b * g.length + t + row : 0);
             const bf16* at = is_c ? g.C + b * g.scb + (t + row) * g.scl : g.B + b * g.sbb + (t + row) * g.sbl;
-            at += q * 16 + task % 2 * 4;
+            at += task % 2 * 4;
             if (PACKED) {
                 load_words<2>(at, live, w[i]);
                 load_words<2>(at + 8, live, w[i] + 2);
@@ -522,7 +501,7 @@ struct Pairs {
 
     __device__ __forceinline__ void put(Shared& shared, int buffer) const {
         UNROLL for (int i = 0; i < OWN; i++) {
-            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE, q = task / (2 * TILE) % BLOCKS, j = task % 2;
+            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE, j = task % 2;
             float low[4], high[4];
             UNROLL for (int m = 0; m < 4; m++) {
                 low[m] = __uint_as_float(m % 2 ? w[i][m / 2] & 0xffff0000u : w[i][m / 2] << 16);
@@ -531,12 +510,12 @@ struct Pairs {
             if (task < TASKS / 2) {
                 UNROLL for (int m = 0; m < 4; m++) {
                     const float both[2] = {low[m], high[m]};
-                    write<2>(shared.B[buffer][q][row / 2] + (4 * j + m) * 4 + row % 2 * 2, both);
+                    write<2>(shared.B[buffer][row / 2] + (4 * j + m) * 4 + row % 2 * 2, both);
                 }
             } else if (WITH_C && task < TASKS) {
                 UNROLL for (int m = 0; m < 2; m++) {
                     const float four[4] = {low[2 * m], low[2 * m + 1], high[2 * m], high[2 * m + 1]};
-                    write<4>(shared.C[buffer][q][row][2 * j + m], four);
+                    write<4>(shared.C[buffer][row][2 * j + m], four);
                 }
             }
         }
@@ -661,14 +640,14 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             const Ready ready = prepare(t + 2 * SUB, (row + 2 * SUB) % TILE, row + 2 * SUB < TILE ? buffer : buffer ^ 1);
             float y[2];
             UNROLL for (int quarter = row / 4; quarter < row / 4 + 2; quarter++) {
-                float parts[4], cs[BLOCKS][4], next[4][S];
+                float parts[4], cs[4], next[4][S];
                 // of the next four positions: they wait for nothing that is made here
                 decays((quarter + 1) % (TILE / 4), next);
                 read<4>(shared.part[p.warp][quarter][part_place(p.group, quarter, p.k)], parts);
-                if (!LOCAL) UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.C[buffer][q][row + p.group][p.k], cs[q]);
+                if (!LOCAL) read<4>(shared.C[buffer][row + p.group][p.k], cs);
                 UNROLL for (int i = 0; i < 4; i += 2) {
-                    float bs[BLOCKS][4], then[2][S];
-                    UNROLL for (int q = 0; q < BLOCKS; q++) read<4>(shared.B[buffer][q][quarter * 2 + i / 2] + p.group * 4, bs[q]);
+                    float bs[4], then[2][S];
+                    read<4>(shared.B[buffer][quarter * 2 + i / 2] + p.group * 4, bs);
                     UNROLL for (int now = 0; now < 2; now++) {
                         if constexpr (CKPT > 0 && !LOCAL) {
                             const int at = quarter * 4 + i + now;
@@ -679,7 +658,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         }
                         UNROLL for (int s = 0; s < S; s += 2) {
                             float in[4];
-                            product_of(in, parts[i], parts[i + 1], bs[s / 4][2 * now + s / 2 % 2]);
+                            product_of(in, parts[i], parts[i + 1], bs[2 * now + s / 2]);
                             h[0][s] = fmaf(decay[i + now][s], h[0][s], in[2 * now]);
                             h[0][s + 1] = fmaf(decay[i + now][s + 1], h[0][s + 1], in[2 * now + 1]);
                             then[now][s] = h[0][s];
@@ -690,7 +669,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                         UNROLL for (int s = 0; s < S; s += 2) {
                             const float rows[4] = {then[0][s], then[1][s], then[0][s + 1], then[1][s + 1]};
-                            product(sum, rows, cs[s / 4][s % 4], cs[s / 4][s % 4 + 1]);
+                            product(sum, rows, cs[s], cs[s + 1]);
                         }
                         const bool mine = p.k == quarter % 2 * 2 + i / 2;
                         y[0] = mine ? sum[0] : y[0];
@@ -949,11 +928,9 @@ struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float partial[COPIES][TILE * LINE];
-    struct {
-        float pair[TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
-        float grad[TILE][GROUPS][CH];
-        float own[OWN][TILE][GROUPS][CH];  // slope, step with segments, the gate's slope
-    } warp[WARPS];
+    float pair[WARPS][TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
+    float grad[WARPS][TILE][GROUPS][CH];
+    float own[WARPS][TILE][GROUPS][OWN][CH];  // slope, step with segments, the gate's slope
     float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
     Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
     Raw<DT> d[OWNED][THREADS];
@@ -961,47 +938,21 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan_cuda.py counts the same shared memory");
 
-// Where a channel's numbers at a position lie, pairs and single ones: apart for lanes that write neighbouring positions
-__device__ __forceinline__ int pair_place(int group, int row) { return SWIZZLED ? group ^ (row & 1) * (GROUPS / 2) : group; }
-__device__ __forceinline__ int place_of(int group, int row) { return SWIZZLED ? group ^ (row >> 1 & 1) * (GROUPS / 2) : group; }
-
-// A lane's row on its way to its own place `row` in shared memory, whose row 0 is at `first`
+// A lane's row on its way to its own place in shared memory
 template <class T>
-__device__ __forceinline__ void bring(Raw<T> (*rows)[THREADS], At first, int row, const T* at, bool live, int left) {
+__device__ __forceinline__ void bring(Raw<T>& to, const T* at, bool live, int left) {
     if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
-        copy_later<sizeof(T) * CH / 4>(first + row * THREADS * (int)sizeof(Raw<T>), at, live && left > 0);
+        copy_later<sizeof(T) * CH / 4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at),
+                                       live && left > 0);
     } else {
-        rows[row][threadIdx.x] = load_row(at, live, left);
+        to = load_row(at, live, left);
     }
 }
 
 typedef float Sums[SUB / 4][QUADS][4];
 
-#if APART
-// v at position `row` of a step, summed over the four lanes that differ in the last two bits, to sums. No position is
-// added to another's, whose product with zero may be NaN. first: of the two whose sums a lane has in the same place.
-__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool first) {
-    const float low = threadIdx.x % 32 < 16 ? 1.0f : 0.0f, high = 1.0f - low;
-    const bool mine = first || threadIdx.x % 2 == row % 4 / 2;
-    UNROLL for (int q = 0; q < QUADS; q++) {
-        float part[4], rest[4], d[4];
-        UNROLL for (int i = 0; i < 4; i++) {
-            part[i] = 4 * q + i < S ? v[4 * q + i < S ? 4 * q + i : 0] : 0.0f;
-            if (EXACT) {
-                rest[i] = lower_bits(part[i]);
-                part[i] -= rest[i];
-            }
-        }
-        product_of(d, part, low, high);
-        if (EXACT) product(d, rest, low, high);
-        float(&sum)[4] = sums[row / 4][q];
-        sum[row % 2] = mine ? d[row % 2] : sum[row % 2];
-        sum[row % 2 + 2] = mine ? d[row % 2 + 2] : sum[row % 2 + 2];
-    }
-}
-#else
 // Adds v at position `row` of a step, summed over the four lanes that differ in the last two bits, to sums.
-__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row, bool) {
+__device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row) {
     const int line = threadIdx.x % 32 / 4;
     float low = line == row % 4 ? 1.0f : 0.0f, high = line == row % 4 + 4 ? 1.0f : 0.0f;
     UNROLL for (int q = 0; q < QUADS; q++) {
@@ -1018,8 +969,6 @@ __device__ __forceinline__ void collect(Sums& sums, const float (&v)[S], int row
         if (EXACT) product(sums[row / 4][q], rest, low, high);
     }
 }
-
-#endif
 
 // Writes sums to the rows of a step at `to`, whose column is the lane's first state.
 __device__ __forceinline__ void lay(float* to, const Sums& sums) {
@@ -1071,19 +1020,14 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
     const int length = (int)g.length, begin = (int)(first * TILE);
     int t = (int)((last - 1) * TILE);  // of the tile in hand
-    int next_row = t + TILE - SUB;  // of the step whose x and state are fetched next, and of those
-    const XT* x_at = g.x + b * g.sxb + (next_row + p.k) * g.sxl + p.channel;
+    const XT* x_at = g.x + b * g.sxb + (t + p.k) * g.sxl + p.channel;
     const DT* d_at = g.delta + b * g.sdb + (t + p.k) * g.sdl + p.channel;
     const XT* y_at = g.dy + b * g.syb + (t + p.k) * g.syl + p.channel;
     const ZT* z_at = g.z + (HAS_Z ? b * g.szb + (t + p.k) * g.szl + p.channel : 0);
     const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + t + p.k : 0);
-    i64 out_at = (b * g.length + next_row + p.k) * g.d + p.channel;
+    i64 out_at = (b * g.length + t + p.k) * g.d + p.channel;
     const i64 blocks = (g.length + CKPT - 1) / CKPT;
-    const float* saved_at =
-        LOCAL ? g.saved : g.saved + ((b * blocks + (t + TILE) / CKPT - 1) * g.d + p.channel) * N + p.k * S;
-    const At to_x = address_of(&shared.x[0][me]), to_d = address_of(&shared.d[0][me]);
-    const At to_y = address_of(&shared.y[0][me]), to_z = address_of(&shared.z[0][me]);
-    const At to_entry = address_of(&shared.entry[0][0][me]);
+    const float* saved_at = LOCAL ? g.saved : g.saved + ((b * blocks + t / CKPT) * g.d + p.channel) * N + p.k * S;
     const i64 group = block_channel / BLOCK_CHANNELS;
     float* partial_at = g.partial + ((group * g.batch + b) * g.length + t) * 2 * N;
 
@@ -1092,9 +1036,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     auto ahead = [&](int t0) {
         UNROLL for (int r = 0; r < OWNED; r++) {
             bool live = t0 >= begin && t0 + r * K + p.k < length;
-            bring(shared.d, to_d, r, d_at + r * K * g.sdl, live, p.left);
-            bring(shared.y, to_y, r, y_at + r * K * g.syl, live, p.left);
-            if (HAS_Z) bring(shared.z, to_z, r, z_at + r * K * g.szl, live, p.left);
+            bring(shared.d[r][me], d_at + r * K * g.sdl, live, p.left);
+            bring(shared.y[r][me], y_at + r * K * g.syl, live, p.left);
+            if (HAS_Z) bring(shared.z[r][me], z_at + r * K * g.szl, live, p.left);
             if (SEGMENTS) next_flag[r] = live ? flag_at[r * K] : 0;
         }
         d_at -= TILE * g.sdl;
@@ -1102,31 +1046,36 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         if (HAS_Z) z_at -= TILE * g.szl;
         if (SEGMENTS) flag_at -= TILE;
     };
-    auto ahead_step = [&](int sub) {
-        const bool live = next_row >= begin && next_row < length;
-        UNROLL for (int i = 0; i < SUB / K; i++)
-            bring(shared.x, to_x, sub * (SUB / K) + i, x_at + i * K * g.sxl, live && next_row + i * K + p.k < length, p.left);
-        x_at -= SUB * g.sxl;
-        next_row -= SUB;
-        if (sub % PER == 0) {
-            UNROLL for (int j = 0; j < CH; j++)
-                copy_later<S>(to_entry + (sub * CH + j) * THREADS * S * 4, saved_at + j * N, live && j < p.left);
-            saved_at -= g.d * N;
+    auto ahead_step = [&](int t0, int sub) {
+        UNROLL for (int i = 0; i < SUB / K; i++) {
+            const int r = sub * (SUB / K) + i;
+            bring(shared.x[r][me], x_at + r * K * g.sxl, t0 >= begin && t0 + r * K + p.k < length, p.left);
         }
+        if (sub % PER == 0) {
+            const bool live = t0 >= begin && t0 + sub * SUB < length;
+            const float* at = saved_at + sub / PER * g.d * N;
+            UNROLL for (int j = 0; j < CH; j++)
+                copy_later<S>(shared.entry[sub][j][me], at + j * N, live && j < p.left);
+        }
+    };
+    auto ahead_steps_done = [&] {
+        x_at -= TILE * g.sxl;
+        saved_at -= TILE / CKPT * g.d * N;
     };
 
     Stage<!LOCAL, true> stage(g.B, g.C, g.flags, b, t, g.length, g.sbb, g.sbl, g.scb, g.scl);
     stage.fetch(length - t, -1);
     ahead(t);
     if (!LOCAL) {
-        for (int sub = STEPS - 1; sub >= 0; sub--) ahead_step(sub);
+        for (int sub = 0; sub < STEPS; sub++) ahead_step(t, sub);
+        ahead_steps_done();
     }
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float(*pair)[GROUPS][2 * CH] = shared.warp[p.warp].pair;
-    float(*grads)[GROUPS][CH] = shared.warp[p.warp].grad;
-    float(*owns)[TILE][GROUPS][CH] = shared.warp[p.warp].own;
+    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
+    float(*grads)[GROUPS][CH] = shared.grad[p.warp];
+    float(*owns)[GROUPS][OWN][CH] = shared.own[p.warp];
     float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
@@ -1161,17 +1110,17 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 both[CH + j] = LOCAL ? 0.0f : step * unless_padding(raw_x.get(j), real);
                 if (LOCAL) total[j] += both[j];
             }
-            write<2 * CH>(pair[row][pair_place(p.group, row)], both);
-            write<CH>(grads[row][place_of(p.group, row)], grad);
-            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[i][row][place_of(p.group, row)], own[i]);
+            write<2 * CH>(pair[row][p.group], both);
+            write<CH>(grads[row][p.group], grad);
+            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[row][p.group][i], own[i]);
         }
         ahead(t - TILE);
         WARP_BARRIER();
         if (LOCAL) {
             _Pragma("unroll 4") for (int row = TILE - 1; row >= 0; row--) {
                 float both[2 * CH], dys[CH], cs[S];
-                read<2 * CH>(pair[row][pair_place(p.group, row)], both);
-                read<CH>(grads[row][place_of(p.group, row)], dys);
+                read<2 * CH>(pair[row][p.group], both);
+                read<CH>(grads[row][p.group], dys);
                 read<S>(C + row * N, cs);
                 UNROLL for (int j = 0; j < CH; j++)
                     UNROLL for (int s = 0; s < S; s++)
@@ -1185,7 +1134,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
                     UNROLL for (int i = 0; i < SUB; i++) {
                         float both[2 * CH], bs[S];
-                        read<2 * CH>(pair[sub * SUB + i][pair_place(p.group, i)], both);
+                        read<2 * CH>(pair[sub * SUB + i][p.group], both);
                         read<S>(B + (sub * SUB + i) * N, bs);
                         UNROLL for (int j = 0; j < CH; j++)
                             UNROLL for (int s = 0; s < S; s++)
@@ -1201,15 +1150,15 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[0][j]);
                 Raw<XT> own_x[SUB / K];
                 UNROLL for (int r = 0; r < SUB / K; r++) own_x[r] = shared.x[sub * (SUB / K) + r][me];
-                ahead_step(sub);
+                ahead_step(t - TILE, sub);
                 Sums sums = {};
                 UNROLL for (int r = 0; r < SUB / K; r++) {
                     float part[K][CH];
                     UNROLL for (int i = 0; i < K; i++) {
                         const int row = r * K + i;
                         float both[2 * CH], bs[S], cs[S], dys[CH], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][pair_place(p.group, row)], both);
-                        read<CH>(grads[sub * SUB + row][place_of(p.group, row)], dys);
+                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
+                        read<CH>(grads[sub * SUB + row][p.group], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
@@ -1223,7 +1172,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             }
                             part[i][j] = sum;
                         }
-                        collect(sums, values, row, row % 4 < 2);
+                        collect(sums, values, row);
                     }
                     if (HAS_Z) {
                         float out[CH];
@@ -1231,9 +1180,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
                         UNROLL for (int j = 0; j < CH; j++) {
                             float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
-                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][row][place_of(p.group, row)][j];
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[row][p.group][OWN - 1][j];
                         }
-                        store_row(g.dz + out_at + r * K * g.d, out, t + row < length, p.left);
+                        store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
                     }
                 }
                 lay(partial + sub * SUB * LINE + N, sums);
@@ -1245,8 +1194,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int i = K - 1; i >= 0; i--) {
                         const int row = r * K + i;
                         float both[2 * CH], dys[CH], bs[S], cs[S], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][pair_place(p.group, row)], both);
-                        read<CH>(grads[sub * SUB + row][place_of(p.group, row)], dys);
+                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
+                        read<CH>(grads[sub * SUB + row][p.group], dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
@@ -1264,15 +1213,15 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                             drive[i][j] = driven;
                             through[i][j] = passed;
                         }
-                        collect(sums, values, row, row % 4 >= 2);
+                        collect(sums, values, row);
                     }
                     float driven[CH], passed[CH], both[2 * CH], grad[CH], own[OWN][CH];
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
                     const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
-                    read<2 * CH>(pair[row][pair_place(p.group, row)], both);
-                    read<CH>(grads[row][place_of(p.group, row)], grad);
-                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][row][place_of(p.group, row)], own[i]);
+                    read<2 * CH>(pair[row][p.group], both);
+                    read<CH>(grads[row][p.group], grad);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[row][p.group][i], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
                         float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
                         float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
@@ -1281,12 +1230,12 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         sum_skip[j] = fmaf(x, grad[j], sum_skip[j]);
                         sum_bias[j] += passed[j];
                     }
-                    store_row(g.dx + out_at + r * K * g.d, driven, t + row < length, p.left);
-                    store_row(g.ddelta + out_at + r * K * g.d, passed, t + row < length, p.left);
+                    store_row(g.dx + out_at + mine * K * g.d, driven, t + row < length, p.left);
+                    store_row(g.ddelta + out_at + mine * K * g.d, passed, t + row < length, p.left);
                 }
-                out_at -= SUB * g.d;
                 lay(partial + sub * SUB * LINE, sums);
             }
+            ahead_steps_done();
         }
         buffer ^= 1;
         stage.put(shared.B[buffer], shared.C[buffer]);
@@ -1305,6 +1254,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             }
             partial_at -= TILE * 2 * N;
         }
+        out_at -= TILE * g.d;
         t -= TILE;
     }
     if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);

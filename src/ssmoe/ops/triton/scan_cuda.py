@@ -11,7 +11,7 @@ from triton import cdiv
 
 from ssmoe.ops.triton import nvrtc
 from ssmoe.ops.triton.launch import on_device, row_major
-from ssmoe.ops.triton.scan_gradient import fake_outputs, register
+from ssmoe.ops.triton.scan_gradient import Sums, carries, fake_outputs, register
 
 SOURCE = Path(__file__).with_name("scan.cu")
 WIDTHS = (8, 16, 32)
@@ -24,7 +24,8 @@ SAVED = 2**28
 class Cut(NamedTuple):
     """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand.
 
-    matrix: the forward's products with B and C on the matrix units, for bfloat16.
+    matrix: the forward's products with B and C on the matrix units, for bfloat16 and 16 states; y from the upper
+    19 bits of the states, which themselves stay float32.
     """
 
     lanes: int
@@ -176,8 +177,7 @@ def run_forward(
     final = torch.empty(b, d, n, **like)
     saved = torch.empty((b, cdiv(length, saved_every), d, n) if saved_every else (0,), **like)
     chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
-    states = torch.empty((b, chunks, d, n) if chunks > 1 else (0,), **like)
-    steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
+    states, steps = carries(x, n, chunks)
     macros = _macros(
         cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(8 if cut.matrix else cut.channels, x, delta, z),
         PACKED=cut.matrix and _aligned(4, B, C), SEGMENTS=flags is not None,
@@ -226,12 +226,8 @@ def run_backward(
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(b, length, d, dtype=z.dtype, device=x.device)
     partial = torch.empty(groups, b, length, 2 * n, **like)
-    dA = torch.empty(b * chunks, d, n, **like)
-    dskip = torch.empty((b * chunks, d) if D is not None else (0,), **like)
-    dbias = torch.empty((b * chunks, d) if delta_bias is not None else (0,), **like)
-    dinitial = torch.empty((b, d, n) if initial else (0,), **like)
-    states = torch.empty((b, chunks, d, n) if chunks > 1 else (0,), **like)
-    steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
+    sums = Sums.empty(x, n, chunks, D, delta_bias, initial)
+    states, steps = carries(x, n, chunks)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
     aligned = _aligned(cut.channels, x, delta, z, dy)
@@ -248,7 +244,7 @@ def run_backward(
         for phase in (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, dA, dskip, dbias, dinitial, length, d, b, chunks, chunk_tiles, phase,
+                dx, ddelta, dz, partial, *sums, length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
@@ -262,9 +258,8 @@ def run_backward(
             )
         blocks = cdiv(b * length * 2 * n, 256)
         nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, _words(partial, dB, dC, groups, b * length))
-    dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
-    dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
-    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, dz, dbias, dinitial
+    dA, dD, dbias = sums.totals(A, D, delta_bias)
+    return dx, ddelta, dA, dB, dC, dD, dz, dbias, sums.dinitial
 
 
 @torch.library.custom_op("ssmoe::scan_cuda", mutates_args=())
