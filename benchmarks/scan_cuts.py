@@ -5,7 +5,7 @@
 bfloat16 activations, N = 16, no gate unless asked for (as in `gpu.py`); milliseconds a launch, median over
 CUDA-graph replays.
 A cut is K lanes a channel, CH channels a lane, W warps a block, TILE positions staged, SUB in hand, blocks a
-multiprocessor asked of the compiler, and chunks of the length.
+multiprocessor asked of the compiler, 1 for products on matrix units (forward), and chunks of the length.
 """
 
 import argparse
@@ -27,6 +27,7 @@ FORWARD = [
     Cut(4, 2, 4, 32, 8, 4), Cut(4, 2, 2, 32, 8, 6), Cut(4, 4, 4, 32, 8, 2), Cut(2, 1, 4, 32, 8, 3),
     Cut(2, 2, 4, 32, 8, 2), Cut(1, 1, 4, 32, 8, 3), Cut(1, 1, 2, 32, 8, 6), Cut(8, 1, 4, 32, 8, 6),
     Cut(8, 2, 4, 32, 8, 4), Cut(4, 1, 4, 64, 16, 4),
+    Cut(4, 1, 4, 32, 8, 3, matrix=True),
 ]  # fmt: skip
 BACKWARD = [
     Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 4, 4, 16, 4, 2),
@@ -43,7 +44,9 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true")
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS in place of the list")
+    parser.add_argument(
+        "--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS[,1] in place of the list"
+    )
     parser.add_argument("--chunks", nargs="*", type=int, default=[])
     parser.add_argument("--gate", action="store_true", help="with the gate z, as a model's layers have it")
     parser.add_argument(
@@ -68,9 +71,10 @@ def main() -> None:
 
 def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:
     """What `run_forward` and `run_backward` compile for these inputs."""
-    z = {"ZT": "bf16" if gate else "float"}
+    z = {"ZT": "bf16" if gate or (forward and cut.matrix) else "float"}
     types = dict.fromkeys(("XT", "DT"), "bf16") | z | dict.fromkeys(("BT", "CT"), "bf16")
-    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": gate, **types}
+    packed = {"PACKED": bool(cut.matrix)} if forward else {}
+    common = {"ALIGNED": True, **packed, "SEGMENTS": False, "HAS_Z": gate, **types}
     if not forward:
         rows = (torch.empty(0, dtype=torch.bfloat16),) * (4 if gate else 3)
         shared = scan_cuda.backward_shared(cut, 16, True, False, rows)

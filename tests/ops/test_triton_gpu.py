@@ -51,6 +51,7 @@ def within_twice_eager(found: Errors, dtype: torch.dtype) -> None:
         (2, 63, 33, 16),
         (1, 1025, 100, 16),
         (8, 70, 1536, 16),
+        (8, 201, 1100, 16),
         (3, 300, 40, 8),
         (2, 600, 36, 32),
     ],
@@ -228,7 +229,7 @@ def test_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [4, 8])
+@pytest.mark.parametrize("n", [4, 8, 16])
 def test_scan_past_two_to_the_31(n: int) -> None:
     b, length, d = 3, 720_000, 1024
     assert b * length * d > 2**31

@@ -11,7 +11,7 @@ from triton import cdiv
 
 from ssmoe.ops.triton import nvrtc
 from ssmoe.ops.triton.launch import on_device, row_major
-from ssmoe.ops.triton.scan_gradient import fake_outputs, register
+from ssmoe.ops.triton.scan_gradient import Sums, carries, fake_outputs, register
 
 SOURCE = Path(__file__).with_name("scan.cu")
 WIDTHS = (8, 16, 32)
@@ -22,7 +22,11 @@ SAVED = 2**28
 
 
 class Cut(NamedTuple):
-    """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand."""
+    """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand.
+
+    matrix: the forward's products with B and C on the matrix units, for bfloat16 and 16 states; y from the upper
+    19 bits of the states, which themselves stay float32.
+    """
 
     lanes: int
     channels: int
@@ -30,6 +34,7 @@ class Cut(NamedTuple):
     tile: int
     sub: int
     min_blocks: int
+    matrix: bool = False
 
     @property
     def block_channels(self) -> int:
@@ -39,6 +44,7 @@ class Cut(NamedTuple):
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
 # one channel a lane where that alone fills the GPU
 FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
+MATRIX = Cut(4, 1, 4, 32, 8, 3, matrix=True)
 BACKWARD = Cut(4, 2, 4, 16, 4, 3)
 LONG = 2560
 MULTIPROCESSORS = 128
@@ -50,9 +56,14 @@ def covers(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
 
 
-def forward_cut(b: int, d: int) -> Cut:
-    """One channel a lane where that makes between half a wave and all of one."""
-    return FORWARD_SPREAD if 0.5 <= _waves(FORWARD_SPREAD, b, d) <= 1 else FORWARD
+def forward_cut(b: int, d: int, n: int, *tensors: Tensor | None) -> Cut:
+    """One channel a lane where that makes between half a wave and all of one.
+
+    tensors: x, delta, B, C and z. All in bfloat16, their products take the matrix units.
+    """
+    halves = n == 16 and all(t is None or t.dtype == torch.bfloat16 for t in tensors)
+    spread = MATRIX if halves else FORWARD_SPREAD
+    return spread if 0.5 <= _waves(spread, b, d) <= 1 else FORWARD
 
 
 def backward_cut(n: int) -> Cut:
@@ -95,9 +106,8 @@ def _type(t: Tensor | None) -> str:
     return "bf16" if t is not None and t.dtype == torch.bfloat16 else "float"
 
 
-def _aligned(cut: Cut, *tensors: Tensor | None) -> bool:
-    """Whether every row of the tensors (b, l, d) can be read in vectors of `cut.channels`."""
-    w = cut.channels
+def _aligned(w: int, *tensors: Tensor | None) -> bool:
+    """Whether every row of the tensors (b, l, d) can be read in vectors of `w`."""
     return all(
         t.shape[2] % w == 0
         and t.stride(0) % w == 0
@@ -111,7 +121,7 @@ def _aligned(cut: Cut, *tensors: Tensor | None) -> bool:
 def _macros(cut: Cut, n: int, **values: object) -> nvrtc.Macros:
     cut_values = {
         "N": n, "K": cut.lanes, "CH": cut.channels, "WARPS": cut.warps, "TILE": cut.tile, "SUB": cut.sub,
-        "MIN_BLOCKS": cut.min_blocks,
+        "MIN_BLOCKS": cut.min_blocks, "MATRIX": cut.matrix,
     }  # fmt: skip
     return tuple((k, str(int(v) if isinstance(v, bool) else v)) for k, v in (cut_values | values).items())
 
@@ -167,11 +177,11 @@ def run_forward(
     final = torch.empty(b, d, n, **like)
     saved = torch.empty((b, cdiv(length, saved_every), d, n) if saved_every else (0,), **like)
     chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
-    states = torch.empty((b, chunks, d, n) if chunks > 1 else (0,), **like)
-    steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
+    states, steps = carries(x, n, chunks)
     macros = _macros(
-        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(cut, x, delta, z), SEGMENTS=flags is not None,
-        HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(z), BT=_type(B), CT=_type(C),
+        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(8 if cut.matrix else cut.channels, x, delta, z),
+        PACKED=cut.matrix and _aligned(4, B, C), SEGMENTS=flags is not None,
+        HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(x if cut.matrix else z), BT=_type(B), CT=_type(C),
     )  # fmt: skip
     kept = [_plain(t) for t in (A, D, delta_bias, initial)]
     with on_device(x):
@@ -216,15 +226,11 @@ def run_backward(
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(b, length, d, dtype=z.dtype, device=x.device)
     partial = torch.empty(groups, b, length, 2 * n, **like)
-    dA = torch.empty(b * chunks, d, n, **like)
-    dskip = torch.empty((b * chunks, d) if D is not None else (0,), **like)
-    dbias = torch.empty((b * chunks, d) if delta_bias is not None else (0,), **like)
-    dinitial = torch.empty((b, d, n) if initial else (0,), **like)
-    states = torch.empty((b, chunks, d, n) if chunks > 1 else (0,), **like)
-    steps = torch.empty((b, chunks, d) if chunks > 1 else (0,), **like)
+    sums = Sums.empty(x, n, chunks, D, delta_bias, initial)
+    states, steps = carries(x, n, chunks)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
-    aligned = _aligned(cut, x, delta, z, dy)
+    aligned = _aligned(cut.channels, x, delta, z, dy)
     shared = backward_shared(
         cut, n, aligned, flags is not None, (x, delta, dy) if z is None else (x, delta, dy, z)
     )
@@ -238,7 +244,7 @@ def run_backward(
         for phase in (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, dA, dskip, dbias, dinitial, length, d, b, chunks, chunk_tiles, phase,
+                dx, ddelta, dz, partial, *sums, length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
@@ -252,9 +258,8 @@ def run_backward(
             )
         blocks = cdiv(b * length * 2 * n, 256)
         nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, _words(partial, dB, dC, groups, b * length))
-    dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
-    dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
-    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, dz, dbias, dinitial
+    dA, dD, dbias = sums.totals(A, D, delta_bias)
+    return dx, ddelta, dA, dB, dC, dD, dz, dbias, sums.dinitial
 
 
 @torch.library.custom_op("ssmoe::scan_cuda", mutates_args=())
@@ -276,7 +281,7 @@ def scan_cuda(
     x, delta, z: (b, l, d); A: (d, n), n in WIDTHS; B, C: (b, l, n); flags: (b, l) int8, bit 0 real, bit 1 reset.
     """
     b, length, d = x.shape
-    cut = forward_cut(b, d)
+    cut = forward_cut(b, d, A.shape[1], x, delta, B, C, z)
     chunks = _chunks(cut, b, length, d)
     every = saved_every(x, A) if save else 0
     return run_forward(cut, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)

@@ -1,15 +1,53 @@
-"""The gradient of the scan's custom ops, which the kernels in Triton and in CUDA C++ share."""
+"""What the scan's kernels in Triton and in CUDA C++ share: buffers, and the gradient of their custom ops."""
 # a custom op's fake, its context and its gradient are called by torch with what the op was given
 # pyright: basic
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of x, delta, A, B, C, D, z, delta_bias and the initial state, empty where there is no input."""
+
+
+def carries(x: Tensor, n: int, chunks: int) -> tuple[Tensor, Tensor]:
+    """What leaves each chunk of the length: its state (b, chunks, d, n), the sum of its steps (b, chunks, d)."""
+    b, _, d = x.shape
+    b = b if chunks > 1 else 0
+    states = x.new_empty((b, chunks, d, n), dtype=torch.float32)
+    return states, x.new_empty((b, chunks, d), dtype=torch.float32)
+
+
+class Sums(NamedTuple):
+    """Gradients that every chunk of the length makes its part of, float32, empty where there is no input.
+
+    dA: (b * chunks, d, n); dskip, dbias: (b * chunks, d); dinitial: (b, d, n).
+    """
+
+    dA: Tensor
+    dskip: Tensor
+    dbias: Tensor
+    dinitial: Tensor
+
+    @classmethod
+    def empty(
+        cls, x: Tensor, n: int, chunks: int, D: Tensor | None, delta_bias: Tensor | None, initial: bool
+    ) -> "Sums":
+        b, _, d = x.shape
+        parts = b * chunks
+        shapes = (
+            (parts, d, n), (parts, d) if D is not None else (0,), (parts, d) if delta_bias is not None else (0,),
+            (b, d, n) if initial else (0,),
+        )  # fmt: skip
+        return cls(*(x.new_empty(shape, dtype=torch.float32) for shape in shapes))
+
+    def totals(self, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of A, D and delta_bias."""
+        dD = self.dskip if D is None else self.dskip.sum(0).to(D.dtype)
+        dbias = self.dbias if delta_bias is None else self.dbias.sum(0).to(delta_bias.dtype)
+        return self.dA.sum(0).to(A.dtype), dD, dbias
 
 
 def fake_outputs(

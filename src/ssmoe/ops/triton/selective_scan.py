@@ -15,7 +15,7 @@ from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton import scan_kernels as kernels
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
-from ssmoe.ops.triton.scan_gradient import fake_outputs, register
+from ssmoe.ops.triton.scan_gradient import Sums, carries, fake_outputs, register
 
 # positions between two saved states; the backward replays this many from registers
 CHECKPOINT = 4
@@ -140,8 +140,7 @@ def scan_forward(
     y = torch.empty(b, length, d, dtype=torch.float32 if wide else x.dtype, device=x.device)
     final = torch.empty(b, d, n, **like)
     checkpoints = torch.empty((b, plan.blocks, d, n) if save else (0,), **like)
-    states = torch.empty((b, plan.chunks, d, n) if plan.chunks > 1 else (0,), **like)
-    steps = torch.empty((b, plan.chunks, d) if plan.chunks > 1 else (0,), **like)
+    states, steps = carries(x, n, plan.chunks)
     zz = x if z is None else z
     constants = {
         "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_zl": zz.stride(1),
@@ -214,13 +213,8 @@ def scan_backward(
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dpacked = torch.empty(groups, b, length, 2 * width, **like)
-    parts = b * plan.chunks
-    dA = torch.empty(parts, d, n, **like)
-    dskip = torch.empty((parts, d) if D is not None else (0,), **like)
-    dbias = torch.empty((parts, d) if delta_bias is not None else (0,), **like)
-    dinitial = torch.empty((b, d, n) if initial else (0,), **like)
-    states = torch.empty((b, plan.chunks, d, n) if plan.chunks > 1 else (0,), **like)
-    steps = torch.empty((b, plan.chunks, d) if plan.chunks > 1 else (0,), **like)
+    sums = Sums.empty(x, n, plan.chunks, D, delta_bias, initial)
+    states, steps = carries(x, n, plan.chunks)
     constants = {
         "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_yl": dy.stride(1),
         "N": n, "NP": width, "BD": channels, "T": plan.t,
@@ -232,7 +226,7 @@ def scan_backward(
         packed = _pack(B, C, flags)
         arguments = (
             x, delta, packed, A.contiguous(), *some(x, D, delta_bias, flags), checkpoints, dy, dfinal, states, steps,
-            dx, ddelta, dpacked, dA, dskip, dbias, dinitial,
+            dx, ddelta, dpacked, *sums,
             length, b, 0, plan.blocks, plan.chunks, plan.chunk_blocks,
             x.stride(0), delta.stride(0), dy.stride(0),
         )  # fmt: skip
@@ -243,9 +237,8 @@ def scan_backward(
     dpacked = dpacked.sum(0)
     dB = dpacked[..., :n].to(B.dtype, copy=True)
     dC = dpacked[..., width : width + n].to(C.dtype, copy=True)
-    dD = dskip.sum(0).to(D.dtype) if D is not None else dskip
-    dbias = dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else dbias
-    return dx, ddelta, dA.sum(0).to(A.dtype), dB, dC, dD, x.new_empty(0), dbias, dinitial
+    dA, dD, dbias = sums.totals(A, D, delta_bias)
+    return dx, ddelta, dA, dB, dC, dD, x.new_empty(0), dbias, sums.dinitial
 
 
 register(scan_forward, scan_backward)
