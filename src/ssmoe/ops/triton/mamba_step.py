@@ -13,8 +13,10 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.reference.mamba_step import Layer, check, in_turn
+from ssmoe.ops.triton import step_cuda
 from ssmoe.ops.triton import step_kernels as kernels
 from ssmoe.ops.triton.launch import counters, on_device
+from ssmoe.ops.triton.step_cuda import Sizes
 
 FEW = 4
 """Up to so many rows each is its own matrix-vector products; beyond, rows share tensor-core tiles.
@@ -62,16 +64,6 @@ class Many(NamedTuple):
     update_warps: int
 
 
-class Sizes(NamedTuple):
-    """d: d_model. c: d_inner. r: dt_rank. n: d_state. taps: of the convolution's past, d_conv - 1."""
-
-    d: int
-    c: int
-    r: int
-    n: int
-    taps: int
-
-
 def mamba_step(
     x: Tensor,
     norm_weight: Tensor,
@@ -112,6 +104,12 @@ def mamba_step(
         x, *weights, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state,
         out_conv=out_conv, out_ssm=out_ssm,
     )  # fmt: skip
+    if _in_one_launch(x):
+        layer = (norm_weight, norm_bias, *weights[1:])
+        states = (out_conv, out_ssm)
+        found = _by_cuda(x, [layer], norm_eps, [conv_state], [ssm_state], *([state] for state in states))
+        if found is not None:
+            return found[0], found[1][0], found[2][0]
     dtype = conv_state.dtype
     if dtype not in (torch.float32, torch.bfloat16) or ssm_state.dtype != torch.float32:
         raise ValueError(
@@ -333,6 +331,45 @@ def mamba_steps(
     norm_eps: float,
     conv_states: Sequence[Tensor],
     ssm_states: Sequence[Tensor],
+    out_convs: Sequence[Tensor] | None = None,
+    out_ssms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """`mamba_step` through several layers of one shape; see the reference."""
-    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
+    if _in_one_launch(x):
+        for (weight, bias, *rest), conv, ssm in zip(layers, conv_states, ssm_states, strict=True):
+            check(x, weight, *rest, norm_bias=bias, conv_state=conv, ssm_state=ssm, out_conv=None, out_ssm=None)
+        none = [None] * len(layers)
+        outs = (out_convs or none, out_ssms or none)
+        found = _by_cuda(x, layers, norm_eps, conv_states, ssm_states, *outs)
+        if found is not None:
+            return found
+    return in_turn(
+        mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states,
+        out_convs=out_convs, out_ssms=out_ssms,
+    )  # fmt: skip
+
+
+def _in_one_launch(x: Tensor) -> bool:
+    """Whether the CUDA kernel is the faster one for so many rows."""
+    return x.is_cuda and x.shape[0] > FEW
+
+
+def _by_cuda(
+    x: Tensor,
+    layers: Sequence[Layer],
+    eps: float,
+    convs: Sequence[Tensor],
+    ssms: Sequence[Tensor],
+    out_convs: Sequence[Tensor | None],
+    out_ssms: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+    """All layers in one launch, None where the CUDA kernel does not take them."""
+    outs = [
+        [torch.empty_like(state) if out is None else out for state, out in zip(*pair, strict=True)]
+        for pair in ((convs, out_convs), (ssms, out_ssms))
+    ]
+    if not step_cuda.takes(x, layers, [*convs, *outs[0]], [*ssms, *outs[1]]):
+        return None
+    found = step_cuda.cut(step_cuda.sizes_of(layers[0]), x.device.index)
+    assert found is not None
+    return step_cuda.steps(x, layers, found, eps, convs, ssms, *outs), *outs

@@ -1,0 +1,690 @@
+// One token through Mamba sub-layers, x + mixer(norm(x)) for up to 64 rows, all layers in one launch.
+//
+// G clusters of CS blocks stay on the GPU. A cluster owns C / G channels; its blocks share every sum over terms
+// (K): each multiplies its slice of the terms, then each adds up all slices for the channels that it owns, from the
+// others' shared memory. Weights go from memory straight to the registers of the matrix products, those of the next
+// product before the grid waits for the last one's results. Three waits of the whole grid a layer: after x_proj,
+// after the scan, after out_proj. The order of every sum is fixed and no sum depends on the number of rows.
+//
+// Compiled at run time; step_cuda.py sets the macros D C R N TAPS NT CS G KI KO XBF MAXL. NT: rows / 8. KI, KO: parts
+// in which a block's warps share its terms of in_proj and out_proj. XBF: x is bfloat16. MAXL: layers a launch.
+
+typedef unsigned u32;
+typedef long long i64;
+typedef unsigned long long u64;
+struct bf16 {
+    unsigned short bits;
+};
+struct alignas(16) U4 {
+    u32 v[4];
+};
+struct alignas(16) F4 {
+    float v[4];
+};
+struct alignas(8) F2 {
+    float v[2];
+};
+struct alignas(8) U2 {
+    u32 v[2];
+};
+
+#ifndef EMULATED
+#define BARRIER() __syncthreads()
+#define SHARED_MEMORY(name) extern __shared__ float4 name##_[]; char* name = reinterpret_cast<char*>(name##_)
+#define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    u32 a;
+    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(a) : "l"(p));
+    return a;
+}
+__device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
+    u32 a;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(address), "r"(rank));
+    return a;
+}
+// what another block of the cluster has at p of its shared memory
+__device__ __forceinline__ F4 far4(const float* p, u32 rank) {
+    F4 f;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3])
+                 : "r"(of_rank(shared_address(p), rank)) : "memory");
+    return f;
+}
+__device__ __forceinline__ float far1(const float* p, u32 rank) {
+    float f;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(of_rank(shared_address(p), rank)) : "memory");
+    return f;
+}
+__device__ __forceinline__ U2 far_bytes8(const void* p, u32 rank) {
+    U2 f;
+    asm volatile("ld.shared::cluster.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(f.v[0]), "=r"(f.v[1]) : "r"(of_rank(shared_address(p), rank)) : "memory");
+    return f;
+}
+// weights: read once, never written here; zeros where not live
+__device__ __forceinline__ void weights16(u32* to, const void* at, bool live) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                 " @p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(at), "r"((u32)live));
+}
+// the state: read once, written by the same thread
+__device__ __forceinline__ void state16(float* to, const void* at, bool live) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+                 " @p ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(at), "r"((u32)live) : "memory");
+}
+// what other blocks wrote: from L2
+__device__ __forceinline__ F4 common4(const float* at) {
+    F4 f;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3]) : "l"(at) : "memory");
+    return f;
+}
+__device__ __forceinline__ U2 common8(const void* at) {
+    U2 f;
+    asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(f.v[0]), "=r"(f.v[1]) : "l"(at) : "memory");
+    return f;
+}
+__device__ __forceinline__ float common1(const float* at) {
+    float f;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(at) : "memory");
+    return f;
+}
+__device__ __forceinline__ unsigned short common_half(const void* at) {
+    unsigned short f;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(f) : "l"(at) : "memory");
+    return f;
+}
+template <int BYTES>
+__device__ __forceinline__ void copy_later(void* to, const void* from, bool live) {
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                     "r"(live ? 16 : 0) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from),
+                     "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
+}
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// d += a b: 16 x 16 by 16 x 8
+__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+                 " {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void arrive(u32* counter) {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ u32 arrive_last(u32* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ void await(const u32* counter, u32 target) {
+    u32 seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < target);
+}
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+#endif
+
+#define UNROLL _Pragma("unroll")
+
+constexpr int ROWS = 8 * NT, WARPS = 8, THREADS = 32 * WARPS;
+constexpr int P = R + 2 * N;
+constexpr int CH = C / G, CC = CH / CS;          // channels of a cluster, of a block
+constexpr int DG = D / G, DO = DG / CS;          // outputs of a cluster, of a block
+constexpr int K1 = D / CS, K3 = C / CS;          // terms of in_proj, of out_proj a block
+constexpr int PS = (P + CS - 1) / CS, PT = (PS + 15) / 16;  // outputs of x_proj a block, tiles of 16 of them
+constexpr int XK = PT >= 8 ? 1 : 8 / PT;         // parts of x_proj's terms
+constexpr int XSTEPS = (CH / 32 + XK - 1) / XK;
+constexpr int RP = (R + 31) / 32 * 32, PAD = RP > R ? RP - R : 1, DT = (CC + 15) / 16;
+constexpr float LOG2E = 1.4426950408889634f;
+
+static_assert(N == 16 && R % 8 == 0 && TAPS >= 1, "the scan's lanes hold four states each");
+static_assert(C % (32 * G) == 0 && D % (16 * G) == 0 && CH % CS == 0 && CC % 4 == 0 && DG % CS == 0, "channels");
+static_assert(D % (32 * CS) == 0 && C % (32 * CS) == 0 && (K1 / 32) % KI == 0 && (K3 / 32) % KO == 0, "terms");
+static_assert(PT <= WARPS, "a warp has one tile of x_proj");
+
+// bfloat16 numbers from row to row: half of the banks further, so that 16-byte reads of 8 rows meet no bank twice
+constexpr int stride_of(int k) { return (2 * k) % 128 == 64 ? k : k + 32; }
+constexpr int H_STRIDE = stride_of(K1), Y_STRIDE = stride_of(K3), X_STRIDE = stride_of(CH), L_STRIDE = stride_of(RP);
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int up16(int a) { return (a + 15) / 16 * 16; }
+
+// Shared memory, bytes. First what a layer needs from the start:
+constexpr int AT_CONV = 0;                                             // bf16 [ROWS][CC TAPS]
+constexpr int AT_TAPS = up16(AT_CONV + 2 * ROWS * CC * TAPS);          // float [CC][TAPS + 1]
+constexpr int AT_SHIFT = up16(AT_TAPS + 4 * CC * (TAPS + 1));          // float [CC] each
+constexpr int AT_SKIP = up16(AT_SHIFT + 4 * CC);
+constexpr int AT_BIAS = up16(AT_SKIP + 4 * CC);
+constexpr int AT_A = up16(AT_BIAS + 4 * CC);                           // float [CC][N]
+constexpr int AT_SQUARES = up16(AT_A + 4 * CC * N);                    // float [ROWS], sums of squares of the slice
+constexpr int AT_SCALE = up16(AT_SQUARES + 4 * ROWS);                  // float [ROWS]
+// The norm's slice, bf16 [ROWS][H_STRIDE]; after in_proj the block's own channels:
+constexpr int AT_H = up16(AT_SCALE + 4 * ROWS);
+constexpr int AT_INNER = AT_H;                                         // float [ROWS][CC]
+constexpr int AT_GATE = up16(AT_INNER + 4 * ROWS * CC);                // float [ROWS][CC]
+constexpr int AT_MINE = up16(AT_GATE + 4 * ROWS * CC);                 // bf16 [ROWS][CC]
+constexpr int AT_WIDEN = up16(AT_MINE + 2 * ROWS * CC);                // bf16 [CC][L_STRIDE], delta_proj
+constexpr int AT_SUMS = up16(larger(AT_H + 2 * ROWS * H_STRIDE, AT_WIDEN + 2 * CC * L_STRIDE));
+// in_proj's sums, float [KI][2 CH][ROWS]; then the cluster's channels and x_proj's sums:
+constexpr int AT_ALL = AT_SUMS;                                        // bf16 [ROWS][X_STRIDE]
+constexpr int AT_LOWSUMS = up16(AT_ALL + 2 * ROWS * X_STRIDE);         // float [XK][16 PT][ROWS]
+// and after the grid's wait:
+constexpr int AT_SLICE = AT_SUMS;                                      // float [PS][ROWS], read by the cluster
+constexpr int AT_LOW = up16(AT_SLICE + 4 * PS * ROWS);                 // bf16 [ROWS][L_STRIDE]
+constexpr int AT_BC = up16(AT_LOW + 2 * ROWS * L_STRIDE);              // float [ROWS][2 N]
+constexpr int AT_DELTA = up16(AT_BC + 8 * ROWS * N);                   // float [ROWS][CC]
+// out_proj: its factor bf16 [ROWS][Y_STRIDE], its sums float [KO][DG][ROWS]
+constexpr int AT_Y = AT_H;
+constexpr int AT_OUT = up16(AT_Y + 2 * ROWS * Y_STRIDE);
+constexpr int END = larger(larger(AT_SUMS + 8 * KI * CH * ROWS, AT_LOWSUMS + 64 * XK * PT * ROWS),
+                           larger(AT_DELTA + 4 * ROWS * CC, AT_OUT + 4 * KO * DG * ROWS));
+
+struct Layer {
+    const float* norm;
+    const bf16* in_proj;
+    const float* taps;
+    const float* shift;
+    const bf16* x_proj;
+    const bf16* delta_proj;
+    const float* A_log;
+    const float* skip;
+    const float* bias;
+    const bf16* out_proj;
+    const bf16* conv;
+    bf16* out_conv;
+    const float* ssm;
+    float* out_ssm;
+};
+struct Arguments {
+    const void* x;
+    void* out;
+    float* parts;   // [G][P][ROWS]
+    bf16* y;        // [ROWS][C]
+    u32* counter;
+    i64 rows;
+    i64 layers;
+    double eps;
+    Layer layer[MAXL];
+};
+
+__device__ __forceinline__ u32 to_bits(float v) {
+    // round to nearest even; NaN stays NaN
+    u32 u = __float_as_uint(v);
+    u32 r = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    return v == v ? r : (u >> 16) | 0x40;
+}
+__device__ __forceinline__ bf16 to_bf16(float v) { return bf16{(unsigned short)to_bits(v)}; }
+__device__ __forceinline__ float from_bits(u32 b) { return __uint_as_float(b << 16); }
+__device__ __forceinline__ float from_bf16(bf16 b) { return from_bits(b.bits); }
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + exp2_fast(-v * LOG2E)); }
+__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
+// sums [output][row]: eight rows together move with the output, so that stores of a tile meet no bank twice
+__device__ __forceinline__ int place(int output, int row) {
+    return output * ROWS + (row ^ ((output & (NT < 4 ? NT - 1 : 3)) << 3));
+}
+
+// A product of ROWS rows: UNITS units of 16 outputs and STEPS x 32 terms, dealt out to the warps in turn. A warp
+// holds the weights of AHEAD units in registers: `fill` asks for the first ones.
+template <int UNITS, int STEPS>
+struct Product {
+    static constexpr int ROUNDS = (UNITS + WARPS - 1) / WARPS;
+    static constexpr int FIT = STEPS >= 10 ? 1 : 10 / STEPS;
+    static constexpr int AHEAD = ROUNDS < FIT ? ROUNDS : FIT;
+    u32 w[AHEAD][STEPS][8];
+    // at(unit): the first term of this lane's weights of a unit; ld: terms from an output to the next
+    template <class At>
+    __device__ __forceinline__ void ask(int slot, int unit, int step, At at, i64 ld) {
+        const bf16* p = at(unit) + 32 * step;
+        bool live = unit < UNITS;
+        weights16(&w[slot][step][0], p, live);
+        weights16(&w[slot][step][4], p + 8 * ld, live);
+    }
+    template <class At>
+    __device__ __forceinline__ void fill(int warp, At at, i64 ld) {
+        UNROLL for (int a = 0; a < AHEAD; a++)
+            UNROLL for (int s = 0; s < STEPS; s++) ask(a, warp + a * WARPS, s, at, ld);
+    }
+    // factor(unit): this lane's 16 bytes of row 0 and step 0; done(unit, sums)
+    template <class At, class Factor, class Done>
+    __device__ __forceinline__ void run(int warp, At at, i64 ld, int stride, Factor factor, Done done) {
+        for (int round = 0; round < ROUNDS; round += AHEAD) {
+            UNROLL for (int a = 0; a < AHEAD; a++) {
+                int unit = warp + (round + a) * WARPS;
+                if (unit < UNITS) {
+                    float sums[NT][4];
+                    UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) sums[j][i] = 0.0f;
+                    const bf16* rows = factor(unit);
+                    UNROLL for (int s = 0; s < STEPS; s++) {
+                        u32* f = w[a][s];
+                        UNROLL for (int j = 0; j < NT; j++) {
+                            U4 b = *reinterpret_cast<const U4*>(rows + 8 * j * stride + 32 * s);
+                            multiply(sums[j], f[0], f[4], f[1], f[5], b.v[0], b.v[1]);
+                            multiply(sums[j], f[2], f[6], f[3], f[7], b.v[2], b.v[3]);
+                        }
+                        if (round + AHEAD < ROUNDS) ask(a, unit + AHEAD * WARPS, s, at, ld);
+                    }
+                    done(unit, sums);
+                }
+            }
+        }
+    }
+};
+
+using In = Product<2 * CH / 16 * KI, K1 / 32 / KI>;
+using Out = Product<DG / 16 * KO, K3 / 32 / KO>;
+
+constexpr int PASSES = (ROWS * CC + THREADS / 4 - 1) / (THREADS / 4);
+constexpr int STATES = PASSES <= 12 ? PASSES : 10;
+
+// One block of the grid between two waits; `turn` counts the grid's waits.
+struct Block {
+    char* memory;
+    const Arguments& a;
+    int tid, warp, lane, rank, cluster, rows;
+    u32 target;
+
+    template <class T>
+    __device__ __forceinline__ T* at(int offset) const { return reinterpret_cast<T*>(memory + offset); }
+
+    // what every thread of the block wrote will be seen by whoever waits
+    __device__ __forceinline__ void tell() {
+        BARRIER();
+        if (tid == 0) arrive(a.counter);
+        target += G * CS;
+    }
+    __device__ __forceinline__ void listen() {
+        if (tid == 0) await(a.counter, target);
+        BARRIER();
+    }
+    // copies of what a layer needs and no activation decides; there after wait_copies and a barrier
+    __device__ __forceinline__ void stage(const Layer& l) {
+        int c0 = cluster * CH + rank * CC;
+        constexpr int EIGHTS = CC * TAPS / 4;
+        for (int i = tid; i < ROWS * EIGHTS; i += THREADS) {
+            int row = i / EIGHTS, e = i % EIGHTS;
+            bool live = row < rows;
+            copy_later<8>(at<bf16>(AT_CONV) + row * CC * TAPS + 4 * e,
+                          l.conv + ((i64)(live ? row : 0) * C + c0) * TAPS + 4 * e, live);
+        }
+        for (int i = tid; i < CC * (TAPS + 1); i += THREADS)
+            copy_later<4>(at<float>(AT_TAPS) + i, l.taps + c0 * (TAPS + 1) + i, true);
+        for (int i = tid; i < CC; i += THREADS) {
+            copy_later<4>(at<float>(AT_SHIFT) + i, l.shift + c0 + i, true);
+            copy_later<4>(at<float>(AT_SKIP) + i, l.skip + c0 + i, true);
+            copy_later<4>(at<float>(AT_BIAS) + i, l.bias + c0 + i, true);
+        }
+        for (int i = tid; i < CC * N / 4; i += THREADS)
+            copy_later<16>(at<float>(AT_A) + 4 * i, l.A_log + (i64)c0 * N + 4 * i, true);
+    }
+    __device__ __forceinline__ const bf16* in_weights(const Layer& l, int unit) const {
+        int tile = unit / KI, part = unit % KI, half = tile / (CH / 16), i = tile % (CH / 16);
+        if (unit >= 2 * CH / 16 * KI) return l.in_proj;
+        i64 output = (i64)half * C + cluster * CH + 16 * i + lane / 4;
+        return l.in_proj + output * D + rank * K1 + part * (K1 / KI) + 8 * (lane % 4);
+    }
+    __device__ __forceinline__ const bf16* out_weights(const Layer& l, int unit) const {
+        int tile = unit / KO, part = unit % KO;
+        if (unit >= DG / 16 * KO) return l.out_proj;
+        i64 output = cluster * DG + 16 * tile + lane / 4;
+        return l.out_proj + output * C + rank * K3 + part * (K3 / KO) + 8 * (lane % 4);
+    }
+    // x times the norm's weight in bfloat16, and the squares' sums: the scale itself waits for the cluster
+    __device__ __forceinline__ void norm(const Layer& l, const void* x) {
+        bf16* h = at<bf16>(AT_H);
+        constexpr int QUADS = K1 / 4;
+        for (int row = warp; row < ROWS; row += WARPS) {
+            float squares = 0.0f;
+            UNROLL for (int q = 0; q < QUADS; q += 32) {
+                int k = 4 * (q + lane);
+                if (QUADS % 32 == 0 || q + lane < QUADS) {
+                    F4 v = {{0.0f, 0.0f, 0.0f, 0.0f}};
+                    if (row < rows) {
+                        i64 from = (i64)row * D + rank * K1 + k;
+                        if (XBF) {
+                            U2 u = common8((const bf16*)x + from);
+                            v = F4{{from_bits(u.v[0] & 0xffff), from_bits(u.v[0] >> 16), from_bits(u.v[1] & 0xffff),
+                                    from_bits(u.v[1] >> 16)}};
+                        } else {
+                            v = common4((const float*)x + from);
+                        }
+                    }
+                    F4 w = *reinterpret_cast<const F4*>(l.norm + rank * K1 + k);
+                    UNROLL for (int i = 0; i < 4; i++) squares += v.v[i] * v.v[i];
+                    U2 b = {{to_bits(v.v[0] * w.v[0]) | to_bits(v.v[1] * w.v[1]) << 16,
+                             to_bits(v.v[2] * w.v[2]) | to_bits(v.v[3] * w.v[3]) << 16}};
+                    *reinterpret_cast<U2*>(h + row * H_STRIDE + k) = b;
+                }
+            }
+            UNROLL for (int m = 16; m; m /= 2) squares += SWAP(squares, m);
+            if (lane == 0) at<float>(AT_SQUARES)[row] = squares;
+        }
+    }
+    __device__ __forceinline__ void keep(float* sums, int output, float (&s)[NT][4]) const {
+        int g = output + lane / 4, t = 2 * (lane % 4);
+        UNROLL for (int j = 0; j < NT; j++) {
+            *reinterpret_cast<F2*>(sums + place(g, 8 * j + t)) = F2{{s[j][0], s[j][1]}};
+            *reinterpret_cast<F2*>(sums + place(g + 8, 8 * j + t)) = F2{{s[j][2], s[j][3]}};
+        }
+    }
+    // the sums of four rows over the cluster's slices
+    template <int PARTS, int OUTPUTS>
+    __device__ __forceinline__ F4 total(const float* sums, int output, int row) const {
+        F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
+        UNROLL for (int r = 0; r < CS; r++)
+            UNROLL for (int part = 0; part < PARTS; part++) {
+                F4 f = far4(sums + part * OUTPUTS * ROWS + place(output, row), r);
+                UNROLL for (int i = 0; i < 4; i++) all.v[i] += f.v[i];
+            }
+        return all;
+    }
+    // the block's own channels: the gate; the convolution and its new state, in place in shared memory
+    __device__ __forceinline__ void convolve() {
+        const float* sums = at<float>(AT_SUMS);
+        const float* scale = at<float>(AT_SCALE);
+        bf16* conv = at<bf16>(AT_CONV);
+        for (int i = tid; i < 2 * CC * (ROWS / 4); i += THREADS) {
+            int row = i % (ROWS / 4) * 4, c = i / (ROWS / 4);
+            bool gate = c >= CC;
+            c -= gate ? CC : 0;
+            F4 v = total<KI, 2 * CH>(sums, (gate ? CH : 0) + rank * CC + c, row);
+            UNROLL for (int k = 0; k < 4; k++) {
+                float value = v.v[k] * scale[row + k];
+                int cell = (row + k) * CC + c;
+                if (gate) {
+                    at<float>(AT_GATE)[cell] = value;
+                } else {
+                    // the state keeps bfloat16, so the convolution uses what it will read there later
+                    bf16 fresh = to_bf16(value);
+                    const float* tap = at<float>(AT_TAPS) + c * (TAPS + 1);
+                    bf16* past = conv + cell * TAPS;
+                    float sum = at<float>(AT_SHIFT)[c];
+                    UNROLL for (int j = 0; j < TAPS; j++) sum += from_bf16(past[j]) * tap[j];
+                    sum += from_bf16(fresh) * tap[TAPS];
+                    UNROLL for (int j = 0; j + 1 < TAPS; j++) past[j] = past[j + 1];
+                    past[TAPS - 1] = fresh;
+                    float inner = silu(sum);
+                    at<float>(AT_INNER)[cell] = inner;
+                    at<bf16>(AT_MINE)[cell] = to_bf16(inner);
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ void write_conv(const Layer& l) {
+        constexpr int EIGHTS = CC * TAPS / 4;
+        int c0 = cluster * CH + rank * CC;
+        for (int i = tid; i < rows * EIGHTS; i += THREADS) {
+            int row = i / EIGHTS, e = i % EIGHTS;
+            *reinterpret_cast<U2*>(l.out_conv + ((i64)row * C + c0) * TAPS + 4 * e) =
+                *reinterpret_cast<const U2*>(at<bf16>(AT_CONV) + row * CC * TAPS + 4 * e);
+        }
+    }
+    // the cluster's channels, from its blocks
+    __device__ __forceinline__ void gather() {
+        constexpr int FOURS = CC / 4;
+        for (int i = tid; i < CS * ROWS * FOURS; i += THREADS) {
+            int r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
+            U2 b = far_bytes8(at<bf16>(AT_MINE) + row * CC + 4 * e, r);
+            *reinterpret_cast<U2*>(at<bf16>(AT_ALL) + row * X_STRIDE + r * CC + 4 * e) = b;
+        }
+    }
+    // weights of x_proj: a warp has one tile of outputs and some of the terms
+    __device__ __forceinline__ void ask_narrow(const Layer& l, u32 (&w)[XSTEPS][8]) const {
+        int tile = warp / XK, part = warp % XK, g = lane / 4;
+        UNROLL for (int s = 0; s < XSTEPS; s++) {
+            int step = part * XSTEPS + s;
+            UNROLL for (int half = 0; half < 2; half++) {
+                int p = 16 * tile + g + 8 * half;
+                bool live = tile < PT && 32 * step < CH && p < PS && rank * PS + p < P;
+                i64 from = (i64)(live ? rank * PS + p : 0) * C + cluster * CH + (live ? 32 * step : 0) + 8 * (lane % 4);
+                weights16(&w[s][4 * half], l.x_proj + from, live);
+            }
+        }
+    }
+    __device__ __forceinline__ void narrow(u32 (&w)[XSTEPS][8]) {
+        int tile = warp / XK, part = warp % XK;
+        if (tile < PT) {
+            float s[NT][4];
+            UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) s[j][i] = 0.0f;
+            UNROLL for (int k = 0; k < XSTEPS; k++) {
+                int step = part * XSTEPS + k;
+                if (32 * step < CH) {
+                    const bf16* rows_at = at<bf16>(AT_ALL) + lane / 4 * X_STRIDE + 32 * step + 8 * (lane % 4);
+                    UNROLL for (int j = 0; j < NT; j++) {
+                        U4 b = *reinterpret_cast<const U4*>(rows_at + 8 * j * X_STRIDE);
+                        multiply(s[j], w[k][0], w[k][4], w[k][1], w[k][5], b.v[0], b.v[1]);
+                        multiply(s[j], w[k][2], w[k][6], w[k][3], w[k][7], b.v[2], b.v[3]);
+                    }
+                }
+            }
+            keep(at<float>(AT_LOWSUMS) + part * 16 * PT * ROWS, 16 * tile, s);
+        }
+        BARRIER();
+        for (int i = tid; i < PS * (ROWS / 4); i += THREADS) {
+            int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
+            if (rank * PS + p < P) {
+                F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
+                UNROLL for (int part = 0; part < XK; part++) {
+                    F4 f = *reinterpret_cast<const F4*>(at<float>(AT_LOWSUMS) + part * 16 * PT * ROWS + place(p, row));
+                    UNROLL for (int k = 0; k < 4; k++) all.v[k] += f.v[k];
+                }
+                *reinterpret_cast<F4*>(a.parts + ((i64)cluster * P + rank * PS + p) * ROWS + row) = all;
+            }
+        }
+    }
+    // x_proj's sums over the clusters, a slice a block
+    __device__ __forceinline__ void add_parts() {
+        for (int i = tid; i < PS * (ROWS / 4); i += THREADS) {
+            int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
+            F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
+            if (rank * PS + p < P) {
+                F4 f[G];
+                UNROLL for (int q = 0; q < G; q++) f[q] = common4(a.parts + ((i64)q * P + rank * PS + p) * ROWS + row);
+                UNROLL for (int q = 0; q < G; q++) UNROLL for (int k = 0; k < 4; k++) all.v[k] += f[q].v[k];
+            }
+            *reinterpret_cast<F4*>(at<float>(AT_SLICE) + p * ROWS + row) = all;
+        }
+        for (int i = tid; i < CC * N; i += THREADS) at<float>(AT_A)[i] = -LOG2E * expf(at<float>(AT_A)[i]);
+    }
+    // all of x_proj: delta's part in bfloat16, B and C
+    __device__ __forceinline__ void spread() {
+        for (int i = tid; i < P * (ROWS / 4); i += THREADS) {
+            int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
+            F4 f = far4(at<float>(AT_SLICE) + p % PS * ROWS + row, p / PS);
+            UNROLL for (int k = 0; k < 4; k++) {
+                if (p < R)
+                    at<bf16>(AT_LOW)[(row + k) * L_STRIDE + p] = to_bf16(f.v[k]);
+                else
+                    at<float>(AT_BC)[(row + k) * 2 * N + p - R] = f.v[k];
+            }
+        }
+        if (RP > R)
+            for (int i = tid; i < ROWS * (RP - R); i += THREADS)
+                at<bf16>(AT_LOW)[i / PAD * L_STRIDE + R + i % PAD] = bf16{0};
+    }
+    __device__ __forceinline__ void stage_widen(const Layer& l) {
+        int c0 = cluster * CH + rank * CC;
+        for (int i = tid; i < CC * (RP / 8); i += THREADS) {
+            int c = i / (RP / 8), e = i % (RP / 8);
+            bool live = 8 * e < R;
+            copy_later<16>(at<bf16>(AT_WIDEN) + c * L_STRIDE + 8 * e,
+                           l.delta_proj + (i64)(c0 + c) * R + (live ? 8 * e : 0), live);
+        }
+    }
+    // softplus of delta, for the block's channels
+    __device__ __forceinline__ void widen() {
+        for (int unit = warp; unit < DT * NT; unit += WARPS) {
+            int tile = unit / NT, j = unit % NT, g = lane / 4, t = lane % 4;
+            float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            UNROLL for (int step = 0; step < RP / 32; step++) {
+                U4 u = {{0, 0, 0, 0}}, v = {{0, 0, 0, 0}};
+                const bf16* w = at<bf16>(AT_WIDEN) + (16 * tile + g) * L_STRIDE + 32 * step + 8 * t;
+                if (16 * tile + g < CC) u = *reinterpret_cast<const U4*>(w);
+                if (16 * tile + g + 8 < CC) v = *reinterpret_cast<const U4*>(w + 8 * L_STRIDE);
+                U4 b = *reinterpret_cast<const U4*>(at<bf16>(AT_LOW) + (8 * j + g) * L_STRIDE + 32 * step + 8 * t);
+                multiply(s, u.v[0], v.v[0], u.v[1], v.v[1], b.v[0], b.v[1]);
+                multiply(s, u.v[2], v.v[2], u.v[3], v.v[3], b.v[2], b.v[3]);
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                int c = 16 * tile + g + i / 2 * 8, row = 8 * j + 2 * t + i % 2;
+                if (c < CC) at<float>(AT_DELTA)[row * CC + c] = softplus(s[i] + at<float>(AT_BIAS)[c]);
+            }
+        }
+    }
+    __device__ __forceinline__ i64 state_of(int cell) const {
+        return ((i64)(cell / CC) * C + cluster * CH + rank * CC + cell % CC) * N + 4 * (tid % 4);
+    }
+    __device__ __forceinline__ void ask_state(const Layer& l, float* to, int pass) const {
+        int cell = pass * (THREADS / 4) + tid / 4;
+        bool live = pass < PASSES && cell < rows * CC;
+        state16(to, l.ssm + state_of(live ? cell : 0), live);
+    }
+    __device__ __forceinline__ void scan(const Layer& l, float (&states)[STATES][4]) {
+        for (int begin = 0; begin < PASSES; begin += STATES) {
+            UNROLL for (int i = 0; i < STATES; i++) {
+                int cell = (begin + i) * (THREADS / 4) + tid / 4, c = cell % CC, row = cell / CC, quad = tid % 4;
+                bool live = begin + i < PASSES && cell < rows * CC;
+                float h[4], y = 0.0f, inner = 0.0f;
+                if (live) {
+                    float delta = at<float>(AT_DELTA)[cell];
+                    inner = at<float>(AT_INNER)[cell];
+                    F4 A = *reinterpret_cast<const F4*>(at<float>(AT_A) + c * N + 4 * quad);
+                    F4 b = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + 4 * quad);
+                    F4 read = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + N + 4 * quad);
+                    UNROLL for (int k = 0; k < 4; k++) {
+                        h[k] = exp2_fast(delta * A.v[k]) * states[i][k] + delta * inner * b.v[k];
+                        y += h[k] * read.v[k];
+                    }
+                    *reinterpret_cast<F4*>(l.out_ssm + state_of(cell)) = F4{{h[0], h[1], h[2], h[3]}};
+                }
+                if (begin + STATES < PASSES) ask_state(l, states[i], begin + STATES + i);
+                y += SWAP(y, 1);
+                y += SWAP(y, 2);
+                if (live && quad == 0) {
+                    y = (y + at<float>(AT_SKIP)[c] * inner) * silu(at<float>(AT_GATE)[cell]);
+                    a.y[(i64)row * C + cluster * CH + rank * CC + c] = to_bf16(y);
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ void load_y() {
+        constexpr int EIGHTS = K3 / 8;
+        for (int i = tid; i < ROWS * EIGHTS; i += THREADS) {
+            int row = i / EIGHTS, e = i % EIGHTS;
+            bool live = row < rows;
+            copy_later<16>(at<bf16>(AT_Y) + row * Y_STRIDE + 8 * e,
+                           a.y + (i64)(live ? row : 0) * C + rank * K3 + 8 * e, live);
+        }
+        wait_copies();
+    }
+    __device__ __forceinline__ void add_out(const void* x) {
+        const float* sums = at<float>(AT_OUT);
+        for (int i = tid; i < rows * DO; i += THREADS) {
+            int row = i / DO, o = i % DO;
+            i64 cell = (i64)row * D + cluster * DG + rank * DO + o;
+            float all = XBF ? from_bits(common_half((const bf16*)x + cell)) : common1((const float*)x + cell);
+            UNROLL for (int r = 0; r < CS; r++)
+                UNROLL for (int part = 0; part < KO; part++)
+                    all += far1(sums + part * DG * ROWS + place(rank * DO + o, row), r);
+            if (XBF)
+                ((bf16*)a.out)[cell] = to_bf16(all);
+            else
+                ((float*)a.out)[cell] = all;
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_constant__ Arguments a) {
+    SHARED_MEMORY(memory);
+    Block b{memory, a, (int)threadIdx.x, (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)rank_in_cluster(),
+            (int)(blockIdx.x / CS), (int)a.rows, 0};
+    int lane = b.lane;
+    In in;
+    const void* x = a.x;
+    int layers = (int)a.layers;
+    in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[0], unit); }, D);
+    b.stage(a.layer[0]);
+    for (int i = 0; i < layers; i++) {
+        const Layer& l = a.layer[i];
+        b.norm(l, x);
+        wait_copies();
+        BARRIER();
+        in.run(
+            b.warp, [&](int unit) { return b.in_weights(l, unit); }, D, H_STRIDE,
+            [&](int unit) {
+                return b.template at<bf16>(AT_H) + lane / 4 * H_STRIDE + unit % KI * (K1 / KI) + 8 * (lane % 4);
+            },
+            [&](int unit, float(&s)[NT][4]) {
+                b.keep(b.template at<float>(AT_SUMS) + unit % KI * 2 * CH * ROWS, unit / KI * 16, s);
+            });
+        u32 small[XSTEPS][8];
+        b.ask_narrow(l, small);
+        float states[STATES][4];
+        UNROLL for (int s = 0; s < STATES; s++) b.ask_state(l, states[s], s);
+        cluster_barrier();
+        b.stage_widen(l);
+        if (b.tid < ROWS) {
+            float squares = 0.0f;
+            UNROLL for (int r = 0; r < CS; r++) squares += far1(b.template at<float>(AT_SQUARES) + b.tid, r);
+            b.template at<float>(AT_SCALE)[b.tid] = 1.0f / sqrtf(squares / D + (float)a.eps);
+        }
+        BARRIER();
+        b.convolve();
+        cluster_barrier();
+        b.write_conv(l);
+        b.gather();
+        BARRIER();
+        b.narrow(small);
+        b.tell();
+        wait_copies();
+        b.listen();
+
+        b.add_parts();
+        cluster_barrier();
+        b.spread();
+        BARRIER();
+        b.widen();
+        BARRIER();
+        b.scan(l, states);
+        b.tell();
+        Out out;
+        out.fill(b.warp, [&](int unit) { return b.out_weights(l, unit); }, C);
+        bool more = i + 1 < layers;
+        if (more) b.stage(a.layer[i + 1]);
+        b.listen();
+
+        b.load_y();
+        BARRIER();
+        out.run(
+            b.warp, [&](int unit) { return b.out_weights(l, unit); }, C, Y_STRIDE,
+            [&](int unit) {
+                return b.template at<bf16>(AT_Y) + lane / 4 * Y_STRIDE + unit % KO * (K3 / KO) + 8 * (lane % 4);
+            },
+            [&](int unit, float(&s)[NT][4]) {
+                b.keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, s);
+            });
+        if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
+        cluster_barrier();
+        b.add_out(x);
+        x = a.out;
+        if (more) {
+            b.tell();
+            b.listen();
+        }
+    }
+    // nobody leaves while its memory is read; the last block leaves the counter at zero
+    cluster_barrier();
+    if (b.tid == 0 && arrive_last(a.counter) == b.target + G * CS - 1) *a.counter = 0;
+}

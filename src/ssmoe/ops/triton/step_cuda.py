@@ -1,0 +1,201 @@
+"""The decode step in CUDA C++ (`step.cu`, compiled at run time): which layers it takes, its cut and its launch."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmoe.ops.reference.mamba_step import Layer
+from ssmoe.ops.triton import nvrtc
+from ssmoe.ops.triton.launch import counters, on_device
+
+SOURCE = Path(__file__).with_name("step.cu")
+THREADS = 256
+MOST_ROWS = 64
+"""Rows of a launch; more rows are several."""
+MOST_LAYERS = 64
+"""Layers of a launch, whose pointers are its parameters; more layers are several."""
+CLUSTERS = (16, 15, 14, 12, 10, 8, 6, 5, 4, 3, 2, 1)
+STEPS = 10
+"""Terms of a unit of a product, in 32s: as many weights as a warp's registers have room for."""
+
+
+class Sizes(NamedTuple):
+    """d: d_model. c: d_inner. r: dt_rank. n: d_state. taps: of the convolution's past, d_conv - 1."""
+
+    d: int
+    c: int
+    r: int
+    n: int
+    taps: int
+
+
+class Cut(NamedTuple):
+    """Blocks a cluster, clusters, and the parts in which a block's warps share the terms of in_proj and out_proj."""
+
+    blocks: int
+    clusters: int
+    enter_parts: int
+    out_parts: int
+
+
+def takes(x: Tensor, layers: Sequence[Layer], convs: Sequence[Tensor], ssms: Sequence[Tensor]) -> bool:
+    """Whether these kernels take the layers, which one shape and RMSNorm is asked of; nothing is launched."""
+    if not (x.is_cuda and convs[0].dtype == torch.bfloat16 and _present(x.device.index)):
+        return False
+    for layer in layers:
+        norm, bias, in_proj, conv, shift, x_proj, delta_proj, A_log, skip, delta_bias, out_proj = layer
+        matrices, vectors = (in_proj, x_proj, delta_proj, out_proj), (norm, conv, shift, A_log, skip, delta_bias)
+        if bias is not None or not all(_fits(w, torch.bfloat16) for w in matrices):
+            return False
+        if not all(_fits(w, torch.float32) for w in vectors):
+            return False
+    if not all(_fits(s, torch.bfloat16) for s in convs) or not all(_fits(s, torch.float32) for s in ssms):
+        return False
+    return _fits(x, x.dtype) and cut(sizes_of(layers[0]), x.device.index) is not None
+
+
+def sizes_of(layer: Layer) -> Sizes:
+    """The sizes of a layer."""
+    _, _, in_proj, conv, _, _, delta_proj, A_log, _, _, _ = layer
+    assert in_proj is not None
+    assert conv is not None
+    assert delta_proj is not None
+    assert A_log is not None
+    return Sizes(in_proj.shape[1], *delta_proj.shape, A_log.shape[1], conv.shape[1] - 1)
+
+
+def _fits(t: Tensor | None, dtype: torch.dtype) -> bool:
+    return t is not None and t.dtype == dtype and t.is_contiguous() and t.data_ptr() % 16 == 0
+
+
+@cache
+def _present(device: int) -> bool:
+    return nvrtc.available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def cut(sizes: Sizes, device: int) -> Cut | None:
+    """The cut with the most clusters that are on the GPU at once, None where there is none."""
+    for clusters in CLUSTERS:
+        found = divided(sizes, 8, clusters)
+        if found is None or shared_bytes(sizes, found, MOST_ROWS) > nvrtc.most_shared(device):
+            continue
+        with torch.cuda.device(device):
+            # x's type and the number of layers do not count here
+            macros = _macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS)
+            shared = shared_bytes(sizes, found, MOST_ROWS)
+            fit = nvrtc.clusters_at_once(SOURCE, "steps", macros, 8 * clusters, THREADS, shared, 8)
+        if fit >= clusters:
+            return found
+    return None
+
+
+@cache
+def divided(sizes: Sizes, blocks: int, clusters: int) -> Cut | None:
+    """The cut of these sizes for so many clusters of so many blocks, None where they do not divide."""
+    d, c, r, n, taps = sizes
+    whole = c % (32 * clusters) == 0 and d % (16 * clusters) == 0
+    whole = whole and d % (32 * blocks) == 0 and c % (32 * blocks) == 0
+    if not whole or n != 16 or r % 8 or not 1 <= taps <= 7 or -(-(r + 2 * n) // blocks) > 128:
+        return None
+    if c // clusters % (4 * blocks) or d // clusters % blocks:
+        return None
+    enter, out = _parts(d // blocks // 32), _parts(c // blocks // 32)
+    return None if enter is None or out is None else Cut(blocks, clusters, enter, out)
+
+
+def _parts(steps: int) -> int | None:
+    """The fewest equal parts of so many steps that a warp's registers have room for."""
+    return next((parts for parts in range(1, 9) if steps % parts == 0 and steps // parts <= STEPS), None)
+
+
+def _stride(terms: int) -> int:
+    return terms if 2 * terms % 128 == 64 else terms + 32
+
+
+def shared_bytes(sizes: Sizes, found: Cut, rows: int) -> int:
+    """The source's END: bytes of shared memory that a block takes."""
+    d, c, r, n, taps = sizes
+    ch, dg = c // found.clusters, d // found.clusters
+    cc, p, rp = ch // found.blocks, r + 2 * n, -(-r // 32) * 32
+    ps = -(-p // found.blocks)
+    tiles = -(-ps // 16)
+
+    def after(at: int, size: int) -> int:
+        return -(-(at + size) // 16) * 16
+
+    at = after(0, 2 * rows * cc * taps)
+    for size in (4 * cc * (taps + 1), 4 * cc, 4 * cc, 4 * cc, 4 * cc * n, 4 * rows, 4 * rows):
+        at = after(at, size)
+    h = at
+    widen = after(after(after(h, 4 * rows * cc), 4 * rows * cc), 2 * rows * cc)
+    sums = after(max(h + 2 * rows * _stride(d // found.blocks), widen + 2 * cc * _stride(rp)), 0)
+    low = after(sums, 2 * rows * _stride(ch))
+    delta = after(after(after(sums, 4 * ps * rows), 2 * rows * _stride(rp)), 8 * rows * n)
+    out = after(h, 2 * rows * _stride(c // found.blocks))
+    return max(
+        sums + 8 * found.enter_parts * ch * rows,
+        low + 64 * max(1, 8 // tiles) * tiles * rows,
+        delta + 4 * rows * cc,
+        out + 4 * found.out_parts * dg * rows,
+    )
+
+
+def _macros(sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layers: int) -> nvrtc.Macros:
+    d, c, r, n, taps = sizes
+    values = {
+        "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "NT": rows // 8, "CS": found.blocks, "G": found.clusters,
+        "KI": found.enter_parts, "KO": found.out_parts, "XBF": int(bfloat16), "MAXL": layers,
+    }  # fmt: skip
+    return tuple((key, str(value)) for key, value in values.items())
+
+
+def steps(
+    x: Tensor,
+    layers: Sequence[Layer],
+    found: Cut,
+    eps: float,
+    convs: Sequence[Tensor],
+    ssms: Sequence[Tensor],
+    out_convs: Sequence[Tensor],
+    out_ssms: Sequence[Tensor],
+) -> Tensor:
+    """`mamba_steps` for what `takes` accepts; the new states go to out_convs and out_ssms, dense as the old ones.
+
+    A row's bits depend on no other row: every sum has one order, whatever the number of rows.
+    """
+    out = torch.empty_like(x)
+    with on_device(x):
+        for row in range(0, x.shape[0], MOST_ROWS):
+            rows = slice(row, min(row + MOST_ROWS, x.shape[0]))
+            source = x[rows]
+            for first in range(0, len(layers), MOST_LAYERS):
+                span = slice(first, first + MOST_LAYERS)
+                states = [[s[rows] for s in group[span]] for group in (convs, out_convs, ssms, out_ssms)]
+                _launch(source, out[rows], layers[span], found, eps, states)
+                source = out[rows]
+    return out
+
+
+def _launch(
+    x: Tensor, out: Tensor, layers: Sequence[Layer], found: Cut, eps: float, states: list[list[Tensor]]
+) -> None:
+    sizes, (b, device) = sizes_of(layers[0]), (x.shape[0], x.device)
+    rows = next(rows for rows in (8, 16, 32, 64) if rows >= b)
+    most = 1 if len(layers) == 1 else MOST_LAYERS
+    parts = torch.empty(found.clusters, sizes.r + 2 * sizes.n, rows, dtype=torch.float32, device=device)
+    y = torch.empty(b, sizes.c, dtype=torch.bfloat16, device=device)
+    tensors: list[Tensor] = [x, out, parts, y, counters(x, 1)]
+    words = [*(t.data_ptr() for t in tensors), b, len(layers), nvrtc.double_bits(eps)]
+    for (norm, _, *rest), *kept in zip(layers, *states, strict=True):
+        words += [t.data_ptr() for t in (norm, *rest, *kept) if t is not None]
+    words += [0] * (14 * (most - len(layers)))
+    nvrtc.launch(
+        SOURCE, "steps", _macros(sizes, found, rows, bfloat16=x.dtype == torch.bfloat16, layers=most),
+        found.blocks * found.clusters, THREADS, words, shared_bytes(sizes, found, rows),
+        cluster=found.blocks, together=True,
+    )  # fmt: skip
