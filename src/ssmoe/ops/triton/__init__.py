@@ -1,6 +1,7 @@
 """The GPU backend: kernels compiled when first used, from Triton or by NVRTC, with no CUDA build."""
 
 from ssmoe.ops.reference.linear import linear
+from ssmoe.ops.triton.argmax import argmax
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
