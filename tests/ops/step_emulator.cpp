@@ -15,6 +15,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define FORGET(i)
 #define SHARED_MEMORY(name) char* name = shared[blockIdx.x].data()
 
 enum Wait { RUNS, POLLS, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };

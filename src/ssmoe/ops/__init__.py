@@ -38,6 +38,7 @@ class Ops(NamedTuple):
     route: Callable[..., Routed]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
+    argmax: Callable[..., Tensor]
 
 
 def missing(backend: str) -> str | None:
@@ -124,4 +125,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         route=module.route,
         mamba_step=module.mamba_step,
         mamba_steps=module.mamba_steps,
+        argmax=module.argmax,
     )

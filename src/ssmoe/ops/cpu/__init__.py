@@ -17,11 +17,13 @@ from ssmoe.ops.cpu.linear import fork_linear, linear, split_linear
 from ssmoe.ops.cpu.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
+from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.muon_step import muon_step
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
+    "argmax",
     "causal_conv1d",
     "describe",
     "expert_linear",

@@ -1,5 +1,6 @@
 """The definitions: slow, obvious, on any device, differentiable in every floating input."""
 
+from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.expert_linear import expert_linear
 from ssmoe.ops.reference.expert_mlp import expert_mlp
@@ -14,6 +15,7 @@ from ssmoe.ops.reference.split_linear import fork_linear, split_linear
 from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
+    "argmax",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",

@@ -15,6 +15,7 @@ from ssmoe.ops.triton.split_linear import fork_linear, split_linear
 from ssmoe.ops.triton.wide_linear import wide_linear
 
 __all__ = [
+    "argmax",
     "causal_conv1d",
     "expert_linear",
     "expert_mlp",

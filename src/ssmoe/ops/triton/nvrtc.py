@@ -157,11 +157,13 @@ def _config(
     blocks: int, threads: int, shared: int, stream: int, cluster: int, together: bool
 ) -> tuple[_Config, ctypes.Array[_Attribute]]:
     """What cuLaunchKernelEx takes; the attributes must outlive it."""
+    wanted = [(_CLUSTER, (cluster, 1, 1))] if cluster > 1 else []
+    wanted += [(_COOPERATIVE, (1, 0, 0))] if together else []
     attributes = (_Attribute * 2)()
-    attributes[0].id, attributes[0].value[:3] = _CLUSTER, (cluster, 1, 1)
-    attributes[1].id, attributes[1].value[0] = _COOPERATIVE, 1
+    for attribute, (number, value) in zip(attributes, wanted, strict=False):
+        attribute.id, attribute.value[:3] = number, value
     grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
-    return _Config(grid, block, shared, stream, ctypes.addressof(attributes), 1 + together), attributes
+    return _Config(grid, block, shared, stream, ctypes.addressof(attributes), len(wanted)), attributes
 
 
 @cache

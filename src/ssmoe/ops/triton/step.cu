@@ -30,6 +30,8 @@ struct alignas(8) U2 {
 
 #ifndef EMULATED
 #define BARRIER() __syncthreads()
+// the compiler forgets what it knows of an integer: places are computed anew rather than kept in registers
+#define FORGET(i) asm volatile("" : "+r"(i))
 #define SHARED_MEMORY(name) extern __shared__ float4 name##_[]; char* name = reinterpret_cast<char*>(name##_)
 #define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 __device__ __forceinline__ u32 rank_in_cluster() {
@@ -157,10 +159,10 @@ static_assert(D % (32 * CS) == 0 && C % (32 * CS) == 0 && (K1 / 32) % KI == 0 &&
 static_assert(PT <= WARPS, "a warp has one tile of x_proj");
 
 // bfloat16 numbers from row to row: half of the banks further, so that 16-byte reads of 8 rows meet no bank twice
-constexpr int stride_of(int k) { return (2 * k) % 128 == 64 ? k : k + 32; }
+__device__ constexpr int stride_of(int k) { return (2 * k) % 128 == 64 ? k : k + 32; }
 constexpr int H_STRIDE = stride_of(K1), Y_STRIDE = stride_of(K3), X_STRIDE = stride_of(CH), L_STRIDE = stride_of(RP);
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int up16(int a) { return (a + 15) / 16 * 16; }
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int up16(int a) { return (a + 15) / 16 * 16; }
 
 // Shared memory, bytes. First what a layer needs from the start:
 constexpr int AT_CONV = 0;                                             // bf16 [ROWS][CC TAPS]
@@ -490,9 +492,13 @@ struct Block {
             int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
             F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
             if (rank * PS + p < P) {
-                F4 f[G];
-                UNROLL for (int q = 0; q < G; q++) f[q] = common4(a.parts + ((i64)q * P + rank * PS + p) * ROWS + row);
-                UNROLL for (int q = 0; q < G; q++) UNROLL for (int k = 0; k < 4; k++) all.v[k] += f[q].v[k];
+                constexpr int ONCE = G % 8 ? G : 8;
+                for (int begin = 0; begin < G; begin += ONCE) {
+                    F4 f[ONCE];
+                    UNROLL for (int q = 0; q < ONCE; q++)
+                        f[q] = common4(a.parts + ((i64)(begin + q) * P + rank * PS + p) * ROWS + row);
+                    UNROLL for (int q = 0; q < ONCE; q++) UNROLL for (int k = 0; k < 4; k++) all.v[k] += f[q].v[k];
+                }
             }
             *reinterpret_cast<F4*>(at<float>(AT_SLICE) + p * ROWS + row) = all;
         }
@@ -554,7 +560,9 @@ struct Block {
     __device__ __forceinline__ void scan(const Layer& l, float (&states)[STATES][4]) {
         for (int begin = 0; begin < PASSES; begin += STATES) {
             UNROLL for (int i = 0; i < STATES; i++) {
-                int cell = (begin + i) * (THREADS / 4) + tid / 4, c = cell % CC, row = cell / CC, quad = tid % 4;
+                int first = tid / 4;
+                FORGET(first);
+                int cell = (begin + i) * (THREADS / 4) + first, c = cell % CC, row = cell / CC, quad = tid % 4;
                 bool live = begin + i < PASSES && cell < rows * CC;
                 float h[4], y = 0.0f, inner = 0.0f;
                 if (live) {
@@ -606,6 +614,13 @@ struct Block {
     }
 };
 
+#ifdef STAMPED
+#define STAMP(k) \
+    if (i == layers / 2 && b.tid == 0 && blockIdx.x == STAMPED) ((i64*)a.counter)[512 + k] = clock64()
+#else
+#define STAMP(k)
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_constant__ Arguments a) {
     SHARED_MEMORY(memory);
     Block b{memory, a, (int)threadIdx.x, (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)rank_in_cluster(),
@@ -618,9 +633,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
     b.stage(a.layer[0]);
     for (int i = 0; i < layers; i++) {
         const Layer& l = a.layer[i];
+        STAMP(0);
         b.norm(l, x);
+        STAMP(1); // after b.norm(l, x);
         wait_copies();
         BARRIER();
+        STAMP(2); // after BARRIER();
         in.run(
             b.warp, [&](int unit) { return b.in_weights(l, unit); }, D, H_STRIDE,
             [&](int unit) {
@@ -629,11 +647,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
             [&](int unit, float(&s)[NT][4]) {
                 b.keep(b.template at<float>(AT_SUMS) + unit % KI * 2 * CH * ROWS, unit / KI * 16, s);
             });
+        STAMP(3); // after });
         u32 small[XSTEPS][8];
         b.ask_narrow(l, small);
         float states[STATES][4];
         UNROLL for (int s = 0; s < STATES; s++) b.ask_state(l, states[s], s);
         cluster_barrier();
+        STAMP(4); // after cluster_barrier();
         b.stage_widen(l);
         if (b.tid < ROWS) {
             float squares = 0.0f;
@@ -641,32 +661,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
             b.template at<float>(AT_SCALE)[b.tid] = 1.0f / sqrtf(squares / D + (float)a.eps);
         }
         BARRIER();
+        STAMP(5); // after BARRIER();
         b.convolve();
+        STAMP(6); // after b.convolve();
         cluster_barrier();
+        STAMP(7); // after cluster_barrier();
         b.write_conv(l);
         b.gather();
+        STAMP(8); // after b.gather();
         BARRIER();
+        STAMP(9); // after BARRIER();
         b.narrow(small);
+        STAMP(10); // after b.narrow(small);
         b.tell();
+        STAMP(11); // after b.tell();
         wait_copies();
         b.listen();
+        STAMP(12); // after b.listen();
 
         b.add_parts();
+        STAMP(13); // after b.add_parts();
         cluster_barrier();
+        STAMP(14); // after cluster_barrier();
         b.spread();
+        STAMP(15); // after b.spread();
         BARRIER();
+        STAMP(16); // after BARRIER();
         b.widen();
+        STAMP(17); // after b.widen();
         BARRIER();
+        STAMP(18); // after BARRIER();
         b.scan(l, states);
+        STAMP(19); // after b.scan(l, states);
         b.tell();
+        STAMP(20); // after b.tell();
         Out out;
         out.fill(b.warp, [&](int unit) { return b.out_weights(l, unit); }, C);
         bool more = i + 1 < layers;
         if (more) b.stage(a.layer[i + 1]);
+        STAMP(21); // after if (more) b.stage(a.layer[i + 1]);
         b.listen();
+        STAMP(22); // after b.listen();
 
         b.load_y();
+        STAMP(23); // after b.load_y();
         BARRIER();
+        STAMP(24); // after BARRIER();
         out.run(
             b.warp, [&](int unit) { return b.out_weights(l, unit); }, C, Y_STRIDE,
             [&](int unit) {
@@ -675,13 +715,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
             [&](int unit, float(&s)[NT][4]) {
                 b.keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, s);
             });
+        STAMP(25); // after });
         if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
+        STAMP(26); // after if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
         cluster_barrier();
+        STAMP(27); // after cluster_barrier();
         b.add_out(x);
+        STAMP(28); // after b.add_out(x);
         x = a.out;
         if (more) {
             b.tell();
+            STAMP(29); // after b.tell();
             b.listen();
+            STAMP(30); // after b.listen();
         }
     }
     // nobody leaves while its memory is read; the last block leaves the counter at zero

@@ -14,6 +14,7 @@ from ssmoe.ops.triton.launch import counters, on_device
 
 SOURCE = Path(__file__).with_name("step.cu")
 THREADS = 256
+TOGETHER = True
 MOST_ROWS = 64
 """Rows of a launch; more rows are several."""
 MOST_LAYERS = 64
@@ -197,5 +198,5 @@ def _launch(
     nvrtc.launch(
         SOURCE, "steps", _macros(sizes, found, rows, bfloat16=x.dtype == torch.bfloat16, layers=most),
         found.blocks * found.clusters, THREADS, words, shared_bytes(sizes, found, rows),
-        cluster=found.blocks, together=True,
+        cluster=found.blocks, together=TOGETHER,
     )  # fmt: skip
