@@ -288,6 +288,7 @@ struct Product {
 using In = Product<2 * CH / 16 * KI, K1 / 32 / KI>;
 using Out = Product<DG / 16 * KO, K3 / 32 / KO>;
 
+constexpr int OUTS = (ROWS / 4 * DO + THREADS - 1) / THREADS;  // groups of four rows of an output a thread
 constexpr int PASSES = (ROWS * CC + THREADS / 4 - 1) / (THREADS / 4);
 constexpr int STATES = PASSES <= 12 ? PASSES : 10;
 
@@ -298,6 +299,14 @@ struct Block {
     int tid, warp, lane, rank, cluster, rows;
     u32 target;
 
+    // no place is kept in a register from one part of a layer to the next
+    __device__ __forceinline__ void forget() {
+        FORGET(tid);
+        FORGET(warp);
+        FORGET(lane);
+        FORGET(rank);
+        FORGET(cluster);
+    }
     template <class T>
     __device__ __forceinline__ T* at(int offset) const { return reinterpret_cast<T*>(memory + offset); }
 
@@ -344,34 +353,46 @@ struct Block {
         return l.out_proj + output * C + rank * K3 + part * (K3 / KO) + 8 * (lane % 4);
     }
     // x times the norm's weight in bfloat16, and the squares' sums: the scale itself waits for the cluster
+    __device__ __forceinline__ F4 residual4(const void* x, i64 from, bool live) const {
+        F4 v = {{0.0f, 0.0f, 0.0f, 0.0f}};
+        if (live && XBF) {
+            U2 u = common8((const bf16*)x + from);
+            v = F4{{from_bits(u.v[0] & 0xffff), from_bits(u.v[0] >> 16), from_bits(u.v[1] & 0xffff),
+                    from_bits(u.v[1] >> 16)}};
+        } else if (live) {
+            v = common4((const float*)x + from);
+        }
+        return v;
+    }
     __device__ __forceinline__ void norm(const Layer& l, const void* x) {
         bf16* h = at<bf16>(AT_H);
-        constexpr int QUADS = K1 / 4;
-        for (int row = warp; row < ROWS; row += WARPS) {
-            float squares = 0.0f;
-            UNROLL for (int q = 0; q < QUADS; q += 32) {
-                int k = 4 * (q + lane);
-                if (QUADS % 32 == 0 || q + lane < QUADS) {
-                    F4 v = {{0.0f, 0.0f, 0.0f, 0.0f}};
-                    if (row < rows) {
-                        i64 from = (i64)row * D + rank * K1 + k;
-                        if (XBF) {
-                            U2 u = common8((const bf16*)x + from);
-                            v = F4{{from_bits(u.v[0] & 0xffff), from_bits(u.v[0] >> 16), from_bits(u.v[1] & 0xffff),
-                                    from_bits(u.v[1] >> 16)}};
-                        } else {
-                            v = common4((const float*)x + from);
-                        }
-                    }
-                    F4 w = *reinterpret_cast<const F4*>(l.norm + rank * K1 + k);
-                    UNROLL for (int i = 0; i < 4; i++) squares += v.v[i] * v.v[i];
-                    U2 b = {{to_bits(v.v[0] * w.v[0]) | to_bits(v.v[1] * w.v[1]) << 16,
-                             to_bits(v.v[2] * w.v[2]) | to_bits(v.v[3] * w.v[3]) << 16}};
-                    *reinterpret_cast<U2*>(h + row * H_STRIDE + k) = b;
+        constexpr int EACH = (K1 / 4 + 31) / 32, ONCE = NT * EACH <= 12 ? NT : 12 / EACH > 0 ? 12 / EACH : 1;
+        F4 w[EACH];
+        UNROLL for (int q = 0; q < EACH; q++) {
+            int k = 4 * (32 * q + lane);
+            w[q] = *reinterpret_cast<const F4*>(l.norm + rank * K1 + (k < K1 ? k : 0));
+        }
+        for (int begin = 0; begin < NT; begin += ONCE) {
+            F4 v[ONCE][EACH];
+            UNROLL for (int i = 0; i < ONCE; i++)
+                UNROLL for (int q = 0; q < EACH; q++) {
+                    int k = 4 * (32 * q + lane), row = (begin + i) * WARPS + warp;
+                    v[i][q] = residual4(x, (i64)row * D + rank * K1 + k, row < rows && k < K1);
                 }
+            UNROLL for (int i = 0; i < ONCE; i++) {
+                int row = (begin + i) * WARPS + warp;
+                float squares = 0.0f;
+                UNROLL for (int q = 0; q < EACH; q++) {
+                    int k = 4 * (32 * q + lane);
+                    const float *f = v[i][q].v, *g = w[q].v;
+                    UNROLL for (int j = 0; j < 4; j++) squares += f[j] * f[j];
+                    U2 b = {{to_bits(f[0] * g[0]) | to_bits(f[1] * g[1]) << 16,
+                             to_bits(f[2] * g[2]) | to_bits(f[3] * g[3]) << 16}};
+                    if (row < ROWS && k < K1) *reinterpret_cast<U2*>(h + row * H_STRIDE + k) = b;
+                }
+                UNROLL for (int m = 16; m; m /= 2) squares += SWAP(squares, m);
+                if (row < ROWS && lane == 0) at<float>(AT_SQUARES)[row] = squares;
             }
-            UNROLL for (int m = 16; m; m /= 2) squares += SWAP(squares, m);
-            if (lane == 0) at<float>(AT_SQUARES)[row] = squares;
         }
     }
     __device__ __forceinline__ void keep(float* sums, int output, float (&s)[NT][4]) const {
@@ -435,11 +456,18 @@ struct Block {
     }
     // the cluster's channels, from its blocks
     __device__ __forceinline__ void gather() {
-        constexpr int FOURS = CC / 4;
-        for (int i = tid; i < CS * ROWS * FOURS; i += THREADS) {
-            int r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
-            U2 b = far_bytes8(at<bf16>(AT_MINE) + row * CC + 4 * e, r);
-            *reinterpret_cast<U2*>(at<bf16>(AT_ALL) + row * X_STRIDE + r * CC + 4 * e) = b;
+        constexpr int FOURS = CC / 4, ALL = CS * ROWS * FOURS, EACH = (ALL + THREADS - 1) / THREADS;
+        constexpr int ONCE = EACH < 10 ? EACH : 10;
+        for (int begin = 0; begin < EACH; begin += ONCE) {
+            U2 b[ONCE];
+            UNROLL for (int k = 0; k < ONCE; k++) {
+                int i = (begin + k) * THREADS + tid, r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
+                if (i < ALL) b[k] = far_bytes8(at<bf16>(AT_MINE) + row * CC + 4 * e, r);
+            }
+            UNROLL for (int k = 0; k < ONCE; k++) {
+                int i = (begin + k) * THREADS + tid, r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
+                if (i < ALL) *reinterpret_cast<U2*>(at<bf16>(AT_ALL) + row * X_STRIDE + r * CC + 4 * e) = b[k];
+            }
         }
     }
     // weights of x_proj: a warp has one tile of outputs and some of the terms
@@ -492,7 +520,7 @@ struct Block {
             int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
             F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
             if (rank * PS + p < P) {
-                constexpr int ONCE = G % 8 ? G : 8;
+                constexpr int ONCE = G;
                 for (int begin = 0; begin < G; begin += ONCE) {
                     F4 f[ONCE];
                     UNROLL for (int q = 0; q < ONCE; q++)
@@ -506,14 +534,19 @@ struct Block {
     }
     // all of x_proj: delta's part in bfloat16, B and C
     __device__ __forceinline__ void spread() {
-        for (int i = tid; i < P * (ROWS / 4); i += THREADS) {
-            int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
-            F4 f = far4(at<float>(AT_SLICE) + p % PS * ROWS + row, p / PS);
-            UNROLL for (int k = 0; k < 4; k++) {
-                if (p < R)
-                    at<bf16>(AT_LOW)[(row + k) * L_STRIDE + p] = to_bf16(f.v[k]);
-                else
-                    at<float>(AT_BC)[(row + k) * 2 * N + p - R] = f.v[k];
+        constexpr int ALL = P * (ROWS / 4), EACH = (ALL + THREADS - 1) / THREADS, ONCE = EACH < 6 ? EACH : 6;
+        for (int begin = 0; begin < EACH; begin += ONCE) {
+            F4 f[ONCE];
+            UNROLL for (int j = 0; j < ONCE; j++) {
+                int i = (begin + j) * THREADS + tid, p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
+                if (i < ALL) f[j] = far4(at<float>(AT_SLICE) + p % PS * ROWS + row, p / PS);
+            }
+            UNROLL for (int j = 0; j < ONCE; j++) {
+                int i = (begin + j) * THREADS + tid, p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
+                UNROLL for (int k = 0; k < 4; k++) {
+                    if (i < ALL && p < R) at<bf16>(AT_LOW)[(row + k) * L_STRIDE + p] = to_bf16(f[j].v[k]);
+                    if (i < ALL && p >= R) at<float>(AT_BC)[(row + k) * 2 * N + p - R] = f[j].v[k];
+                }
             }
         }
         if (RP > R)
@@ -597,19 +630,28 @@ struct Block {
         }
         wait_copies();
     }
-    __device__ __forceinline__ void add_out(const void* x) {
-        const float* sums = at<float>(AT_OUT);
-        for (int i = tid; i < rows * DO; i += THREADS) {
-            int row = i / DO, o = i % DO;
-            i64 cell = (i64)row * D + cluster * DG + rank * DO + o;
-            float all = XBF ? from_bits(common_half((const bf16*)x + cell)) : common1((const float*)x + cell);
-            UNROLL for (int r = 0; r < CS; r++)
-                UNROLL for (int part = 0; part < KO; part++)
-                    all += far1(sums + part * DG * ROWS + place(rank * DO + o, row), r);
-            if (XBF)
-                ((bf16*)a.out)[cell] = to_bf16(all);
-            else
-                ((float*)a.out)[cell] = all;
+    __device__ __forceinline__ void ask_residual(const void* x, float (&v)[OUTS][4]) const {
+        UNROLL for (int j = 0; j < OUTS; j++) {
+            int i = j * THREADS + tid, row = i / DO * 4, o = i % DO;
+            UNROLL for (int k = 0; k < 4; k++) {
+                i64 cell = (i64)(row + k) * D + cluster * DG + rank * DO + o;
+                v[j][k] = 0.0f;
+                if (row + k < rows)
+                    v[j][k] = XBF ? from_bits(common_half((const bf16*)x + cell)) : common1((const float*)x + cell);
+            }
+        }
+    }
+    __device__ __forceinline__ void add_out(float (&v)[OUTS][4]) {
+        UNROLL for (int j = 0; j < OUTS; j++) {
+            int i = j * THREADS + tid, row = i / DO * 4, o = i % DO;
+            if (row < rows) {
+                F4 f = total<KO, DG>(at<float>(AT_OUT), rank * DO + o, row);
+                UNROLL for (int k = 0; k < 4; k++) {
+                    i64 cell = (i64)(row + k) * D + cluster * DG + rank * DO + o;
+                    if (row + k < rows && XBF) ((bf16*)a.out)[cell] = to_bf16(v[j][k] + f.v[k]);
+                    if (row + k < rows && !XBF) ((float*)a.out)[cell] = v[j][k] + f.v[k];
+                }
+            }
         }
     }
 };
@@ -625,7 +667,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
     SHARED_MEMORY(memory);
     Block b{memory, a, (int)threadIdx.x, (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)rank_in_cluster(),
             (int)(blockIdx.x / CS), (int)a.rows, 0};
-    int lane = b.lane;
     In in;
     const void* x = a.x;
     int layers = (int)a.layers;
@@ -634,6 +675,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
     for (int i = 0; i < layers; i++) {
         const Layer& l = a.layer[i];
         STAMP(0);
+        b.forget();
         b.norm(l, x);
         STAMP(1); // after b.norm(l, x);
         wait_copies();
@@ -642,7 +684,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         in.run(
             b.warp, [&](int unit) { return b.in_weights(l, unit); }, D, H_STRIDE,
             [&](int unit) {
-                return b.template at<bf16>(AT_H) + lane / 4 * H_STRIDE + unit % KI * (K1 / KI) + 8 * (lane % 4);
+                return b.template at<bf16>(AT_H) + b.lane / 4 * H_STRIDE + unit % KI * (K1 / KI) + 8 * (b.lane % 4);
             },
             [&](int unit, float(&s)[NT][4]) {
                 b.keep(b.template at<float>(AT_SUMS) + unit % KI * 2 * CH * ROWS, unit / KI * 16, s);
@@ -662,6 +704,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         }
         BARRIER();
         STAMP(5); // after BARRIER();
+        b.forget();
         b.convolve();
         STAMP(6); // after b.convolve();
         cluster_barrier();
@@ -679,6 +722,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         b.listen();
         STAMP(12); // after b.listen();
 
+        b.forget();
         b.add_parts();
         STAMP(13); // after b.add_parts();
         cluster_barrier();
@@ -703,6 +747,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         b.listen();
         STAMP(22); // after b.listen();
 
+        b.forget();
+        float kept[OUTS][4];
+        b.ask_residual(x, kept);
         b.load_y();
         STAMP(23); // after b.load_y();
         BARRIER();
@@ -710,7 +757,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         out.run(
             b.warp, [&](int unit) { return b.out_weights(l, unit); }, C, Y_STRIDE,
             [&](int unit) {
-                return b.template at<bf16>(AT_Y) + lane / 4 * Y_STRIDE + unit % KO * (K3 / KO) + 8 * (lane % 4);
+                return b.template at<bf16>(AT_Y) + b.lane / 4 * Y_STRIDE + unit % KO * (K3 / KO) + 8 * (b.lane % 4);
             },
             [&](int unit, float(&s)[NT][4]) {
                 b.keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, s);
@@ -720,7 +767,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         STAMP(26); // after if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
         cluster_barrier();
         STAMP(27); // after cluster_barrier();
-        b.add_out(x);
+        b.add_out(kept);
         STAMP(28); // after b.add_out(x);
         x = a.out;
         if (more) {
