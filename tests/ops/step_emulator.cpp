@@ -202,3 +202,5 @@ extern "C" int emulate(long blocks, const void* words, int backwards, int bytes)
     }
     return 0;
 }
+
+extern "C" int end() { return END; }

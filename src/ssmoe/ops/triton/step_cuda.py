@@ -87,7 +87,7 @@ def cut(sizes: Sizes, device: int) -> Cut | None:
             continue
         with torch.cuda.device(device):
             # x's type and the number of layers do not count here
-            macros = _macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS)
+            macros = macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS)
             shared = shared_bytes(sizes, found, MOST_ROWS)
             fit = nvrtc.clusters_at_once(SOURCE, "steps", macros, 8 * clusters, THREADS, shared, 8)
         if fit >= clusters:
@@ -146,7 +146,7 @@ def shared_bytes(sizes: Sizes, found: Cut, rows: int) -> int:
     )
 
 
-def _macros(sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layers: int) -> nvrtc.Macros:
+def macros(sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layers: int) -> nvrtc.Macros:
     d, c, r, n, taps = sizes
     values = {
         "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "NT": rows // 8, "CS": found.blocks, "G": found.clusters,
@@ -196,7 +196,7 @@ def _launch(
         words += [t.data_ptr() for t in (norm, *rest, *kept) if t is not None]
     words += [0] * (14 * (most - len(layers)))
     nvrtc.launch(
-        SOURCE, "steps", _macros(sizes, found, rows, bfloat16=x.dtype == torch.bfloat16, layers=most),
+        SOURCE, "steps", macros(sizes, found, rows, bfloat16=x.dtype == torch.bfloat16, layers=most),
         found.blocks * found.clusters, THREADS, words, shared_bytes(sizes, found, rows),
         cluster=found.blocks, together=TOGETHER,
     )  # fmt: skip
