@@ -87,9 +87,9 @@ def cut(sizes: Sizes, device: int) -> Cut | None:
             continue
         with torch.cuda.device(device):
             # x's type and the number of layers do not count here
-            macros = macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS)
+            built = macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS)
             shared = shared_bytes(sizes, found, MOST_ROWS)
-            fit = nvrtc.clusters_at_once(SOURCE, "steps", macros, 8 * clusters, THREADS, shared, 8)
+            fit = nvrtc.clusters_at_once(SOURCE, "steps", built, 8 * clusters, THREADS, shared, 8)
         if fit >= clusters:
             return found
     return None
