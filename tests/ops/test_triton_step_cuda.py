@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU backend needs triton: pip install triton")
 
+from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton import nvrtc, step_cuda
 from ssmoe.ops.triton.step_cuda import Cut
 from tests.ops.step_cases import Case, Steps, chain_errors, in_turn, inputs
@@ -48,8 +49,9 @@ def emulated(libraries: Callable[[Path, nvrtc.Macros], ctypes.CDLL]) -> Iterator
     """`nvrtc.launch` runs the kernel here."""
 
     def launch(source: Path, kernel: str, macros: nvrtc.Macros, blocks: int, threads: int, words: list[int],
-               shared: int, *, cluster: int, together: bool) -> None:  # fmt: skip
-        assert (kernel, threads, cluster, together) == ("steps", 256, int(dict(macros)["CS"]), True)
+               shared: int, *, cluster: int, together: bool, early: bool) -> None:  # fmt: skip
+        assert (threads, cluster, together) == (256, int(dict(macros)["CS"]), True)
+        assert kernel == ("steps" if int(dict(macros)["WHOLE"]) else "middle_step")
         values = (ctypes.c_int64 * len(words))(*words)
         # the emulation refuses another size of shared memory than the source's
         assert libraries(source, macros).emulate(ctypes.c_long(blocks), values, ORDER.backwards, shared) == 0
@@ -83,12 +85,12 @@ def case(b: int, d: int, c: int, taps: int, r: int, layers: int = 1) -> list[dic
 @pytest.mark.parametrize(
     ("b", "d", "c", "taps", "r", "cut"),
     [
-        (1, 64, 128, 3, 8, Cut(2, 2, 1, 1)),
-        (5, 128, 192, 3, 16, Cut(2, 1, 2, 3)),
-        (19, 64, 128, 2, 40, Cut(2, 2, 1, 1)),
-        (70, 64, 64, 1, 8, Cut(2, 1, 1, 1)),
+        (1, 64, 128, 3, 8, Cut(2, 2, 8, 1, 1)),
+        (5, 128, 192, 3, 16, Cut(2, 1, 8, 2, 3)),
+        (19, 64, 128, 2, 40, Cut(2, 2, 8, 1, 1)),
+        (70, 64, 64, 1, 8, Cut(2, 1, 8, 1, 1)),
         # more units of products than warps, and as many weights ahead as registers hold
-        (3, 640, 512, 3, 48, Cut(2, 1, 1, 2)),
+        (3, 640, 512, 3, 48, Cut(2, 1, 8, 1, 2)),
     ],
 )
 @torch.no_grad()
@@ -100,12 +102,12 @@ def test_parity(b: int, d: int, c: int, taps: int, r: int, cut: Cut, backwards: 
 def test_parity_of_a_residual_stream_in_bfloat16() -> None:
     given = case(9, 64, 128, 3, 8, layers=2)
     given[0]["x"] = given[0]["x"].bfloat16()
-    judge(given, Cut(2, 2, 1, 1))
+    judge(given, Cut(2, 2, 8, 1, 1))
 
 
 @torch.no_grad()
 def test_a_row_has_the_same_bits_among_any_others() -> None:
-    cut, given = Cut(2, 2, 1, 1), case(40, 64, 128, 3, 8)
+    cut, given = Cut(2, 2, 8, 1, 1), case(40, 64, 128, 3, 8)
     together = in_turn(given, with_cut(cut))
     for some in (1, 9, 17, 33):
         rows = {name: given[0][name][40 - some :].contiguous() for name in ("x", "conv_state", "ssm_state")}
@@ -114,14 +116,43 @@ def test_a_row_has_the_same_bits_among_any_others() -> None:
 
 
 @pytest.mark.parametrize("rows", [8, 64])
-@pytest.mark.parametrize(("d", "r"), [(512, 32), (768, 48), (1024, 64), (2048, 128), (2560, 160)])
-def test_the_size_of_shared_memory(d: int, r: int, rows: int, libraries: Any) -> None:
+@pytest.mark.parametrize(
+    ("d", "r", "clusters", "slots", "whole"),
+    [(512, 32, 8, 8, True), (768, 48, 12, 8, True), (768, 48, 24, 8, False), (2560, 160, 10, 2, False)],
+)
+def test_the_size_of_shared_memory(
+    d: int, r: int, clusters: int, slots: int, whole: bool, rows: int, libraries: Any
+) -> None:
     sizes = step_cuda.Sizes(d, 2 * d, r, 16, 3)
-    cut = step_cuda.divided(sizes, 8, 16)
+    cut = step_cuda.divided(sizes, 8, clusters, slots, whole)
     assert cut is not None
     shared = step_cuda.shared_bytes(sizes, cut, rows)
     assert shared <= 227 * 1024
     assert libraries(step_cuda.SOURCE, step_cuda.macros(sizes, cut, rows, bfloat16=False, layers=1)).end() == shared
+
+
+def with_middle(cut: Cut) -> Steps:
+    """`mamba_steps` whose norm, in_proj and out_proj are torch's."""
+
+    def steps(x: Tensor, layers: Any, *, norm_eps: float, **states: Any) -> Any:
+        for layer, *kept in zip(layers, *states.values(), strict=True):
+            norm, _, in_proj, *_, out_proj = layer
+            h = torch.nn.functional.rms_norm(x, norm.shape, norm, norm_eps).to(in_proj.dtype)
+            y = step_cuda.middle(linear(h, in_proj), layer, cut, *kept)
+            x = x + linear(y, out_proj)
+        return x, states["out_convs"], states["out_ssms"]
+
+    return steps
+
+
+@pytest.mark.parametrize("backwards", [0, 1])
+@pytest.mark.parametrize("b", [1, 19, 70])
+@torch.no_grad()
+def test_parity_of_the_middle(b: int, backwards: int) -> None:
+    ORDER.backwards = backwards
+    # fewer pieces of states are held than there are
+    for i, (ours, eager) in enumerate(chain_errors(case(b, 40, 256, 3, 40, 2), with_middle(Cut(2, 2, 2)))):
+        assert ours <= 2 * eager + 1e-6, f"output {i}: {ours:.1e}, eager {eager:.1e}"
 
 
 @pytest.mark.parametrize(

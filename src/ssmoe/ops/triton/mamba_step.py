@@ -262,15 +262,14 @@ def step_few(call: _Call, tiles: Few) -> Tensor:
 
 
 def step_many(call: _Call, tiles: Many) -> Tensor:
-    """x + mixer(norm(x)) by five launches on tiles of rows."""
-    (d, c, r, n, taps), b, x = call.sizes, call.x.shape[0], call.x
+    """x + mixer(norm(x)) on tiles of rows, by four launches or six."""
+    (d, c, *_), b, x = call.sizes, call.x.shape[0], call.x
     dtype = call.conv_state.dtype
-    p = r + 2 * n
 
     def room(width: int) -> Tensor:
         return torch.empty(b, width, dtype=dtype, device=x.device)
 
-    h, mixed, inner, low, y = room(d), room(2 * c), room(c), room(p), room(c)
+    h, mixed = room(d), room(2 * c)
     out = torch.empty(b, d, dtype=call.out_dtype, device=x.device)
     pdl, precision = _overlaps(x, early=False) if call.settled else 0, _precision(x, dtype)
     kernels.norm_kernel[(b,)](
@@ -279,6 +278,22 @@ def step_many(call: _Call, tiles: Many) -> Tensor:
         **_launch(pdl),
     )  # fmt: skip
     _product(h, call.in_proj, None, mixed, tiles.project, pdl)
+    found = _middle(call)
+    if found is not None:
+        y = step_cuda.middle(
+            mixed, _layer(call), found, call.conv_state, call.ssm_state, call.out_conv, call.out_ssm
+        )
+    else:
+        y = _middle_by_parts(call, tiles, mixed, pdl)
+    _product(y, call.out_proj, x, out, tiles.out, pdl)
+    return out
+
+
+def _middle_by_parts(call: _Call, tiles: Many, mixed: Tensor, pdl: int) -> Tensor:
+    """From in_proj's output (b, 2 d_inner) to out_proj's input (b, d_inner)."""
+    (_, c, r, n, taps), b, x = call.sizes, call.x.shape[0], call.x
+    dtype, precision = mixed.dtype, _precision(x, mixed.dtype)
+    inner, low, y = (torch.empty(b, width, dtype=dtype, device=x.device) for width in (c, r + 2 * n, c))
     channels = min(256, _power(c))
     kernels.convolve_kernel[(triton.cdiv(c, channels), b)](
         mixed, call.conv_weight, call.conv_bias, call.conv_state, call.out_conv, inner,
@@ -291,8 +306,23 @@ def step_many(call: _Call, tiles: Many) -> Tensor:
         b, C=c, R=r, N=n, BM=UPDATE_ROWS, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n), PRECISION=precision,
         PDL=pdl, num_warps=tiles.update_warps, **_launch(pdl),
     )  # fmt: skip
-    _product(y, call.out_proj, x, out, tiles.out, pdl)
-    return out
+    return y
+
+
+def _layer(call: _Call) -> Layer:
+    """The layer as `mamba_steps` takes it."""
+    return (
+        call.norm_weight, call.norm_bias, call.in_proj, call.conv_weight, call.conv_bias, call.x_proj,
+        call.delta_proj, call.A_log, call.D, call.delta_bias, call.out_proj,
+    )  # fmt: skip
+
+
+def _middle(call: _Call) -> step_cuda.Cut | None:
+    """The cut of the CUDA kernel between the products, None where it does not take the layer."""
+    states = ([call.conv_state, call.out_conv], [call.ssm_state, call.out_ssm])
+    if not step_cuda.takes(call.x, [_layer(call)], *states):
+        return None
+    return step_cuda.cut(call.sizes, call.x.device.index, whole=False)
 
 
 def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Product, pdl: int) -> None:
@@ -368,8 +398,9 @@ def _by_cuda(
         [torch.empty_like(state) if out is None else out for state, out in zip(*pair, strict=True)]
         for pair in ((convs, out_convs), (ssms, out_ssms))
     ]
-    if not step_cuda.takes(x, layers, [*convs, *outs[0]], [*ssms, *outs[1]]):
+    if layers[0][1] is not None or not step_cuda.takes(x, layers, [*convs, *outs[0]], [*ssms, *outs[1]]):
         return None
     found = step_cuda.cut(step_cuda.sizes_of(layers[0]), x.device.index)
-    assert found is not None
+    if found is None:
+        return None
     return step_cuda.steps(x, layers, found, eps, convs, ssms, *outs), *outs

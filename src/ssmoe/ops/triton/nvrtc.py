@@ -134,8 +134,8 @@ class _Config(ctypes.Structure):
     )
 
 
-_COOPERATIVE, _CLUSTER = 2, 4
-"""The driver's numbers of the attributes of a launch whose blocks are all on the GPU at once, and in clusters."""
+_COOPERATIVE, _CLUSTER, _EARLY = 2, 4, 6
+"""The driver's numbers of the attributes of a launch whose blocks are all on the GPU at once, in clusters, and early."""
 _MOST_SHARED = 97
 """The driver's number of the most shared memory that a block can ask for."""
 
@@ -154,12 +154,13 @@ def double_bits(value: float) -> int:
 
 
 def _config(
-    blocks: int, threads: int, shared: int, stream: int, cluster: int, together: bool
+    blocks: int, threads: int, shared: int, stream: int, cluster: int, together: bool, early: bool
 ) -> tuple[_Config, ctypes.Array[_Attribute]]:
     """What cuLaunchKernelEx takes; the attributes must outlive it."""
     wanted = [(_CLUSTER, (cluster, 1, 1))] if cluster > 1 else []
     wanted += [(_COOPERATIVE, (1, 0, 0))] if together else []
-    attributes = (_Attribute * 2)()
+    wanted += [(_EARLY, (1, 0, 0))] if early else []
+    attributes = (_Attribute * 3)()
     for attribute, (number, value) in zip(attributes, wanted, strict=False):
         attribute.id, attribute.value[:3] = number, value
     grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
@@ -174,7 +175,7 @@ def clusters_at_once(
     device = torch.cuda.current_device()
     _ensure_context(device)
     function = _function(source, kernel, macros, shared, device)
-    config, attributes = _config(blocks, threads, shared, 0, cluster, together=False)
+    config, attributes = _config(blocks, threads, shared, 0, cluster, together=False, early=False)
     found = ctypes.c_int()
     _check(
         _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), function, ctypes.byref(config)),
@@ -195,11 +196,13 @@ def launch(
     *,
     cluster: int = 1,
     together: bool = False,
+    early: bool = False,
 ) -> None:
     """Start `kernel`, whose one parameter is a struct of 64-bit words, on the current device and stream.
 
     shared: bytes of memory that each block is given. cluster: blocks that can read each other's. together: all
-    blocks are on the GPU at once, so that they can wait for one another. A source and its macros are compiled when
+    blocks are on the GPU at once, so that they can wait for one another. early: it may start before the kernel
+    before it has ended, for whose results it then waits itself. A source and its macros are compiled when
     first launched on a device, and kept.
     """
     if blocks > 2**31 - 1:
@@ -210,7 +213,7 @@ def launch(
     values = (ctypes.c_int64 * len(words))(*words)
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(values))
     stream = torch.cuda.current_stream(device).cuda_stream
-    config, attributes = _config(blocks, threads, shared, stream, cluster, together)
+    config, attributes = _config(blocks, threads, shared, stream, cluster, together, early)
     result = _driver().cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
     _check(result, f"launching {kernel}")
     del attributes

@@ -33,6 +33,7 @@ struct alignas(8) U2 {
 // the compiler forgets what it knows of an integer: places are computed anew rather than kept in registers
 #define FORGET(i) asm volatile("" : "+r"(i))
 #define SHARED_MEMORY(name) extern __shared__ float4 name##_[]; char* name = reinterpret_cast<char*>(name##_)
+#define WARP_BARRIER() __syncwarp()
 #define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 __device__ __forceinline__ u32 rank_in_cluster() {
     u32 r;
@@ -77,12 +78,6 @@ __device__ __forceinline__ void weights16(u32* to, const void* at, bool live) {
                  " @p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(at), "r"((u32)live));
 }
-// the state: read once, written by the same thread
-__device__ __forceinline__ void state16(float* to, const void* at, bool live) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-                 " @p ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4]; }"
-                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(at), "r"((u32)live) : "memory");
-}
 // what other blocks wrote: from L2
 __device__ __forceinline__ F4 common4(const float* at) {
     F4 f;
@@ -122,6 +117,9 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// a kernel that was started early: what earlier kernels wrote is there; the next one may start early
+__device__ __forceinline__ void after_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void arrive(u32* counter) {
     __threadfence();
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
@@ -132,6 +130,30 @@ __device__ __forceinline__ void await(const u32* counter, u32 target) {
     do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     } while (seen < target);
+}
+// two numbers in bfloat16, to the nearest
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+// Copies by the engine: `expect` on a barrier how many bytes come, then the copies, each of whole 16 bytes; `arrived`
+// waits for them. round: of this barrier, from 0.
+__device__ __forceinline__ void open_barrier(u64* barrier) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void arrived(u64* barrier, u32 round) {
+    asm volatile("{ .reg .pred p;\n WAIT%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra WAIT%=;\n }"
+                 ::"r"(shared_address(barrier)), "r"(round & 1) : "memory");
 }
 __device__ __forceinline__ float exp2_fast(float v) {
     float r;
@@ -147,15 +169,20 @@ constexpr int P = R + 2 * N;
 constexpr int CH = C / G, CC = CH / CS;          // channels of a cluster, of a block
 constexpr int DG = D / G, DO = DG / CS;          // outputs of a cluster, of a block
 constexpr int K1 = D / CS, K3 = C / CS;          // terms of in_proj, of out_proj a block
-constexpr int PS = (P + CS - 1) / CS, PT = (PS + 15) / 16;  // outputs of x_proj a block, tiles of 16 of them
+constexpr int CHUNK = 8, CHUNKS = NT;  // rows of states that are copied together
+constexpr int HELD = SLOTS < CHUNKS ? SLOTS : CHUNKS;
+constexpr int CONV_STRIDE = CC * TAPS + 2, MINE_STRIDE = CC + 4, COLUMN = ROWS + 1;
+constexpr int PS = (P / 2 + CS - 1) / CS * 2, PT = (PS + 15) / 16;  // outputs of x_proj a block, tiles of 16 of them
 constexpr int XK = PT >= 8 ? 1 : 8 / PT;         // parts of x_proj's terms
 constexpr int XSTEPS = (CH / 32 + XK - 1) / XK;
 constexpr int RP = (R + 31) / 32 * 32, PAD = RP > R ? RP - R : 1, DT = (CC + 15) / 16;
 constexpr float LOG2E = 1.4426950408889634f;
 
 static_assert(N == 16 && R % 8 == 0 && TAPS >= 1, "the scan's lanes hold four states each");
-static_assert(C % (32 * G) == 0 && D % (16 * G) == 0 && CH % CS == 0 && CC % 4 == 0 && DG % CS == 0, "channels");
-static_assert(D % (32 * CS) == 0 && C % (32 * CS) == 0 && (K1 / 32) % KI == 0 && (K3 / 32) % KO == 0, "terms");
+static_assert(C % (32 * G) == 0 && CH % CS == 0 && CC % 4 == 0 && P % 2 == 0 && PS % 2 == 0, "channels");
+static_assert(!WHOLE || D % (16 * G) == 0 && DG % CS == 0, "outputs");
+static_assert(!WHOLE || D % (32 * CS) == 0 && C % (32 * CS) == 0 && (K1 / 32) % KI == 0 && (K3 / 32) % KO == 0,
+              "terms");
 static_assert(PT <= WARPS, "a warp has one tile of x_proj");
 
 // bfloat16 numbers from row to row: half of the banks further, so that 16-byte reads of 8 rows meet no bank twice
@@ -165,34 +192,37 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __device__ constexpr int up16(int a) { return (a + 15) / 16 * 16; }
 
 // Shared memory, bytes. First what a layer needs from the start:
-constexpr int AT_CONV = 0;                                             // bf16 [ROWS][CC TAPS]
-constexpr int AT_TAPS = up16(AT_CONV + 2 * ROWS * CC * TAPS);          // float [CC][TAPS + 1]
+constexpr int AT_ARRIVED = 0;                                          // u64 [HELD], barriers
+constexpr int AT_CONV = up16(AT_ARRIVED + 8 * HELD);                   // bf16 [ROWS][CONV_STRIDE]
+constexpr int AT_TAPS = up16(AT_CONV + 2 * ROWS * CONV_STRIDE);        // float [CC][TAPS + 1]
 constexpr int AT_SHIFT = up16(AT_TAPS + 4 * CC * (TAPS + 1));          // float [CC] each
 constexpr int AT_SKIP = up16(AT_SHIFT + 4 * CC);
 constexpr int AT_BIAS = up16(AT_SKIP + 4 * CC);
 constexpr int AT_A = up16(AT_BIAS + 4 * CC);                           // float [CC][N]
-constexpr int AT_SQUARES = up16(AT_A + 4 * CC * N);                    // float [ROWS], sums of squares of the slice
-constexpr int AT_SCALE = up16(AT_SQUARES + 4 * ROWS);                  // float [ROWS]
+constexpr int AT_NORM = up16(AT_A + 4 * CC * N);                       // float [K1]
+constexpr int AT_SQUARES = up16(AT_NORM + (WHOLE ? 4 * K1 : 0));       // float [ROWS], sums of squares of the slice
+constexpr int AT_STATE = up16(AT_SQUARES + 4 * ROWS);                  // float [HELD][CHUNK][CC][N]
 // The norm's slice, bf16 [ROWS][H_STRIDE]; after in_proj the block's own channels:
-constexpr int AT_H = up16(AT_SCALE + 4 * ROWS);
-constexpr int AT_INNER = AT_H;                                         // float [ROWS][CC]
-constexpr int AT_GATE = up16(AT_INNER + 4 * ROWS * CC);                // float [ROWS][CC]
-constexpr int AT_MINE = up16(AT_GATE + 4 * ROWS * CC);                 // bf16 [ROWS][CC]
-constexpr int AT_WIDEN = up16(AT_MINE + 2 * ROWS * CC);                // bf16 [CC][L_STRIDE], delta_proj
-constexpr int AT_SUMS = up16(larger(AT_H + 2 * ROWS * H_STRIDE, AT_WIDEN + 2 * CC * L_STRIDE));
-// in_proj's sums, float [KI][2 CH][ROWS]; then the cluster's channels and x_proj's sums:
+constexpr int AT_H = up16(AT_STATE + 4 * HELD * CHUNK * CC * N);
+constexpr int AT_INNER = AT_H;                                         // float [CC][COLUMN]
+constexpr int AT_GATE = up16(AT_INNER + 4 * CC * COLUMN);              // float [CC][COLUMN]
+constexpr int AT_MINE = up16(AT_GATE + 4 * CC * COLUMN);               // bf16 [ROWS][MINE_STRIDE]
+constexpr int AT_WIDEN = up16(AT_MINE + 2 * ROWS * MINE_STRIDE);       // bf16 [CC][L_STRIDE], delta_proj
+constexpr int AT_SUMS = up16(larger(AT_H + (WHOLE ? 2 * ROWS * H_STRIDE : 0), AT_WIDEN + 2 * CC * L_STRIDE));
+// in_proj's sums, float [KI][2 CH][ROWS]; then the cluster's channels; then x_proj's sums:
 constexpr int AT_ALL = AT_SUMS;                                        // bf16 [ROWS][X_STRIDE]
-constexpr int AT_LOWSUMS = up16(AT_ALL + 2 * ROWS * X_STRIDE);         // float [XK][16 PT][ROWS]
+constexpr int AT_LOWSUMS = AT_SUMS;                                    // float [XK][16 PT][ROWS]
 // and after the grid's wait:
-constexpr int AT_SLICE = AT_SUMS;                                      // float [PS][ROWS], read by the cluster
+constexpr int AT_SLICE = AT_SUMS;                                      // float [ROWS][PS], read by the cluster
 constexpr int AT_LOW = up16(AT_SLICE + 4 * PS * ROWS);                 // bf16 [ROWS][L_STRIDE]
 constexpr int AT_BC = up16(AT_LOW + 2 * ROWS * L_STRIDE);              // float [ROWS][2 N]
-constexpr int AT_DELTA = up16(AT_BC + 8 * ROWS * N);                   // float [ROWS][CC]
+constexpr int AT_DELTA = up16(AT_BC + 8 * ROWS * N);                   // float [CC][COLUMN]
 // out_proj: its factor bf16 [ROWS][Y_STRIDE], its sums float [KO][DG][ROWS]
 constexpr int AT_Y = AT_H;
 constexpr int AT_OUT = up16(AT_Y + 2 * ROWS * Y_STRIDE);
-constexpr int END = larger(larger(AT_SUMS + 8 * KI * CH * ROWS, AT_LOWSUMS + 64 * XK * PT * ROWS),
-                           larger(AT_DELTA + 4 * ROWS * CC, AT_OUT + 4 * KO * DG * ROWS));
+constexpr int MIDDLE = larger(larger(AT_LOWSUMS + 64 * XK * PT * ROWS, AT_ALL + 2 * ROWS * X_STRIDE),
+                              AT_DELTA + 4 * CC * COLUMN);
+constexpr int END = WHOLE ? larger(MIDDLE, larger(AT_SUMS + 8 * KI * CH * ROWS, AT_OUT + 4 * KO * DG * ROWS)) : MIDDLE;
 
 struct Layer {
     const float* norm;
@@ -222,13 +252,7 @@ struct Arguments {
     Layer layer[MAXL];
 };
 
-__device__ __forceinline__ u32 to_bits(float v) {
-    // round to nearest even; NaN stays NaN
-    u32 u = __float_as_uint(v);
-    u32 r = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
-    return v == v ? r : (u >> 16) | 0x40;
-}
-__device__ __forceinline__ bf16 to_bf16(float v) { return bf16{(unsigned short)to_bits(v)}; }
+__device__ __forceinline__ bf16 to_bf16(float v) { return bf16{(unsigned short)pack(v, 0.0f)}; }
 __device__ __forceinline__ float from_bits(u32 b) { return __uint_as_float(b << 16); }
 __device__ __forceinline__ float from_bf16(bf16 b) { return from_bits(b.bits); }
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + exp2_fast(-v * LOG2E)); }
@@ -285,12 +309,14 @@ struct Product {
     }
 };
 
+#if WHOLE
 using In = Product<2 * CH / 16 * KI, K1 / 32 / KI>;
 using Out = Product<DG / 16 * KO, K3 / 32 / KO>;
+#endif
 
 constexpr int OUTS = (ROWS / 4 * DO + THREADS - 1) / THREADS;  // groups of four rows of an output a thread
-constexpr int PASSES = (ROWS * CC + THREADS / 4 - 1) / (THREADS / 4);
-constexpr int STATES = PASSES <= 12 ? PASSES : 10;
+constexpr int PASSES = (CHUNK * CC + THREADS / 4 - 1) / (THREADS / 4);
+static_assert(CHUNKS % HELD == 0 && (!WHOLE || CHUNKS == HELD), "every barrier is used as often as round says");
 
 // One block of the grid between two waits; `turn` counts the grid's waits.
 struct Block {
@@ -320,16 +346,35 @@ struct Block {
         if (tid == 0) await(a.counter, target);
         BARRIER();
     }
+    // the states of CHUNK rows; no block reads what they replace
+    __device__ __forceinline__ void ask_states(const Layer& l, int chunk) {
+        if (warp == WARPS - 1) {
+            int first = chunk * CHUNK, live = rows - first < CHUNK ? rows - first : CHUNK;
+            u64* barrier = at<u64>(AT_ARRIVED) + chunk % HELD;
+            constexpr int BYTES = 4 * CC * N;
+            if (live > 0) {
+                if (lane == 0) expect(barrier, live * BYTES);
+                WARP_BARRIER();
+                if (lane < live)
+                    copy_by_engine(at<char>(AT_STATE) + (chunk % HELD * CHUNK + lane) * BYTES,
+                                   l.ssm + ((i64)(first + lane) * C + cluster * CH + rank * CC) * N, BYTES, barrier);
+            }
+        }
+    }
     // copies of what a layer needs and no activation decides; there after wait_copies and a barrier
     __device__ __forceinline__ void stage(const Layer& l) {
         int c0 = cluster * CH + rank * CC;
-        constexpr int EIGHTS = CC * TAPS / 4;
-        for (int i = tid; i < ROWS * EIGHTS; i += THREADS) {
-            int row = i / EIGHTS, e = i % EIGHTS;
+        constexpr int PAIRS = CC * TAPS / 2;
+        for (int i = tid; i < ROWS * PAIRS; i += THREADS) {
+            int row = i / PAIRS, e = i % PAIRS;
             bool live = row < rows;
-            copy_later<8>(at<bf16>(AT_CONV) + row * CC * TAPS + 4 * e,
-                          l.conv + ((i64)(live ? row : 0) * C + c0) * TAPS + 4 * e, live);
+            copy_later<4>(at<bf16>(AT_CONV) + row * CONV_STRIDE + 2 * e,
+                          l.conv + ((i64)(live ? row : 0) * C + c0) * TAPS + 2 * e, live);
         }
+        if (WHOLE)
+            for (int i = tid; i < K1 / 4; i += THREADS)
+                copy_later<16>(at<float>(AT_NORM) + 4 * i, l.norm + rank * K1 + 4 * i, true);
+        for (int chunk = 0; chunk < HELD; chunk++) ask_states(l, chunk);
         for (int i = tid; i < CC * (TAPS + 1); i += THREADS)
             copy_later<4>(at<float>(AT_TAPS) + i, l.taps + c0 * (TAPS + 1) + i, true);
         for (int i = tid; i < CC; i += THREADS) {
@@ -364,14 +409,9 @@ struct Block {
         }
         return v;
     }
-    __device__ __forceinline__ void norm(const Layer& l, const void* x) {
+    __device__ __forceinline__ void norm(const void* x) {
         bf16* h = at<bf16>(AT_H);
         constexpr int EACH = (K1 / 4 + 31) / 32, ONCE = NT * EACH <= 12 ? NT : 12 / EACH > 0 ? 12 / EACH : 1;
-        F4 w[EACH];
-        UNROLL for (int q = 0; q < EACH; q++) {
-            int k = 4 * (32 * q + lane);
-            w[q] = *reinterpret_cast<const F4*>(l.norm + rank * K1 + (k < K1 ? k : 0));
-        }
         for (int begin = 0; begin < NT; begin += ONCE) {
             F4 v[ONCE][EACH];
             UNROLL for (int i = 0; i < ONCE; i++)
@@ -379,15 +419,19 @@ struct Block {
                     int k = 4 * (32 * q + lane), row = (begin + i) * WARPS + warp;
                     v[i][q] = residual4(x, (i64)row * D + rank * K1 + k, row < rows && k < K1);
                 }
+            if (begin == 0) {
+                wait_copies();
+                BARRIER();
+            }
             UNROLL for (int i = 0; i < ONCE; i++) {
                 int row = (begin + i) * WARPS + warp;
                 float squares = 0.0f;
                 UNROLL for (int q = 0; q < EACH; q++) {
                     int k = 4 * (32 * q + lane);
-                    const float *f = v[i][q].v, *g = w[q].v;
+                    const float* f = v[i][q].v;
+                    const float* g = at<float>(AT_NORM) + (k < K1 ? k : 0);
                     UNROLL for (int j = 0; j < 4; j++) squares += f[j] * f[j];
-                    U2 b = {{to_bits(f[0] * g[0]) | to_bits(f[1] * g[1]) << 16,
-                             to_bits(f[2] * g[2]) | to_bits(f[3] * g[3]) << 16}};
+                    U2 b = {{pack(f[0] * g[0], f[1] * g[1]), pack(f[2] * g[2], f[3] * g[3])}};
                     if (row < ROWS && k < K1) *reinterpret_cast<U2*>(h + row * H_STRIDE + k) = b;
                 }
                 UNROLL for (int m = 16; m; m /= 2) squares += SWAP(squares, m);
@@ -413,45 +457,75 @@ struct Block {
             }
         return all;
     }
-    // the block's own channels: the gate; the convolution and its new state, in place in shared memory
-    __device__ __forceinline__ void convolve() {
+    // one channel of a row: the convolution and its new state, in place in shared memory
+    __device__ __forceinline__ void convolve(int c, int row, float value) {
+        // the state keeps bfloat16, so the convolution uses what it will read there later
+        bf16 fresh = to_bf16(value);
+        const float* tap = at<float>(AT_TAPS) + c * (TAPS + 1);
+        bf16* past = at<bf16>(AT_CONV) + row * CONV_STRIDE + c * TAPS;
+        float sum = at<float>(AT_SHIFT)[c] + from_bf16(fresh) * tap[TAPS];
+        UNROLL for (int j = 0; j < TAPS; j++) sum += from_bf16(past[j]) * tap[j];
+        UNROLL for (int j = 0; j + 1 < TAPS; j++) past[j] = past[j + 1];
+        past[TAPS - 1] = fresh;
+        float inner = silu(sum);
+        at<float>(AT_INNER)[c * COLUMN + row] = inner;
+        at<bf16>(AT_MINE)[row * MINE_STRIDE + c] = to_bf16(inner);
+    }
+    // the block's own channels from in_proj's sums
+    __device__ __forceinline__ void own() {
         const float* sums = at<float>(AT_SUMS);
-        const float* scale = at<float>(AT_SCALE);
-        bf16* conv = at<bf16>(AT_CONV);
+        // a thread's rows are the same in every turn
+        int row = tid % (ROWS / 4) * 4;
+        float scale[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        UNROLL for (int r = 0; r < CS; r++) {
+            F4 f = far4(at<float>(AT_SQUARES) + row, r);
+            UNROLL for (int k = 0; k < 4; k++) scale[k] += f.v[k];
+        }
+        UNROLL for (int k = 0; k < 4; k++) scale[k] = 1.0f / sqrtf(scale[k] / D + (float)a.eps);
         for (int i = tid; i < 2 * CC * (ROWS / 4); i += THREADS) {
-            int row = i % (ROWS / 4) * 4, c = i / (ROWS / 4);
+            int c = i / (ROWS / 4);
             bool gate = c >= CC;
             c -= gate ? CC : 0;
             F4 v = total<KI, 2 * CH>(sums, (gate ? CH : 0) + rank * CC + c, row);
             UNROLL for (int k = 0; k < 4; k++) {
-                float value = v.v[k] * scale[row + k];
-                int cell = (row + k) * CC + c;
-                if (gate) {
-                    at<float>(AT_GATE)[cell] = value;
-                } else {
-                    // the state keeps bfloat16, so the convolution uses what it will read there later
-                    bf16 fresh = to_bf16(value);
-                    const float* tap = at<float>(AT_TAPS) + c * (TAPS + 1);
-                    bf16* past = conv + cell * TAPS;
-                    float sum = at<float>(AT_SHIFT)[c];
-                    UNROLL for (int j = 0; j < TAPS; j++) sum += from_bf16(past[j]) * tap[j];
-                    sum += from_bf16(fresh) * tap[TAPS];
-                    UNROLL for (int j = 0; j + 1 < TAPS; j++) past[j] = past[j + 1];
-                    past[TAPS - 1] = fresh;
-                    float inner = silu(sum);
-                    at<float>(AT_INNER)[cell] = inner;
-                    at<bf16>(AT_MINE)[cell] = to_bf16(inner);
-                }
+                if (gate)
+                    at<float>(AT_GATE)[c * COLUMN + row + k] = v.v[k] * scale[k];
+                else
+                    convolve(c, row + k, v.v[k] * scale[k]);
             }
         }
     }
-    __device__ __forceinline__ void write_conv(const Layer& l) {
-        constexpr int EIGHTS = CC * TAPS / 4;
+    // the same from in_proj's whole output, bf16 (rows, 2 C)
+    __device__ __forceinline__ void own(const bf16* mixed) {
+        constexpr int ALL = ROWS * CC / 4, EACH = (ALL + THREADS - 1) / THREADS;
         int c0 = cluster * CH + rank * CC;
-        for (int i = tid; i < rows * EIGHTS; i += THREADS) {
-            int row = i / EIGHTS, e = i % EIGHTS;
-            *reinterpret_cast<U2*>(l.out_conv + ((i64)row * C + c0) * TAPS + 4 * e) =
-                *reinterpret_cast<const U2*>(at<bf16>(AT_CONV) + row * CC * TAPS + 4 * e);
+        U2 x[EACH], z[EACH];
+        UNROLL for (int j = 0; j < EACH; j++) {
+            int i = j * THREADS + tid, row = i / (CC / 4), c = i % (CC / 4) * 4;
+            x[j] = z[j] = U2{{0, 0}};
+            if (row < rows) {
+                x[j] = common8(mixed + (i64)row * 2 * C + c0 + c);
+                z[j] = common8(mixed + (i64)row * 2 * C + C + c0 + c);
+            }
+        }
+        wait_copies();
+        BARRIER();
+        UNROLL for (int j = 0; j < EACH; j++) {
+            int i = j * THREADS + tid, row = i / (CC / 4), c = i % (CC / 4) * 4;
+            if (i < ALL)
+                UNROLL for (int k = 0; k < 4; k++) {
+                    convolve(c + k, row, from_bits(x[j].v[k / 2] >> 16 * (k % 2) & 0xffff));
+                    at<float>(AT_GATE)[(c + k) * COLUMN + row] = from_bits(z[j].v[k / 2] >> 16 * (k % 2) & 0xffff);
+                }
+        }
+    }
+    __device__ __forceinline__ void write_conv(const Layer& l) {
+        constexpr int PAIRS = CC * TAPS / 2;
+        int c0 = cluster * CH + rank * CC;
+        for (int i = tid; i < rows * PAIRS; i += THREADS) {
+            int row = i / PAIRS, e = i % PAIRS;
+            *reinterpret_cast<u32*>(l.out_conv + ((i64)row * C + c0) * TAPS + 2 * e) =
+                *reinterpret_cast<const u32*>(at<bf16>(AT_CONV) + row * CONV_STRIDE + 2 * e);
         }
     }
     // the cluster's channels, from its blocks
@@ -462,7 +536,7 @@ struct Block {
             U2 b[ONCE];
             UNROLL for (int k = 0; k < ONCE; k++) {
                 int i = (begin + k) * THREADS + tid, r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
-                if (i < ALL) b[k] = far_bytes8(at<bf16>(AT_MINE) + row * CC + 4 * e, r);
+                if (i < ALL) b[k] = far_bytes8(at<bf16>(AT_MINE) + row * MINE_STRIDE + 4 * e, r);
             }
             UNROLL for (int k = 0; k < ONCE; k++) {
                 int i = (begin + k) * THREADS + tid, r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
@@ -485,9 +559,9 @@ struct Block {
     }
     __device__ __forceinline__ void narrow(u32 (&w)[XSTEPS][8]) {
         int tile = warp / XK, part = warp % XK;
+        float s[NT][4];
+        UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) s[j][i] = 0.0f;
         if (tile < PT) {
-            float s[NT][4];
-            UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) s[j][i] = 0.0f;
             UNROLL for (int k = 0; k < XSTEPS; k++) {
                 int step = part * XSTEPS + k;
                 if (32 * step < CH) {
@@ -499,8 +573,10 @@ struct Block {
                     }
                 }
             }
-            keep(at<float>(AT_LOWSUMS) + part * 16 * PT * ROWS, 16 * tile, s);
         }
+        // the sums lie where the channels were
+        BARRIER();
+        if (tile < PT) keep(at<float>(AT_LOWSUMS) + part * 16 * PT * ROWS, 16 * tile, s);
         BARRIER();
         for (int i = tid; i < PS * (ROWS / 4); i += THREADS) {
             int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
@@ -528,25 +604,25 @@ struct Block {
                     UNROLL for (int q = 0; q < ONCE; q++) UNROLL for (int k = 0; k < 4; k++) all.v[k] += f[q].v[k];
                 }
             }
-            *reinterpret_cast<F4*>(at<float>(AT_SLICE) + p * ROWS + row) = all;
+            UNROLL for (int k = 0; k < 4; k++) at<float>(AT_SLICE)[(row + k) * PS + p] = all.v[k];
         }
         for (int i = tid; i < CC * N; i += THREADS) at<float>(AT_A)[i] = -LOG2E * expf(at<float>(AT_A)[i]);
     }
     // all of x_proj: delta's part in bfloat16, B and C
     __device__ __forceinline__ void spread() {
-        constexpr int ALL = P * (ROWS / 4), EACH = (ALL + THREADS - 1) / THREADS, ONCE = EACH < 6 ? EACH : 6;
+        constexpr int ALL = P / 2 * ROWS, EACH = (ALL + THREADS - 1) / THREADS, ONCE = EACH < 12 ? EACH : 12;
         for (int begin = 0; begin < EACH; begin += ONCE) {
-            F4 f[ONCE];
+            U2 f[ONCE];
             UNROLL for (int j = 0; j < ONCE; j++) {
-                int i = (begin + j) * THREADS + tid, p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
-                if (i < ALL) f[j] = far4(at<float>(AT_SLICE) + p % PS * ROWS + row, p / PS);
+                int i = (begin + j) * THREADS + tid, row = i / (P / 2), p = i % (P / 2) * 2;
+                if (i < ALL) f[j] = far_bytes8(at<float>(AT_SLICE) + row * PS + p % PS, p / PS);
             }
             UNROLL for (int j = 0; j < ONCE; j++) {
-                int i = (begin + j) * THREADS + tid, p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
-                UNROLL for (int k = 0; k < 4; k++) {
-                    if (i < ALL && p < R) at<bf16>(AT_LOW)[(row + k) * L_STRIDE + p] = to_bf16(f[j].v[k]);
-                    if (i < ALL && p >= R) at<float>(AT_BC)[(row + k) * 2 * N + p - R] = f[j].v[k];
-                }
+                int i = (begin + j) * THREADS + tid, row = i / (P / 2), p = i % (P / 2) * 2;
+                if (i < ALL && p < R)
+                    *reinterpret_cast<u32*>(at<bf16>(AT_LOW) + row * L_STRIDE + p) =
+                        pack(__uint_as_float(f[j].v[0]), __uint_as_float(f[j].v[1]));
+                if (i < ALL && p >= R) *reinterpret_cast<U2*>(at<float>(AT_BC) + row * 2 * N + p - R) = f[j];
             }
         }
         if (RP > R)
@@ -578,47 +654,47 @@ struct Block {
             }
             UNROLL for (int i = 0; i < 4; i++) {
                 int c = 16 * tile + g + i / 2 * 8, row = 8 * j + 2 * t + i % 2;
-                if (c < CC) at<float>(AT_DELTA)[row * CC + c] = softplus(s[i] + at<float>(AT_BIAS)[c]);
+                if (c < CC) at<float>(AT_DELTA)[c * COLUMN + row] = softplus(s[i] + at<float>(AT_BIAS)[c]);
             }
         }
     }
-    __device__ __forceinline__ i64 state_of(int cell) const {
-        return ((i64)(cell / CC) * C + cluster * CH + rank * CC + cell % CC) * N + 4 * (tid % 4);
-    }
-    __device__ __forceinline__ void ask_state(const Layer& l, float* to, int pass) const {
-        int cell = pass * (THREADS / 4) + tid / 4;
-        bool live = pass < PASSES && cell < rows * CC;
-        state16(to, l.ssm + state_of(live ? cell : 0), live);
-    }
-    __device__ __forceinline__ void scan(const Layer& l, float (&states)[STATES][4]) {
-        for (int begin = 0; begin < PASSES; begin += STATES) {
-            UNROLL for (int i = 0; i < STATES; i++) {
-                int first = tid / 4;
-                FORGET(first);
-                int cell = (begin + i) * (THREADS / 4) + first, c = cell % CC, row = cell / CC, quad = tid % 4;
-                bool live = begin + i < PASSES && cell < rows * CC;
+    // round: how often each of the states' barriers has been waited for
+    __device__ __forceinline__ void scan(const Layer& l, u32& round) {
+        int c0 = cluster * CH + rank * CC, quad = tid % 4;
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            if (chunk * CHUNK < rows) arrived(at<u64>(AT_ARRIVED) + chunk % HELD, round + chunk / HELD);
+            UNROLL for (int i = 0; i < PASSES; i++) {
+                int cell = i * (THREADS / 4) + tid / 4, c = cell % CC, row = chunk * CHUNK + cell / CC;
+                bool live = cell < CHUNK * CC && row < rows;
                 float h[4], y = 0.0f, inner = 0.0f;
                 if (live) {
-                    float delta = at<float>(AT_DELTA)[cell];
-                    inner = at<float>(AT_INNER)[cell];
+                    F4 old = *reinterpret_cast<const F4*>(at<float>(AT_STATE) + chunk % HELD * CHUNK * CC * N
+                                                          + cell * N + 4 * quad);
+                    float delta = at<float>(AT_DELTA)[c * COLUMN + row];
+                    inner = at<float>(AT_INNER)[c * COLUMN + row];
                     F4 A = *reinterpret_cast<const F4*>(at<float>(AT_A) + c * N + 4 * quad);
                     F4 b = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + 4 * quad);
                     F4 read = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + N + 4 * quad);
                     UNROLL for (int k = 0; k < 4; k++) {
-                        h[k] = exp2_fast(delta * A.v[k]) * states[i][k] + delta * inner * b.v[k];
+                        h[k] = exp2_fast(delta * A.v[k]) * old.v[k] + delta * inner * b.v[k];
                         y += h[k] * read.v[k];
                     }
-                    *reinterpret_cast<F4*>(l.out_ssm + state_of(cell)) = F4{{h[0], h[1], h[2], h[3]}};
+                    *reinterpret_cast<F4*>(l.out_ssm + ((i64)row * C + c0 + c) * N + 4 * quad) =
+                        F4{{h[0], h[1], h[2], h[3]}};
                 }
-                if (begin + STATES < PASSES) ask_state(l, states[i], begin + STATES + i);
                 y += SWAP(y, 1);
                 y += SWAP(y, 2);
                 if (live && quad == 0) {
-                    y = (y + at<float>(AT_SKIP)[c] * inner) * silu(at<float>(AT_GATE)[cell]);
-                    a.y[(i64)row * C + cluster * CH + rank * CC + c] = to_bf16(y);
+                    y = (y + at<float>(AT_SKIP)[c] * inner) * silu(at<float>(AT_GATE)[c * COLUMN + row]);
+                    a.y[(i64)row * C + c0 + c] = to_bf16(y);
                 }
             }
+            if (chunk + HELD < CHUNKS) {
+                BARRIER();
+                ask_states(l, chunk + HELD);
+            }
         }
+        round += CHUNKS / HELD;
     }
     __device__ __forceinline__ void load_y() {
         constexpr int EIGHTS = K3 / 8;
@@ -663,24 +739,71 @@ struct Block {
 #define STAMP(k)
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_constant__ Arguments a) {
-    SHARED_MEMORY(memory);
+// x_proj, the scan and the gated output, from the block's own channels
+__device__ __forceinline__ void middle(Block& b, const Layer& l, u32 (&small)[XSTEPS][8], u32& round, int i, int layers) {
+    const Arguments& a = b.a;
+    cluster_barrier();
+    STAMP(6);
+    b.stage_widen(l);
+    b.gather();
+    BARRIER();
+    STAMP(7);
+    b.narrow(small);
+    b.tell();
+    STAMP(8);
+    b.write_conv(l);
+    wait_copies();
+    b.listen();
+    STAMP(9);
+    b.forget();
+    b.add_parts();
+    cluster_barrier();
+    STAMP(10);
+    b.spread();
+    BARRIER();
+    STAMP(11);
+    b.widen();
+    BARRIER();
+    STAMP(12);
+    if (!WHOLE) let_next();
+    b.scan(l, round);
+    STAMP(13);
+}
+
+__device__ __forceinline__ Block enter(char* memory, const Arguments& a) {
     Block b{memory, a, (int)threadIdx.x, (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)rank_in_cluster(),
             (int)(blockIdx.x / CS), (int)a.rows, 0};
+    if (b.tid == 0)
+        for (int i = 0; i < HELD; i++) open_barrier(b.at<u64>(AT_ARRIVED) + i);
+    BARRIER();
+    return b;
+}
+
+// nobody leaves while its memory is read; the last block leaves the counter at zero
+__device__ __forceinline__ void leave(const Block& b) {
+    cluster_barrier();
+    if (b.tid == 0 && arrive_last(b.a.counter) == b.target + G * CS - 1) *b.a.counter = 0;
+}
+
+#if WHOLE
+extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_constant__ Arguments a) {
+    SHARED_MEMORY(memory);
+    Block b = enter(memory, a);
     In in;
     const void* x = a.x;
     int layers = (int)a.layers;
-    in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[0], unit); }, D);
+    u32 round = 0;
     b.stage(a.layer[0]);
+    in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[0], unit); }, D);
     for (int i = 0; i < layers; i++) {
         const Layer& l = a.layer[i];
         STAMP(0);
         b.forget();
-        b.norm(l, x);
-        STAMP(1); // after b.norm(l, x);
-        wait_copies();
+        u32 small[XSTEPS][8];
+        b.ask_narrow(l, small);
+        b.norm(x);
         BARRIER();
-        STAMP(2); // after BARRIER();
+        STAMP(1);
         in.run(
             b.warp, [&](int unit) { return b.in_weights(l, unit); }, D, H_STRIDE,
             [&](int unit) {
@@ -689,71 +812,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
             [&](int unit, float(&s)[NT][4]) {
                 b.keep(b.template at<float>(AT_SUMS) + unit % KI * 2 * CH * ROWS, unit / KI * 16, s);
             });
-        STAMP(3); // after });
-        u32 small[XSTEPS][8];
-        b.ask_narrow(l, small);
-        float states[STATES][4];
-        UNROLL for (int s = 0; s < STATES; s++) b.ask_state(l, states[s], s);
+        STAMP(2);
         cluster_barrier();
-        STAMP(4); // after cluster_barrier();
-        b.stage_widen(l);
-        if (b.tid < ROWS) {
-            float squares = 0.0f;
-            UNROLL for (int r = 0; r < CS; r++) squares += far1(b.template at<float>(AT_SQUARES) + b.tid, r);
-            b.template at<float>(AT_SCALE)[b.tid] = 1.0f / sqrtf(squares / D + (float)a.eps);
-        }
-        BARRIER();
-        STAMP(5); // after BARRIER();
+        STAMP(3);
         b.forget();
-        b.convolve();
-        STAMP(6); // after b.convolve();
-        cluster_barrier();
-        STAMP(7); // after cluster_barrier();
-        b.write_conv(l);
-        b.gather();
-        STAMP(8); // after b.gather();
-        BARRIER();
-        STAMP(9); // after BARRIER();
-        b.narrow(small);
-        STAMP(10); // after b.narrow(small);
+        b.own();
+        STAMP(4);
+        middle(b, l, small, round, i, layers);
         b.tell();
-        STAMP(11); // after b.tell();
-        wait_copies();
-        b.listen();
-        STAMP(12); // after b.listen();
-
-        b.forget();
-        b.add_parts();
-        STAMP(13); // after b.add_parts();
-        cluster_barrier();
-        STAMP(14); // after cluster_barrier();
-        b.spread();
-        STAMP(15); // after b.spread();
-        BARRIER();
-        STAMP(16); // after BARRIER();
-        b.widen();
-        STAMP(17); // after b.widen();
-        BARRIER();
-        STAMP(18); // after BARRIER();
-        b.scan(l, states);
-        STAMP(19); // after b.scan(l, states);
-        b.tell();
-        STAMP(20); // after b.tell();
+        STAMP(14);
         Out out;
         out.fill(b.warp, [&](int unit) { return b.out_weights(l, unit); }, C);
-        bool more = i + 1 < layers;
-        if (more) b.stage(a.layer[i + 1]);
-        STAMP(21); // after if (more) b.stage(a.layer[i + 1]);
-        b.listen();
-        STAMP(22); // after b.listen();
-
-        b.forget();
         float kept[OUTS][4];
         b.ask_residual(x, kept);
+        bool more = i + 1 < layers;
+        if (more) b.stage(a.layer[i + 1]);
+        STAMP(15);
+        b.listen();
+        STAMP(16);
+        b.forget();
         b.load_y();
-        STAMP(23); // after b.load_y();
         BARRIER();
-        STAMP(24); // after BARRIER();
+        STAMP(17);
         out.run(
             b.warp, [&](int unit) { return b.out_weights(l, unit); }, C, Y_STRIDE,
             [&](int unit) {
@@ -762,22 +842,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
             [&](int unit, float(&s)[NT][4]) {
                 b.keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, s);
             });
-        STAMP(25); // after });
-        if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
-        STAMP(26); // after if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
+        STAMP(18);
         cluster_barrier();
-        STAMP(27); // after cluster_barrier();
+        STAMP(19);
         b.add_out(kept);
-        STAMP(28); // after b.add_out(x);
         x = a.out;
+        STAMP(20);
         if (more) {
             b.tell();
-            STAMP(29); // after b.tell();
+            STAMP(21);
+            in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
+            STAMP(22);
             b.listen();
-            STAMP(30); // after b.listen();
+            STAMP(23);
         }
     }
-    // nobody leaves while its memory is read; the last block leaves the counter at zero
-    cluster_barrier();
-    if (b.tid == 0 && arrive_last(a.counter) == b.target + G * CS - 1) *a.counter = 0;
+    leave(b);
 }
+#else
+// From in_proj's output a.x, bf16 (rows, 2 C), to out_proj's input a.y, of one layer.
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) middle_step(const __grid_constant__ Arguments a) {
+    SHARED_MEMORY(memory);
+    Block b = enter(memory, a);
+    const Layer& l = a.layer[0];
+    u32 small[XSTEPS][8], round = 0;
+    int i = 0, layers = 1;
+    b.stage(l);
+    b.ask_narrow(l, small);
+    STAMP(0);
+    // so far weights and states, which no kernel writes just before this one
+    after_earlier();
+    STAMP(1);
+    b.own((const bf16*)a.x);
+    STAMP(4);
+    middle(b, l, small, round, i, layers);
+    leave(b);
+}
+#endif

@@ -14,12 +14,13 @@ from ssmoe.ops.triton.launch import counters, on_device
 
 SOURCE = Path(__file__).with_name("step.cu")
 THREADS = 256
-TOGETHER = True
+TOGETHER, EARLY = True, True
 MOST_ROWS = 64
 """Rows of a launch; more rows are several."""
 MOST_LAYERS = 64
 """Layers of a launch, whose pointers are its parameters; more layers are several."""
-CLUSTERS = (16, 15, 14, 12, 10, 8, 6, 5, 4, 3, 2, 1)
+BLOCKS = 8
+"""Blocks of a cluster: more would read each other's sums faster, fewer leave fewer parts of x_proj to add."""
 STEPS = 10
 """Terms of a unit of a product, in 32s: as many weights as a warp's registers have room for."""
 
@@ -35,28 +36,33 @@ class Sizes(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Blocks a cluster, clusters, and the parts in which a block's warps share the terms of in_proj and out_proj."""
+    """How the work is laid out.
+
+    blocks: of a cluster. slots: pieces of 8 rows' states that a block holds. The parts in which a block's warps
+    share the terms of in_proj and out_proj are 0 where those products are other kernels' work.
+    """
 
     blocks: int
     clusters: int
-    enter_parts: int
-    out_parts: int
+    slots: int = 8
+    enter_parts: int = 0
+    out_parts: int = 0
 
 
 def takes(x: Tensor, layers: Sequence[Layer], convs: Sequence[Tensor], ssms: Sequence[Tensor]) -> bool:
-    """Whether these kernels take the layers, which one shape and RMSNorm is asked of; nothing is launched."""
+    """Whether these kernels take such tensors, of layers of one shape; what sizes they take is up to `cut`."""
     if not (x.is_cuda and convs[0].dtype == torch.bfloat16 and _present(x.device.index)):
         return False
     for layer in layers:
-        norm, bias, in_proj, conv, shift, x_proj, delta_proj, A_log, skip, delta_bias, out_proj = layer
+        norm, _, in_proj, conv, shift, x_proj, delta_proj, A_log, skip, delta_bias, out_proj = layer
         matrices, vectors = (in_proj, x_proj, delta_proj, out_proj), (norm, conv, shift, A_log, skip, delta_bias)
-        if bias is not None or not all(_fits(w, torch.bfloat16) for w in matrices):
+        if not all(_fits(w, torch.bfloat16) for w in matrices):
             return False
         if not all(_fits(w, torch.float32) for w in vectors):
             return False
     if not all(_fits(s, torch.bfloat16) for s in convs) or not all(_fits(s, torch.float32) for s in ssms):
         return False
-    return _fits(x, x.dtype) and cut(sizes_of(layers[0]), x.device.index) is not None
+    return _fits(x, x.dtype)
 
 
 def sizes_of(layer: Layer) -> Sizes:
@@ -79,34 +85,47 @@ def _present(device: int) -> bool:
 
 
 @cache
-def cut(sizes: Sizes, device: int) -> Cut | None:
-    """The cut with the most clusters that are on the GPU at once, None where there is none."""
-    for clusters in CLUSTERS:
-        found = divided(sizes, 8, clusters)
-        if found is None or shared_bytes(sizes, found, MOST_ROWS) > nvrtc.most_shared(device):
-            continue
-        with torch.cuda.device(device):
+def cut(sizes: Sizes, device: int, whole: bool = True) -> Cut | None:
+    """The cut with the most clusters that are on the GPU at once, None where there is none.
+
+    whole: of layers as a whole, else of what is between in_proj and out_proj.
+    """
+    for clusters in range(32, 0, -1):
+        for slots in (8,) if whole else (8, 4, 2, 1):
+            found = divided(sizes, BLOCKS, clusters, slots, whole)
+            if found is None or shared_bytes(sizes, found, MOST_ROWS) > nvrtc.most_shared(device):
+                continue
             # x's type and the number of layers do not count here
-            built = macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS)
+            built = macros(sizes, found, MOST_ROWS, bfloat16=False, layers=MOST_LAYERS if whole else 1)
             shared = shared_bytes(sizes, found, MOST_ROWS)
-            fit = nvrtc.clusters_at_once(SOURCE, "steps", built, 8 * clusters, THREADS, shared, 8)
-        if fit >= clusters:
-            return found
+            with torch.cuda.device(device):
+                fit = nvrtc.clusters_at_once(
+                    SOURCE, kernel(found), built, BLOCKS * clusters, THREADS, shared, BLOCKS
+                )
+            if fit >= clusters:
+                return found
     return None
 
 
+def kernel(found: Cut) -> str:
+    """The name of the kernel of a cut."""
+    return "steps" if found.enter_parts else "middle_step"
+
+
 @cache
-def divided(sizes: Sizes, blocks: int, clusters: int) -> Cut | None:
+def divided(sizes: Sizes, blocks: int, clusters: int, slots: int = 8, whole: bool = True) -> Cut | None:
     """The cut of these sizes for so many clusters of so many blocks, None where they do not divide."""
     d, c, r, n, taps = sizes
-    whole = c % (32 * clusters) == 0 and d % (16 * clusters) == 0
-    whole = whole and d % (32 * blocks) == 0 and c % (32 * blocks) == 0
-    if not whole or n != 16 or r % 8 or not 1 <= taps <= 7 or -(-(r + 2 * n) // blocks) > 128:
+    if n != 16 or r % 8 or not 1 <= taps <= 7 or -(-(r + 2 * n) // blocks) > 128:
         return None
-    if c // clusters % (4 * blocks) or d // clusters % blocks:
+    if c % (32 * clusters) or c // clusters % (4 * blocks):
+        return None
+    if not whole:
+        return Cut(blocks, clusters, slots)
+    if d % (16 * clusters) or d // clusters % blocks or d % (32 * blocks) or c % (32 * blocks):
         return None
     enter, out = _parts(d // blocks // 32), _parts(c // blocks // 32)
-    return None if enter is None or out is None else Cut(blocks, clusters, enter, out)
+    return None if enter is None or out is None else Cut(blocks, clusters, slots, enter, out)
 
 
 def _parts(steps: int) -> int | None:
@@ -121,36 +140,39 @@ def _stride(terms: int) -> int:
 def shared_bytes(sizes: Sizes, found: Cut, rows: int) -> int:
     """The source's END: bytes of shared memory that a block takes."""
     d, c, r, n, taps = sizes
-    ch, dg = c // found.clusters, d // found.clusters
+    whole, ch, dg = bool(found.enter_parts), c // found.clusters, d // found.clusters
     cc, p, rp = ch // found.blocks, r + 2 * n, -(-r // 32) * 32
-    ps = -(-p // found.blocks)
+    ps = -(-(p // 2) // found.blocks) * 2
     tiles = -(-ps // 16)
+    held = min(found.slots, rows // 8)
+    column = 4 * cc * (rows + 1)
 
     def after(at: int, size: int) -> int:
         return -(-(at + size) // 16) * 16
 
-    at = after(0, 2 * rows * cc * taps)
-    for size in (4 * cc * (taps + 1), 4 * cc, 4 * cc, 4 * cc, 4 * cc * n, 4 * rows, 4 * rows):
+    at = after(8 * held, 0)
+    for size in (
+        2 * rows * (cc * taps + 2), 4 * cc * (taps + 1), 4 * cc, 4 * cc, 4 * cc, 4 * cc * n,
+        4 * d // found.blocks if whole else 0, 4 * rows, 32 * held * cc * n,
+    ):  # fmt: skip
         at = after(at, size)
     h = at
-    widen = after(after(after(h, 4 * rows * cc), 4 * rows * cc), 2 * rows * cc)
-    sums = after(max(h + 2 * rows * _stride(d // found.blocks), widen + 2 * cc * _stride(rp)), 0)
-    low = after(sums, 2 * rows * _stride(ch))
+    widen = after(after(after(h, column), column), 2 * rows * (cc + 4))
+    norm = 2 * rows * _stride(d // found.blocks) if whole else 0
+    sums = after(max(h + norm, widen + 2 * cc * _stride(rp)), 0)
     delta = after(after(after(sums, 4 * ps * rows), 2 * rows * _stride(rp)), 8 * rows * n)
     out = after(h, 2 * rows * _stride(c // found.blocks))
-    return max(
-        sums + 8 * found.enter_parts * ch * rows,
-        low + 64 * max(1, 8 // tiles) * tiles * rows,
-        delta + 4 * rows * cc,
-        out + 4 * found.out_parts * dg * rows,
-    )
+    middle = max(sums + 64 * max(1, 8 // tiles) * tiles * rows, sums + 2 * rows * _stride(ch), delta + column)
+    enter = sums + 8 * found.enter_parts * ch * rows
+    return max(middle, enter, out + 4 * found.out_parts * dg * rows) if whole else middle
 
 
 def macros(sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layers: int) -> nvrtc.Macros:
     d, c, r, n, taps = sizes
     values = {
         "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "NT": rows // 8, "CS": found.blocks, "G": found.clusters,
-        "KI": found.enter_parts, "KO": found.out_parts, "XBF": int(bfloat16), "MAXL": layers,
+        "KI": found.enter_parts, "KO": found.out_parts, "XBF": int(bfloat16), "MAXL": layers, "SLOTS": found.slots,
+        "WHOLE": int(found.enter_parts > 0), "PER_SM": 1 if found.enter_parts else 2,
     }  # fmt: skip
     return tuple((key, str(value)) for key, value in values.items())
 
@@ -177,26 +199,45 @@ def steps(
             for first in range(0, len(layers), MOST_LAYERS):
                 span = slice(first, first + MOST_LAYERS)
                 states = [[s[rows] for s in group[span]] for group in (convs, out_convs, ssms, out_ssms)]
-                _launch(source, out[rows], layers[span], found, eps, states)
+                _launch(source, out[rows], None, layers[span], found, eps, states)
                 source = out[rows]
     return out
 
 
+def middle(
+    mixed: Tensor, layer: Layer, found: Cut, conv: Tensor, ssm: Tensor, out_conv: Tensor, out_ssm: Tensor
+) -> Tensor:
+    """From in_proj's output (b, 2 d_inner), bfloat16, to out_proj's input (b, d_inner), of one layer."""
+    y = torch.empty(mixed.shape[0], mixed.shape[1] // 2, dtype=mixed.dtype, device=mixed.device)
+    for row in range(0, mixed.shape[0], MOST_ROWS):
+        rows = slice(row, min(row + MOST_ROWS, mixed.shape[0]))
+        states = [[s[rows]] for s in (conv, out_conv, ssm, out_ssm)]
+        _launch(mixed[rows], mixed, y[rows], [layer], found, 0.0, states)
+    return y
+
+
 def _launch(
-    x: Tensor, out: Tensor, layers: Sequence[Layer], found: Cut, eps: float, states: list[list[Tensor]]
+    x: Tensor,
+    out: Tensor,
+    y: Tensor | None,
+    layers: Sequence[Layer],
+    found: Cut,
+    eps: float,
+    states: list[list[Tensor]],
 ) -> None:
     sizes, (b, device) = sizes_of(layers[0]), (x.shape[0], x.device)
     rows = next(rows for rows in (8, 16, 32, 64) if rows >= b)
     most = 1 if len(layers) == 1 else MOST_LAYERS
     parts = torch.empty(found.clusters, sizes.r + 2 * sizes.n, rows, dtype=torch.float32, device=device)
-    y = torch.empty(b, sizes.c, dtype=torch.bfloat16, device=device)
+    if y is None:
+        y = torch.empty(b, sizes.c, dtype=torch.bfloat16, device=device)
     tensors: list[Tensor] = [x, out, parts, y, counters(x, 1)]
     words = [*(t.data_ptr() for t in tensors), b, len(layers), nvrtc.double_bits(eps)]
     for (norm, _, *rest), *kept in zip(layers, *states, strict=True):
         words += [t.data_ptr() for t in (norm, *rest, *kept) if t is not None]
     words += [0] * (14 * (most - len(layers)))
     nvrtc.launch(
-        SOURCE, "steps", macros(sizes, found, rows, bfloat16=x.dtype == torch.bfloat16, layers=most),
+        SOURCE, kernel(found), macros(sizes, found, rows, bfloat16=x.dtype == torch.bfloat16, layers=most),
         found.blocks * found.clusters, THREADS, words, shared_bytes(sizes, found, rows),
-        cluster=found.blocks, together=TOGETHER,
+        cluster=found.blocks, together=TOGETHER, early=EARLY and not found.enter_parts,
     )  # fmt: skip
