@@ -36,7 +36,10 @@ struct Fiber {
     unsigned words[2][6];
     std::vector<Copy> copies;
 };
-static const int EMULATED_THREADS = 256;
+#ifndef WARPS
+#define WARPS 8
+#endif
+static const int EMULATED_THREADS = 32 * WARPS;
 static std::vector<Fiber> fibers;
 static std::vector<std::vector<char>> shared;
 static ucontext_t scheduler;
@@ -187,7 +190,9 @@ static F4 common4(const float* at) { return aligned(at, 16), *(const F4*)at; }
 static U2 common8(const void* at) { return aligned(at, 8), *(const U2*)at; }
 
 static void enter_fiber() {
-#if WHOLE
+#ifdef PRODUCT
+    product(*(const Arguments*)parameters);
+#elif WHOLE
     steps(*(const Arguments*)parameters);
 #else
     middle_step(*(const Arguments*)parameters);

@@ -49,9 +49,11 @@ def emulated(libraries: Callable[[Path, nvrtc.Macros], ctypes.CDLL]) -> Iterator
     """`nvrtc.launch` runs the kernel here."""
 
     def launch(source: Path, kernel: str, macros: nvrtc.Macros, blocks: int, threads: int, words: list[int],
-               shared: int, *, cluster: int, together: bool, early: bool) -> None:  # fmt: skip
-        assert (threads, cluster, together) == (256, int(dict(macros)["CS"]), True)
-        assert kernel == ("steps" if int(dict(macros)["WHOLE"]) else "middle_step")
+               shared: int, *, cluster: int, together: bool = False, early: bool = False) -> None:  # fmt: skip
+        known = dict(macros)
+        assert (threads, cluster) == (32 * int(known.get("WARPS", 8)), int(known["CS"]))
+        assert kernel == ("product" if "PRODUCT" in known else "steps" if known["WHOLE"] == "1" else "middle_step")
+        assert together == (kernel != "product")
         values = (ctypes.c_int64 * len(words))(*words)
         # the emulation refuses another size of shared memory than the source's
         assert libraries(source, macros).emulate(ctypes.c_long(blocks), values, ORDER.backwards, shared) == 0
@@ -143,6 +145,26 @@ def with_middle(cut: Cut) -> Steps:
         return x, states["out_convs"], states["out_ssms"]
 
     return steps
+
+
+@pytest.mark.parametrize("backwards", [0, 1])
+@pytest.mark.parametrize(("b", "terms", "width"), [(1, 64, 96), (19, 384, 128), (70, 1536, 256)])
+@pytest.mark.parametrize("stream", [None, torch.float32, torch.bfloat16], ids=str)
+def test_a_product(b: int, terms: int, width: int, stream: torch.dtype | None, backwards: int) -> None:
+    ORDER.backwards = backwards
+    a, w = torch.randn(b, terms).bfloat16(), torch.randn(width, terms).bfloat16()
+    residual = None if stream is None else torch.randn(b, width).to(stream)
+    out = torch.full((b, width), float("nan"), dtype=stream or torch.bfloat16)
+    cut = step_cuda.product_cuts(terms, width, 227 * 1024)[0]
+    step_cuda.product(a, w, residual, out, cut, early=True)
+    exact = a.double() @ w.double().T + (0 if residual is None else residual.double())
+    bound = 1e-6 if stream == torch.float32 else 2**-8
+    assert float((out.double() - exact).norm() / exact.norm()) < bound
+
+
+def test_products_that_do_not_divide() -> None:
+    assert step_cuda.product_cuts(64, 40, 227 * 1024) == []
+    assert step_cuda.product_cuts(40, 96, 227 * 1024) == []
 
 
 @pytest.mark.parametrize("backwards", [0, 1])

@@ -328,6 +328,10 @@ def _middle(call: _Call) -> step_cuda.Cut | None:
 def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Product, pdl: int) -> None:
     """out = a w^T (+ residual)"""
     (b, k), n = a.shape, w.shape[0]
+    found = _wide(a, w, residual, out)
+    if found is not None:
+        step_cuda.product(a, w, residual, out, found, early=pdl > 0)
+        return
     span = triton.cdiv(triton.cdiv(k, t.split), t.terms) * t.terms
     split = triton.cdiv(k, span)
     grid = (triton.cdiv(n, t.columns), triton.cdiv(b, t.rows), split)
@@ -338,6 +342,14 @@ def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Prod
         PRECISION=_precision(a, a.dtype), STAGES=t.stages, PDL=pdl,
         num_warps=t.warps, **_launch(pdl),
     )  # fmt: skip
+
+
+def _wide(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor) -> step_cuda.ProductCut | None:
+    """The cut of the CUDA kernel of wide products, None where it does not take this one."""
+    whole = a.is_cuda and a.dtype == torch.bfloat16 and all(t.data_ptr() % 16 == 0 for t in (a, w, out))
+    if not whole or (residual is not None and (residual.dtype != out.dtype or residual.data_ptr() % 16)):
+        return None
+    return step_cuda.product_cut(a.shape[1], w.shape[0], a.device.index)
 
 
 def _overlaps(x: Tensor, *, early: bool) -> int:

@@ -164,7 +164,170 @@ __device__ __forceinline__ float exp2_fast(float v) {
 
 #define UNROLL _Pragma("unroll")
 
-constexpr int ROWS = 8 * NT, WARPS = 8, THREADS = 32 * WARPS;
+#ifndef WARPS
+#define WARPS 8
+#endif
+constexpr int ROWS = 8 * NT, THREADS = 32 * WARPS;
+
+// bfloat16 numbers from row to row: half of the banks further, so that 16-byte reads of 8 rows meet no bank twice
+__device__ constexpr int stride_of(int k) { return (2 * k) % 128 == 64 ? k : k + 32; }
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int up16(int a) { return (a + 15) / 16 * 16; }
+
+__device__ __forceinline__ bf16 to_bf16(float v) { return bf16{(unsigned short)pack(v, 0.0f)}; }
+__device__ __forceinline__ float from_bits(u32 b) { return __uint_as_float(b << 16); }
+__device__ __forceinline__ float from_bf16(bf16 b) { return from_bits(b.bits); }
+// sums [output][row]: eight rows together move with the output, so that stores of a tile meet no bank twice
+__device__ __forceinline__ int place(int output, int row) {
+    return output * ROWS + (row ^ ((output & (NT < 4 ? NT - 1 : 3)) << 3));
+}
+
+__device__ __forceinline__ void keep(float* sums, int output, int lane, float (&s)[NT][4]) {
+    int g = output + lane / 4, t = 2 * (lane % 4);
+    UNROLL for (int j = 0; j < NT; j++) {
+        *reinterpret_cast<F2*>(sums + place(g, 8 * j + t)) = F2{{s[j][0], s[j][1]}};
+        *reinterpret_cast<F2*>(sums + place(g + 8, 8 * j + t)) = F2{{s[j][2], s[j][3]}};
+    }
+}
+// the sums of four rows over the cluster's slices
+template <int PARTS, int OUTPUTS>
+__device__ __forceinline__ F4 total(const float* sums, int output, int row) {
+    F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    UNROLL for (int r = 0; r < CS; r++)
+        UNROLL for (int part = 0; part < PARTS; part++) {
+            F4 f = far4(sums + part * OUTPUTS * ROWS + place(output, row), r);
+            UNROLL for (int i = 0; i < 4; i++) all.v[i] += f.v[i];
+        }
+    return all;
+}
+// A product of ROWS rows: UNITS units of 16 outputs and STEPS x 32 terms, dealt out to the warps in turn. A warp
+// holds the weights of AHEAD units in registers, of long units the next HELD_STEPS steps: `fill` asks for the first.
+__device__ constexpr int held_steps(int steps) {
+    for (int w = 10; w > 1; w--)
+        if (steps % w == 0) return w;
+    return 1;
+}
+template <int UNITS, int STEPS>
+struct Product {
+    static constexpr int ROUNDS = (UNITS + WARPS - 1) / WARPS;
+    static constexpr int HELD_STEPS = held_steps(STEPS);
+    static constexpr int FIT = STEPS >= 10 ? 1 : 10 / STEPS;
+    static constexpr int AHEAD = ROUNDS < FIT ? ROUNDS : FIT;
+    u32 w[AHEAD][HELD_STEPS][8];
+    // at(unit): the first term of this lane's weights of a unit; ld: terms from an output to the next
+    template <class At>
+    __device__ __forceinline__ void ask(int slot, int unit, int step, At at, i64 ld) {
+        const bf16* p = at(unit) + 32 * step;
+        bool live = unit < UNITS;
+        weights16(&w[slot][step % HELD_STEPS][0], p, live);
+        weights16(&w[slot][step % HELD_STEPS][4], p + 8 * ld, live);
+    }
+    template <class At>
+    __device__ __forceinline__ void fill(int warp, At at, i64 ld) {
+        UNROLL for (int a = 0; a < AHEAD; a++)
+            UNROLL for (int s = 0; s < HELD_STEPS; s++) ask(a, warp + a * WARPS, s, at, ld);
+    }
+    // factor(unit): this lane's 16 bytes of row 0 and step 0; done(unit, sums)
+    template <class At, class Factor, class Done>
+    __device__ __forceinline__ void run(int warp, At at, i64 ld, int stride, Factor factor, Done done) {
+        for (int round = 0; round < ROUNDS; round += AHEAD) {
+            UNROLL for (int a = 0; a < AHEAD; a++) {
+                int unit = warp + (round + a) * WARPS;
+                if (unit < UNITS) {
+                    float sums[NT][4];
+                    UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) sums[j][i] = 0.0f;
+                    const bf16* rows = factor(unit);
+                    UNROLL for (int s = 0; s < STEPS; s++) {
+                        u32* f = w[a][s % HELD_STEPS];
+                        UNROLL for (int j = 0; j < NT; j++) {
+                            U4 b = *reinterpret_cast<const U4*>(rows + 8 * j * stride + 32 * s);
+                            multiply(sums[j], f[0], f[4], f[1], f[5], b.v[0], b.v[1]);
+                            multiply(sums[j], f[2], f[6], f[3], f[7], b.v[2], b.v[3]);
+                        }
+                        if (s + HELD_STEPS < STEPS)
+                            ask(a, unit, s + HELD_STEPS, at, ld);
+                        else if (round + AHEAD < ROUNDS)
+                            ask(a, unit + AHEAD * WARPS, s + HELD_STEPS - STEPS, at, ld);
+                    }
+                    done(unit, sums);
+                }
+            }
+        }
+    }
+};
+
+#ifdef PRODUCT
+// out = a w^T (+ residual) of a layer's wide products. CS blocks share the terms, and every warp has 16 of the outputs
+// of its cluster, whose weights it asks for before it waits for the kernel that makes a. Macros: TERMS, WIDTH,
+// RESIDUAL, XBF (the residual and the output are bfloat16), NT, CS, WARPS, PER_SM.
+constexpr int SLICE = TERMS / CS, CLUSTER = 16 * WARPS, OWN = CLUSTER / CS;
+constexpr int A_STRIDE = stride_of(SLICE), O_STRIDE = OWN + 8;
+constexpr int AT_SUMS = 0;                                   // float [CLUSTER][ROWS], where the factor was
+constexpr int AT_TOTAL = up16(4 * CLUSTER * ROWS);           // float [ROWS][O_STRIDE]
+constexpr int END = larger(2 * ROWS * A_STRIDE, AT_TOTAL + 4 * ROWS * O_STRIDE);
+static_assert(WIDTH % CLUSTER == 0 && TERMS % (32 * CS) == 0 && CLUSTER % CS == 0 && OWN % 4 == 0, "whole tiles");
+struct Arguments {
+    const bf16* a;
+    const bf16* w;
+    const void* residual;
+    void* out;
+    i64 rows;
+};
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) product(const __grid_constant__ Arguments a) {
+    SHARED_MEMORY(memory);
+    int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, rank = rank_in_cluster(), rows = (int)a.rows;
+    int first = blockIdx.x / CS * CLUSTER;
+    bf16* factor = reinterpret_cast<bf16*>(memory);
+    float* sums = reinterpret_cast<float*>(memory);
+    float* all = reinterpret_cast<float*>(memory + AT_TOTAL);
+    auto weights = [&](int unit) {
+        return a.w + (i64)(first + 16 * unit + lane / 4) * TERMS + rank * SLICE + 8 * (lane % 4);
+    };
+    Product<WARPS, SLICE / 32> p;
+    p.fill(warp, weights, TERMS);
+    after_earlier();
+    for (int i = tid; i < ROWS * (SLICE / 8); i += THREADS) {
+        int row = i / (SLICE / 8), e = i % (SLICE / 8);
+        bool live = row < rows;
+        copy_later<16>(factor + row * A_STRIDE + 8 * e, a.a + (i64)(live ? row : 0) * TERMS + rank * SLICE + 8 * e, live);
+    }
+    wait_copies();
+    BARRIER();
+    let_next();
+    float s[NT][4];
+    p.run(
+        warp, weights, TERMS, A_STRIDE, [&](int) { return factor + lane / 4 * A_STRIDE + 8 * (lane % 4); },
+        [&](int, float(&found)[NT][4]) {
+            UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) s[j][i] = found[j][i];
+        });
+    BARRIER();
+    keep(sums, 16 * warp, lane, s);
+    cluster_barrier();
+    for (int i = tid; i < OWN * (ROWS / 4); i += THREADS) {
+        int row = i % (ROWS / 4) * 4, o = i / (ROWS / 4);
+        F4 f = total<1, CLUSTER>(sums, rank * OWN + o, row);
+        UNROLL for (int k = 0; k < 4; k++) all[(row + k) * O_STRIDE + o] = f.v[k];
+    }
+    // what others read of this block is read
+    cluster_barrier();
+    for (int i = tid; i < rows * (OWN / 4); i += THREADS) {
+        int row = i / (OWN / 4), o = i % (OWN / 4) * 4;
+        F4 f = *reinterpret_cast<const F4*>(all + row * O_STRIDE + o);
+        i64 cell = (i64)row * WIDTH + first + rank * OWN + o;
+        if (RESIDUAL && XBF) {
+            U2 u = common8((const bf16*)a.residual + cell);
+            UNROLL for (int k = 0; k < 4; k++) f.v[k] += from_bits(u.v[k / 2] >> 16 * (k % 2) & 0xffff);
+        } else if (RESIDUAL) {
+            F4 u = common4((const float*)a.residual + cell);
+            UNROLL for (int k = 0; k < 4; k++) f.v[k] += u.v[k];
+        }
+        if (XBF)
+            *reinterpret_cast<U2*>((bf16*)a.out + cell) = U2{{pack(f.v[0], f.v[1]), pack(f.v[2], f.v[3])}};
+        else
+            *reinterpret_cast<F4*>((float*)a.out + cell) = f;
+    }
+}
+#else
 constexpr int P = R + 2 * N;
 constexpr int CH = C / G, CC = CH / CS;          // channels of a cluster, of a block
 constexpr int DG = D / G, DO = DG / CS;          // outputs of a cluster, of a block
@@ -183,13 +346,9 @@ static_assert(C % (32 * G) == 0 && CH % CS == 0 && CC % 4 == 0 && P % 2 == 0 && 
 static_assert(!WHOLE || D % (16 * G) == 0 && DG % CS == 0, "outputs");
 static_assert(!WHOLE || D % (32 * CS) == 0 && C % (32 * CS) == 0 && (K1 / 32) % KI == 0 && (K3 / 32) % KO == 0,
               "terms");
-static_assert(PT <= WARPS, "a warp has one tile of x_proj");
+static_assert(WARPS == 8 && PT <= WARPS, "a warp has one tile of x_proj");
 
-// bfloat16 numbers from row to row: half of the banks further, so that 16-byte reads of 8 rows meet no bank twice
-__device__ constexpr int stride_of(int k) { return (2 * k) % 128 == 64 ? k : k + 32; }
 constexpr int H_STRIDE = stride_of(K1), Y_STRIDE = stride_of(K3), X_STRIDE = stride_of(CH), L_STRIDE = stride_of(RP);
-__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-__device__ constexpr int up16(int a) { return (a + 15) / 16 * 16; }
 
 // Shared memory, bytes. First what a layer needs from the start:
 constexpr int AT_ARRIVED = 0;                                          // u64 [HELD], barriers
@@ -252,63 +411,8 @@ struct Arguments {
     Layer layer[MAXL];
 };
 
-__device__ __forceinline__ bf16 to_bf16(float v) { return bf16{(unsigned short)pack(v, 0.0f)}; }
-__device__ __forceinline__ float from_bits(u32 b) { return __uint_as_float(b << 16); }
-__device__ __forceinline__ float from_bf16(bf16 b) { return from_bits(b.bits); }
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + exp2_fast(-v * LOG2E)); }
 __device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
-// sums [output][row]: eight rows together move with the output, so that stores of a tile meet no bank twice
-__device__ __forceinline__ int place(int output, int row) {
-    return output * ROWS + (row ^ ((output & (NT < 4 ? NT - 1 : 3)) << 3));
-}
-
-// A product of ROWS rows: UNITS units of 16 outputs and STEPS x 32 terms, dealt out to the warps in turn. A warp
-// holds the weights of AHEAD units in registers: `fill` asks for the first ones.
-template <int UNITS, int STEPS>
-struct Product {
-    static constexpr int ROUNDS = (UNITS + WARPS - 1) / WARPS;
-    static constexpr int FIT = STEPS >= 10 ? 1 : 10 / STEPS;
-    static constexpr int AHEAD = ROUNDS < FIT ? ROUNDS : FIT;
-    u32 w[AHEAD][STEPS][8];
-    // at(unit): the first term of this lane's weights of a unit; ld: terms from an output to the next
-    template <class At>
-    __device__ __forceinline__ void ask(int slot, int unit, int step, At at, i64 ld) {
-        const bf16* p = at(unit) + 32 * step;
-        bool live = unit < UNITS;
-        weights16(&w[slot][step][0], p, live);
-        weights16(&w[slot][step][4], p + 8 * ld, live);
-    }
-    template <class At>
-    __device__ __forceinline__ void fill(int warp, At at, i64 ld) {
-        UNROLL for (int a = 0; a < AHEAD; a++)
-            UNROLL for (int s = 0; s < STEPS; s++) ask(a, warp + a * WARPS, s, at, ld);
-    }
-    // factor(unit): this lane's 16 bytes of row 0 and step 0; done(unit, sums)
-    template <class At, class Factor, class Done>
-    __device__ __forceinline__ void run(int warp, At at, i64 ld, int stride, Factor factor, Done done) {
-        for (int round = 0; round < ROUNDS; round += AHEAD) {
-            UNROLL for (int a = 0; a < AHEAD; a++) {
-                int unit = warp + (round + a) * WARPS;
-                if (unit < UNITS) {
-                    float sums[NT][4];
-                    UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) sums[j][i] = 0.0f;
-                    const bf16* rows = factor(unit);
-                    UNROLL for (int s = 0; s < STEPS; s++) {
-                        u32* f = w[a][s];
-                        UNROLL for (int j = 0; j < NT; j++) {
-                            U4 b = *reinterpret_cast<const U4*>(rows + 8 * j * stride + 32 * s);
-                            multiply(sums[j], f[0], f[4], f[1], f[5], b.v[0], b.v[1]);
-                            multiply(sums[j], f[2], f[6], f[3], f[7], b.v[2], b.v[3]);
-                        }
-                        if (round + AHEAD < ROUNDS) ask(a, unit + AHEAD * WARPS, s, at, ld);
-                    }
-                    done(unit, sums);
-                }
-            }
-        }
-    }
-};
-
 #if WHOLE
 using In = Product<2 * CH / 16 * KI, K1 / 32 / KI>;
 using Out = Product<DG / 16 * KO, K3 / 32 / KO>;
@@ -439,24 +543,6 @@ struct Block {
             }
         }
     }
-    __device__ __forceinline__ void keep(float* sums, int output, float (&s)[NT][4]) const {
-        int g = output + lane / 4, t = 2 * (lane % 4);
-        UNROLL for (int j = 0; j < NT; j++) {
-            *reinterpret_cast<F2*>(sums + place(g, 8 * j + t)) = F2{{s[j][0], s[j][1]}};
-            *reinterpret_cast<F2*>(sums + place(g + 8, 8 * j + t)) = F2{{s[j][2], s[j][3]}};
-        }
-    }
-    // the sums of four rows over the cluster's slices
-    template <int PARTS, int OUTPUTS>
-    __device__ __forceinline__ F4 total(const float* sums, int output, int row) const {
-        F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
-        UNROLL for (int r = 0; r < CS; r++)
-            UNROLL for (int part = 0; part < PARTS; part++) {
-                F4 f = far4(sums + part * OUTPUTS * ROWS + place(output, row), r);
-                UNROLL for (int i = 0; i < 4; i++) all.v[i] += f.v[i];
-            }
-        return all;
-    }
     // one channel of a row: the convolution and its new state, in place in shared memory
     __device__ __forceinline__ void convolve(int c, int row, float value) {
         // the state keeps bfloat16, so the convolution uses what it will read there later
@@ -576,7 +662,7 @@ struct Block {
         }
         // the sums lie where the channels were
         BARRIER();
-        if (tile < PT) keep(at<float>(AT_LOWSUMS) + part * 16 * PT * ROWS, 16 * tile, s);
+        if (tile < PT) keep(at<float>(AT_LOWSUMS) + part * 16 * PT * ROWS, 16 * tile, lane, s);
         BARRIER();
         for (int i = tid; i < PS * (ROWS / 4); i += THREADS) {
             int p = i / (ROWS / 4), row = i % (ROWS / 4) * 4;
@@ -810,7 +896,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
                 return b.template at<bf16>(AT_H) + b.lane / 4 * H_STRIDE + unit % KI * (K1 / KI) + 8 * (b.lane % 4);
             },
             [&](int unit, float(&s)[NT][4]) {
-                b.keep(b.template at<float>(AT_SUMS) + unit % KI * 2 * CH * ROWS, unit / KI * 16, s);
+                keep(b.template at<float>(AT_SUMS) + unit % KI * 2 * CH * ROWS, unit / KI * 16, b.lane, s);
             });
         STAMP(2);
         cluster_barrier();
@@ -840,7 +926,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
                 return b.template at<bf16>(AT_Y) + b.lane / 4 * Y_STRIDE + unit % KO * (K3 / KO) + 8 * (b.lane % 4);
             },
             [&](int unit, float(&s)[NT][4]) {
-                b.keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, s);
+                keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, b.lane, s);
             });
         STAMP(18);
         cluster_barrier();
@@ -878,4 +964,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) middle_step(const 
     middle(b, l, small, round, i, layers);
     leave(b);
 }
+#endif
 #endif

@@ -15,6 +15,8 @@ from ssmoe.ops.triton.launch import counters, on_device
 SOURCE = Path(__file__).with_name("step.cu")
 THREADS = 256
 TOGETHER, EARLY = True, True
+PROCESSORS = 132
+"""Multiprocessors of an H200."""
 MOST_ROWS = 64
 """Rows of a launch; more rows are several."""
 MOST_LAYERS = 64
@@ -241,3 +243,87 @@ def _launch(
         found.blocks * found.clusters, THREADS, words, shared_bytes(sizes, found, rows),
         cluster=found.blocks, together=TOGETHER, early=EARLY and not found.enter_parts,
     )  # fmt: skip
+
+
+class ProductCut(NamedTuple):
+    """blocks: of a cluster, which share the terms. warps: of a block, each with 16 outputs. together: blocks an SM."""
+
+    blocks: int
+    warps: int
+    together: int
+
+
+def product_cuts(terms: int, width: int, most_shared: int) -> list[ProductCut]:
+    """The cuts of a product, those with the most blocks first, up to PROCESSORS, and then the smallest clusters."""
+    found: list[tuple[int, int, ProductCut]] = []
+    for blocks in (2, 4, 8):
+        for warps in range(3, 13):
+            if width % (16 * warps) or terms % (32 * blocks) or 4 * warps % blocks:
+                continue
+            cut = ProductCut(blocks, warps, 1)
+            shared = product_shared(terms, width, cut, MOST_ROWS)
+            if shared > most_shared:
+                continue
+            if 2 * (shared + 1024) <= most_shared and warps <= 8:
+                cut = cut._replace(together=2)
+            count = width // (16 * warps) * blocks
+            if count <= PROCESSORS * cut.together:
+                found.append((min(count, PROCESSORS), -blocks, cut))
+    return [cut for *_, cut in sorted(found, reverse=True)]
+
+
+@cache
+def product_cut(terms: int, width: int, device: int) -> ProductCut | None:
+    """The first of the cuts whose clusters are all on the GPU at once, None without one."""
+    if not _present(device):
+        return None
+    for found in product_cuts(terms, width, nvrtc.most_shared(device)):
+        built = _product_macros(terms, width, found, MOST_ROWS, bfloat16=True, residual=True)
+        shared, count = product_shared(terms, width, found, MOST_ROWS), width // (16 * found.warps)
+        if 3 * count * found.blocks < PROCESSORS:
+            continue
+        with torch.cuda.device(device):
+            fit = nvrtc.clusters_at_once(
+                SOURCE, "product", built, count * found.blocks, 32 * found.warps, shared, found.blocks
+            )
+        if fit >= count:
+            return found
+    return None
+
+
+def _product_macros(
+    terms: int, width: int, found: ProductCut, rows: int, *, bfloat16: bool, residual: bool
+) -> nvrtc.Macros:
+    values = {
+        "PRODUCT": 1, "TERMS": terms, "WIDTH": width, "RESIDUAL": int(residual), "XBF": int(bfloat16),
+        "NT": rows // 8, "CS": found.blocks, "WARPS": found.warps, "PER_SM": found.together,
+    }  # fmt: skip
+    return tuple((key, str(value)) for key, value in values.items())
+
+
+def product_shared(terms: int, width: int, found: ProductCut, rows: int) -> int:
+    """The source's END for a product: bytes of shared memory that a block takes."""
+    cluster = 16 * found.warps
+    sums = 4 * cluster * rows + 4 * rows * (cluster // found.blocks + 8)
+    return max(2 * rows * _stride(terms // found.blocks), sums)
+
+
+def product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, found: ProductCut, early: bool) -> None:
+    """out = a w^T (+ residual): a (b, terms) and w (width, terms) bfloat16, residual and out float32 or bfloat16.
+
+    early: w was not made just now, so that it may be read before the kernels before this one have ended.
+    """
+    (b, terms), width = a.shape, w.shape[0]
+    for row in range(0, b, MOST_ROWS):
+        some = slice(row, min(row + MOST_ROWS, b))
+        rows = next(rows for rows in (8, 16, 32, 64) if rows >= some.stop - row)
+        built = _product_macros(
+            terms, width, found, rows, bfloat16=out.dtype == torch.bfloat16, residual=residual is not None
+        )
+        shared = product_shared(terms, width, found, rows)
+        tensors = (a[some], w, out[some] if residual is None else residual[some], out[some])
+        nvrtc.launch(
+            SOURCE, "product", built,
+            width // (16 * found.warps) * found.blocks, 32 * found.warps,
+            [*(t.data_ptr() for t in tensors), some.stop - row], shared, cluster=found.blocks, early=early,
+        )  # fmt: skip
