@@ -100,7 +100,9 @@ def in_turn(given: list[dict[str, Any]], steps: Steps) -> list[torch.Tensor]:
 def chain_errors(given: list[dict[str, Any]], steps: Steps) -> list[tuple[float, float]]:
     """For each of the outputs of `in_turn`: our error and that of the reference in the same dtype, against float64."""
     reference = load("reference").mamba_steps
-    wide = [{k: t.double() if isinstance(t, torch.Tensor) else t for k, t in layer.items()} for layer in given]
+    wide = [
+        {k: t.double() if isinstance(t, torch.Tensor) else t for k, t in layer.items()} for layer in given
+    ]
     found = zip(in_turn(given, steps), in_turn(given, reference), in_turn(wide, reference), strict=True)
     return [
         (float((ours - truth).norm() / truth.norm()), float((eager - truth).norm() / truth.norm()))

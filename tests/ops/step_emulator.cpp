@@ -34,7 +34,7 @@ struct Fiber {
     Wait wait;
     unsigned parity;
     unsigned words[2][6];
-    std::vector<Copy> copies;
+    std::vector<Copy> copies, stores;
 };
 #ifndef WARPS
 #define WARPS 8
@@ -130,6 +130,17 @@ static void copy_by_engine(void* to, const void* from, unsigned bytes, Barrier* 
     Engine& engine = engines.at(barrier);
     engine.begun += bytes;
     engine.copies.push_back({(char*)to, (const char*)from, (int)bytes});
+}
+// the engine reads what it stores when it is waited for, and not before
+static void store_by_engine(void* to, const void* from, unsigned bytes) {
+    aligned(to, 16);
+    aligned(from, 16);
+    me().stores.push_back({(char*)to, (const char*)from, (int)bytes});
+}
+static void before_engine() {}
+static void wait_stores() {
+    for (Copy& c : me().stores) memcpy(c.to, c.from, c.bytes);
+    me().stores.clear();
 }
 static void arrived(Barrier* barrier, unsigned round) {
     Engine& engine = engines.at(barrier);

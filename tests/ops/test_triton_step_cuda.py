@@ -21,6 +21,8 @@ from tests.ops.step_cases import Case, Steps, chain_errors, in_turn, inputs
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled with g++")
+
+
 class ORDER:
     """Whether the emulation runs the last thread first."""
 
@@ -52,7 +54,9 @@ def emulated(libraries: Callable[[Path, nvrtc.Macros], ctypes.CDLL]) -> Iterator
                shared: int, *, cluster: int, together: bool = False, early: bool = False) -> None:  # fmt: skip
         known = dict(macros)
         assert (threads, cluster) == (32 * int(known.get("WARPS", 8)), int(known["CS"]))
-        assert kernel == ("product" if "PRODUCT" in known else "steps" if known["WHOLE"] == "1" else "middle_step")
+        assert kernel == (
+            "product" if "PRODUCT" in known else "steps" if known["WHOLE"] == "1" else "middle_step"
+        )
         assert together == (kernel != "product")
         values = (ctypes.c_int64 * len(words))(*words)
         # the emulation refuses another size of shared memory than the source's
@@ -130,7 +134,10 @@ def test_the_size_of_shared_memory(
     assert cut is not None
     shared = step_cuda.shared_bytes(sizes, cut, rows)
     assert shared <= 227 * 1024
-    assert libraries(step_cuda.SOURCE, step_cuda.macros(sizes, cut, rows, bfloat16=False, layers=1)).end() == shared
+    assert (
+        libraries(step_cuda.SOURCE, step_cuda.macros(sizes, cut, rows, bfloat16=False, layers=1)).end()
+        == shared
+    )
 
 
 def with_middle(cut: Cut) -> Steps:

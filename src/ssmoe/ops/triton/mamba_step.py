@@ -379,7 +379,9 @@ def mamba_steps(
     """`mamba_step` through several layers of one shape; see the reference."""
     if _in_one_launch(x):
         for (weight, bias, *rest), conv, ssm in zip(layers, conv_states, ssm_states, strict=True):
-            check(x, weight, *rest, norm_bias=bias, conv_state=conv, ssm_state=ssm, out_conv=None, out_ssm=None)
+            check(
+                x, weight, *rest, norm_bias=bias, conv_state=conv, ssm_state=ssm, out_conv=None, out_ssm=None
+            )
         none = [None] * len(layers)
         outs = (out_convs or none, out_ssms or none)
         found = _by_cuda(x, layers, norm_eps, conv_states, ssm_states, *outs)

@@ -136,16 +136,12 @@ class _Config(ctypes.Structure):
 
 _COOPERATIVE, _CLUSTER, _EARLY = 2, 4, 6
 """The driver's numbers of the attributes of a launch whose blocks are all on the GPU at once, in clusters, and early."""
-_MOST_SHARED = 97
-"""The driver's number of the most shared memory that a block can ask for."""
 
 
 @cache
 def most_shared(device: int) -> int:
     """Bytes of shared memory that a block of a launch can be given."""
-    found = ctypes.c_int()
-    _check(_driver().cuDeviceGetAttribute(ctypes.byref(found), _MOST_SHARED, device), "asking for a limit")
-    return found.value
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def double_bits(value: float) -> int:

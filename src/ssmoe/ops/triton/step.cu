@@ -121,7 +121,6 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
 __device__ __forceinline__ void after_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void arrive(u32* counter) {
-    __threadfence();
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 __device__ __forceinline__ u32 arrive_last(u32* counter) { return atomicAdd(counter, 1u); }
@@ -150,6 +149,16 @@ __device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
 __device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void store_by_engine(void* to, const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
+}
+// what this thread wrote to shared memory is there for the engine, after the next barrier
+__device__ __forceinline__ void before_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// the engine has read what this thread asked it to store
+__device__ __forceinline__ void wait_stores() {
+    asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void arrived(u64* barrier, u32 round) {
     asm volatile("{ .reg .pred p;\n WAIT%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra WAIT%=;\n }"
@@ -191,11 +200,12 @@ __device__ __forceinline__ void keep(float* sums, int output, int lane, float (&
 }
 // the sums of four rows over the cluster's slices
 template <int PARTS, int OUTPUTS>
-__device__ __forceinline__ F4 total(const float* sums, int output, int row) {
+__device__ __forceinline__ F4 total(const float* sums, int output, int row, int rank) {
     F4 all = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    // from the block itself on, so that no block is read by all the others at a time
     UNROLL for (int r = 0; r < CS; r++)
         UNROLL for (int part = 0; part < PARTS; part++) {
-            F4 f = far4(sums + part * OUTPUTS * ROWS + place(output, row), r);
+            F4 f = far4(sums + part * OUTPUTS * ROWS + place(output, row), (rank + r) % CS);
             UNROLL for (int i = 0; i < 4; i++) all.v[i] += f.v[i];
         }
     return all;
@@ -305,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) product(const __gr
     cluster_barrier();
     for (int i = tid; i < OWN * (ROWS / 4); i += THREADS) {
         int row = i % (ROWS / 4) * 4, o = i / (ROWS / 4);
-        F4 f = total<1, CLUSTER>(sums, rank * OWN + o, row);
+        F4 f = total<1, CLUSTER>(sums, rank * OWN + o, row, rank);
         UNROLL for (int k = 0; k < 4; k++) all[(row + k) * O_STRIDE + o] = f.v[k];
     }
     // what others read of this block is read
@@ -346,6 +356,7 @@ static_assert(C % (32 * G) == 0 && CH % CS == 0 && CC % 4 == 0 && P % 2 == 0 && 
 static_assert(!WHOLE || D % (16 * G) == 0 && DG % CS == 0, "outputs");
 static_assert(!WHOLE || D % (32 * CS) == 0 && C % (32 * CS) == 0 && (K1 / 32) % KI == 0 && (K3 / 32) % KO == 0,
               "terms");
+static_assert(CHUNK * CC % (THREADS / 4) == 0, "whole passes of the scan");
 static_assert(WARPS == 8 && PT <= WARPS, "a warp has one tile of x_proj");
 
 constexpr int H_STRIDE = stride_of(K1), Y_STRIDE = stride_of(K3), X_STRIDE = stride_of(CH), L_STRIDE = stride_of(RP);
@@ -419,7 +430,6 @@ using Out = Product<DG / 16 * KO, K3 / 32 / KO>;
 #endif
 
 constexpr int OUTS = (ROWS / 4 * DO + THREADS - 1) / THREADS;  // groups of four rows of an output a thread
-constexpr int PASSES = (CHUNK * CC + THREADS / 4 - 1) / (THREADS / 4);
 static_assert(CHUNKS % HELD == 0 && (!WHOLE || CHUNKS == HELD), "every barrier is used as often as round says");
 
 // One block of the grid between two waits; `turn` counts the grid's waits.
@@ -465,6 +475,9 @@ struct Block {
             }
         }
     }
+    __device__ __forceinline__ void ask_all_states(const Layer& l) {
+        for (int chunk = 0; chunk < HELD; chunk++) ask_states(l, chunk);
+    }
     // copies of what a layer needs and no activation decides; there after wait_copies and a barrier
     __device__ __forceinline__ void stage(const Layer& l) {
         int c0 = cluster * CH + rank * CC;
@@ -478,7 +491,6 @@ struct Block {
         if (WHOLE)
             for (int i = tid; i < K1 / 4; i += THREADS)
                 copy_later<16>(at<float>(AT_NORM) + 4 * i, l.norm + rank * K1 + 4 * i, true);
-        for (int chunk = 0; chunk < HELD; chunk++) ask_states(l, chunk);
         for (int i = tid; i < CC * (TAPS + 1); i += THREADS)
             copy_later<4>(at<float>(AT_TAPS) + i, l.taps + c0 * (TAPS + 1) + i, true);
         for (int i = tid; i < CC; i += THREADS) {
@@ -564,7 +576,7 @@ struct Block {
         int row = tid % (ROWS / 4) * 4;
         float scale[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         UNROLL for (int r = 0; r < CS; r++) {
-            F4 f = far4(at<float>(AT_SQUARES) + row, r);
+            F4 f = far4(at<float>(AT_SQUARES) + row, (rank + r) % CS);
             UNROLL for (int k = 0; k < 4; k++) scale[k] += f.v[k];
         }
         UNROLL for (int k = 0; k < 4; k++) scale[k] = 1.0f / sqrtf(scale[k] / D + (float)a.eps);
@@ -572,7 +584,7 @@ struct Block {
             int c = i / (ROWS / 4);
             bool gate = c >= CC;
             c -= gate ? CC : 0;
-            F4 v = total<KI, 2 * CH>(sums, (gate ? CH : 0) + rank * CC + c, row);
+            F4 v = total<KI, 2 * CH>(sums, (gate ? CH : 0) + rank * CC + c, row, rank);
             UNROLL for (int k = 0; k < 4; k++) {
                 if (gate)
                     at<float>(AT_GATE)[c * COLUMN + row + k] = v.v[k] * scale[k];
@@ -621,11 +633,13 @@ struct Block {
         for (int begin = 0; begin < EACH; begin += ONCE) {
             U2 b[ONCE];
             UNROLL for (int k = 0; k < ONCE; k++) {
-                int i = (begin + k) * THREADS + tid, r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
+                int i = (begin + k) * THREADS + tid, r = (rank + i / (ROWS * FOURS)) % CS;
+                int row = i / FOURS % ROWS, e = i % FOURS;
                 if (i < ALL) b[k] = far_bytes8(at<bf16>(AT_MINE) + row * MINE_STRIDE + 4 * e, r);
             }
             UNROLL for (int k = 0; k < ONCE; k++) {
-                int i = (begin + k) * THREADS + tid, r = i / (ROWS * FOURS), row = i / FOURS % ROWS, e = i % FOURS;
+                int i = (begin + k) * THREADS + tid, r = (rank + i / (ROWS * FOURS)) % CS;
+                int row = i / FOURS % ROWS, e = i % FOURS;
                 if (i < ALL) *reinterpret_cast<U2*>(at<bf16>(AT_ALL) + row * X_STRIDE + r * CC + 4 * e) = b[k];
             }
         }
@@ -696,19 +710,23 @@ struct Block {
     }
     // all of x_proj: delta's part in bfloat16, B and C
     __device__ __forceinline__ void spread() {
-        constexpr int ALL = P / 2 * ROWS, EACH = (ALL + THREADS - 1) / THREADS, ONCE = EACH < 12 ? EACH : 12;
+        constexpr int PAIRS = PS / 2, ALL = CS * ROWS * PAIRS, EACH = (ALL + THREADS - 1) / THREADS;
+        constexpr int ONCE = EACH < 12 ? EACH : 12;
         for (int begin = 0; begin < EACH; begin += ONCE) {
             U2 f[ONCE];
             UNROLL for (int j = 0; j < ONCE; j++) {
-                int i = (begin + j) * THREADS + tid, row = i / (P / 2), p = i % (P / 2) * 2;
-                if (i < ALL) f[j] = far_bytes8(at<float>(AT_SLICE) + row * PS + p % PS, p / PS);
+                int i = (begin + j) * THREADS + tid, r = (rank + i / (ROWS * PAIRS)) % CS;
+                int row = i / PAIRS % ROWS, p = i % PAIRS * 2;
+                if (i < ALL) f[j] = far_bytes8(at<float>(AT_SLICE) + row * PS + p, r);
             }
             UNROLL for (int j = 0; j < ONCE; j++) {
-                int i = (begin + j) * THREADS + tid, row = i / (P / 2), p = i % (P / 2) * 2;
+                int i = (begin + j) * THREADS + tid, r = (rank + i / (ROWS * PAIRS)) % CS;
+                int row = i / PAIRS % ROWS, p = r * PS + i % PAIRS * 2;
                 if (i < ALL && p < R)
                     *reinterpret_cast<u32*>(at<bf16>(AT_LOW) + row * L_STRIDE + p) =
                         pack(__uint_as_float(f[j].v[0]), __uint_as_float(f[j].v[1]));
-                if (i < ALL && p >= R) *reinterpret_cast<U2*>(at<float>(AT_BC) + row * 2 * N + p - R) = f[j];
+                if (i < ALL && p >= R && p < P)
+                    *reinterpret_cast<U2*>(at<float>(AT_BC) + row * 2 * N + p - R) = f[j];
             }
         }
         if (RP > R)
@@ -744,43 +762,82 @@ struct Block {
             }
         }
     }
-    // round: how often each of the states' barriers has been waited for
-    __device__ __forceinline__ void scan(const Layer& l, u32& round) {
+    // the rows from `first` on, whose states are at `states`, PASSES x THREADS / 4 cells
+    template <int PASSES>
+    __device__ __forceinline__ void scan_rows(const Layer& l, int first, float* states) {
+        constexpr int BATCH = PASSES < 4 ? PASSES : 4;
         int c0 = cluster * CH + rank * CC, quad = tid % 4;
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            if (chunk * CHUNK < rows) arrived(at<u64>(AT_ARRIVED) + chunk % HELD, round + chunk / HELD);
-            UNROLL for (int i = 0; i < PASSES; i++) {
-                int cell = i * (THREADS / 4) + tid / 4, c = cell % CC, row = chunk * CHUNK + cell / CC;
-                bool live = cell < CHUNK * CC && row < rows;
-                float h[4], y = 0.0f, inner = 0.0f;
-                if (live) {
-                    F4 old = *reinterpret_cast<const F4*>(at<float>(AT_STATE) + chunk % HELD * CHUNK * CC * N
-                                                          + cell * N + 4 * quad);
-                    float delta = at<float>(AT_DELTA)[c * COLUMN + row];
-                    inner = at<float>(AT_INNER)[c * COLUMN + row];
-                    F4 A = *reinterpret_cast<const F4*>(at<float>(AT_A) + c * N + 4 * quad);
-                    F4 b = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + 4 * quad);
-                    F4 read = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + N + 4 * quad);
-                    UNROLL for (int k = 0; k < 4; k++) {
-                        h[k] = exp2_fast(delta * A.v[k]) * old.v[k] + delta * inner * b.v[k];
-                        y += h[k] * read.v[k];
-                    }
-                    *reinterpret_cast<F4*>(l.out_ssm + ((i64)row * C + c0 + c) * N + 4 * quad) =
-                        F4{{h[0], h[1], h[2], h[3]}};
-                }
-                y += SWAP(y, 1);
-                y += SWAP(y, 2);
-                if (live && quad == 0) {
-                    y = (y + at<float>(AT_SKIP)[c] * inner) * silu(at<float>(AT_GATE)[c * COLUMN + row]);
-                    a.y[(i64)row * C + c0 + c] = to_bf16(y);
+        _Pragma("unroll 1") for (int begin = 0; begin < PASSES; begin += BATCH) {
+            F4 old[BATCH], A[BATCH], b[BATCH], read[BATCH];
+            float delta[BATCH], inner[BATCH], gate[BATCH], y[BATCH];
+            bool live[BATCH];
+            UNROLL for (int i = 0; i < BATCH; i++) {
+                int cell = (begin + i) * (THREADS / 4) + tid / 4, c = cell % CC, row = first + cell / CC;
+                live[i] = begin + i < PASSES && row < rows;
+                if (live[i]) {
+                    old[i] = *reinterpret_cast<const F4*>(states + cell * N + 4 * quad);
+                    A[i] = *reinterpret_cast<const F4*>(at<float>(AT_A) + c * N + 4 * quad);
+                    b[i] = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + 4 * quad);
+                    read[i] = *reinterpret_cast<const F4*>(at<float>(AT_BC) + row * 2 * N + N + 4 * quad);
+                    delta[i] = at<float>(AT_DELTA)[c * COLUMN + row];
+                    inner[i] = at<float>(AT_INNER)[c * COLUMN + row];
+                    gate[i] = at<float>(AT_GATE)[c * COLUMN + row];
                 }
             }
-            if (chunk + HELD < CHUNKS) {
-                BARRIER();
-                ask_states(l, chunk + HELD);
+            UNROLL for (int i = 0; i < BATCH; i++) {
+                y[i] = 0.0f;
+                if (live[i])
+                    UNROLL for (int k = 0; k < 4; k++) {
+                        old[i].v[k] = exp2_fast(delta[i] * A[i].v[k]) * old[i].v[k] + delta[i] * inner[i] * b[i].v[k];
+                        y[i] += old[i].v[k] * read[i].v[k];
+                    }
+            }
+            UNROLL for (int i = 0; i < BATCH; i++) y[i] += SWAP(y[i], 1);
+            UNROLL for (int i = 0; i < BATCH; i++) y[i] += SWAP(y[i], 2);
+            UNROLL for (int i = 0; i < BATCH; i++) {
+                int cell = (begin + i) * (THREADS / 4) + tid / 4, c = cell % CC, row = first + cell / CC;
+                if (live[i]) {
+                    float* to = WHOLE ? states + cell * N : l.out_ssm + ((i64)row * C + c0 + c) * N;
+                    *reinterpret_cast<F4*>(to + 4 * quad) = old[i];
+                }
+                if (live[i] && quad == 0) {
+                    y[i] = (y[i] + at<float>(AT_SKIP)[c] * inner[i]) * silu(gate[i]);
+                    a.y[(i64)row * C + c0 + c] = to_bf16(y[i]);
+                }
+            }
+        }
+    }
+    // round: how often each of the states' barriers has been waited for
+    __device__ __forceinline__ void scan(const Layer& l, u32& round) {
+        if (WHOLE) {
+            for (int chunk = 0; chunk < CHUNKS; chunk++)
+                if (chunk * CHUNK < rows) arrived(at<u64>(AT_ARRIVED) + chunk, round);
+            scan_rows<ROWS * CC / (THREADS / 4)>(l, 0, at<float>(AT_STATE));
+            before_engine();
+        } else {
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                if (chunk * CHUNK < rows) arrived(at<u64>(AT_ARRIVED) + chunk % HELD, round + chunk / HELD);
+                scan_rows<CHUNK * CC / (THREADS / 4)>(l, chunk * CHUNK,
+                                                      at<float>(AT_STATE) + chunk % HELD * CHUNK * CC * N);
+                if (chunk + HELD < CHUNKS) {
+                    BARRIER();
+                    ask_states(l, chunk + HELD);
+                }
             }
         }
         round += CHUNKS / HELD;
+    }
+    // the new states, which lie where the old ones did, by the engine; `free_states` waits until it has read them
+    __device__ __forceinline__ void write_states(const Layer& l) {
+        constexpr int BYTES = 4 * CC * N;
+        if (warp == WARPS - 1)
+            for (int row = lane; row < rows; row += 32)
+                store_by_engine(l.out_ssm + ((i64)row * C + cluster * CH + rank * CC) * N,
+                                at<char>(AT_STATE) + row * BYTES, BYTES);
+    }
+    __device__ __forceinline__ void free_states() {
+        if (warp == WARPS - 1) wait_stores();
+        WARP_BARRIER();
     }
     __device__ __forceinline__ void load_y() {
         constexpr int EIGHTS = K3 / 8;
@@ -807,7 +864,7 @@ struct Block {
         UNROLL for (int j = 0; j < OUTS; j++) {
             int i = j * THREADS + tid, row = i / DO * 4, o = i % DO;
             if (row < rows) {
-                F4 f = total<KO, DG>(at<float>(AT_OUT), rank * DO + o, row);
+                F4 f = total<KO, DG>(at<float>(AT_OUT), rank * DO + o, row, rank);
                 UNROLL for (int k = 0; k < 4; k++) {
                     i64 cell = (i64)(row + k) * D + cluster * DG + rank * DO + o;
                     if (row + k < rows && XBF) ((bf16*)a.out)[cell] = to_bf16(v[j][k] + f.v[k]);
@@ -880,6 +937,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
     int layers = (int)a.layers;
     u32 round = 0;
     b.stage(a.layer[0]);
+    b.ask_all_states(a.layer[0]);
     in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[0], unit); }, D);
     for (int i = 0; i < layers; i++) {
         const Layer& l = a.layer[i];
@@ -906,6 +964,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         STAMP(4);
         middle(b, l, small, round, i, layers);
         b.tell();
+        b.write_states(l);
         STAMP(14);
         Out out;
         out.fill(b.warp, [&](int unit) { return b.out_weights(l, unit); }, C);
@@ -929,6 +988,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
                 keep(b.template at<float>(AT_OUT) + unit % KO * DG * ROWS, unit / KO * 16, b.lane, s);
             });
         STAMP(18);
+        b.free_states();
+        if (more) b.ask_all_states(a.layer[i + 1]);
+#if FILL == 1
+        if (more) in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
+#endif
         cluster_barrier();
         STAMP(19);
         b.add_out(kept);
@@ -937,7 +1001,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) steps(const __grid_cons
         if (more) {
             b.tell();
             STAMP(21);
+#if FILL != 1
             in.fill(b.warp, [&](int unit) { return b.in_weights(a.layer[i + 1], unit); }, D);
+#endif
             STAMP(22);
             b.listen();
             STAMP(23);
@@ -954,6 +1020,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) middle_step(const 
     u32 small[XSTEPS][8], round = 0;
     int i = 0, layers = 1;
     b.stage(l);
+    b.ask_all_states(l);
     b.ask_narrow(l, small);
     STAMP(0);
     // so far weights and states, which no kernel writes just before this one

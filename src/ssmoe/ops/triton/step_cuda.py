@@ -57,7 +57,10 @@ def takes(x: Tensor, layers: Sequence[Layer], convs: Sequence[Tensor], ssms: Seq
         return False
     for layer in layers:
         norm, _, in_proj, conv, shift, x_proj, delta_proj, A_log, skip, delta_bias, out_proj = layer
-        matrices, vectors = (in_proj, x_proj, delta_proj, out_proj), (norm, conv, shift, A_log, skip, delta_bias)
+        matrices, vectors = (
+            (in_proj, x_proj, delta_proj, out_proj),
+            (norm, conv, shift, A_log, skip, delta_bias),
+        )
         if not all(_fits(w, torch.bfloat16) for w in matrices):
             return False
         if not all(_fits(w, torch.float32) for w in vectors):
@@ -120,7 +123,7 @@ def divided(sizes: Sizes, blocks: int, clusters: int, slots: int = 8, whole: boo
     d, c, r, n, taps = sizes
     if n != 16 or r % 8 or not 1 <= taps <= 7 or -(-(r + 2 * n) // blocks) > 128:
         return None
-    if c % (32 * clusters) or c // clusters % (4 * blocks):
+    if c % (32 * clusters) or c // clusters % (8 * blocks):
         return None
     if not whole:
         return Cut(blocks, clusters, slots)
@@ -308,7 +311,9 @@ def product_shared(terms: int, width: int, found: ProductCut, rows: int) -> int:
     return max(2 * rows * _stride(terms // found.blocks), sums)
 
 
-def product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, found: ProductCut, early: bool) -> None:
+def product(
+    a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, found: ProductCut, early: bool
+) -> None:
     """out = a w^T (+ residual): a (b, terms) and w (width, terms) bfloat16, residual and out float32 or bfloat16.
 
     early: w was not made just now, so that it may be read before the kernels before this one have ended.
