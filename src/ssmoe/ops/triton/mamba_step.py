@@ -278,7 +278,7 @@ def step_many(call: _Call, tiles: Many) -> Tensor:
         **_launch(pdl),
     )  # fmt: skip
     _product(h, call.in_proj, None, mixed, tiles.project, pdl)
-    found = _middle(call)
+    found = None
     if found is not None:
         y = step_cuda.middle(
             mixed, _layer(call), found, call.conv_state, call.ssm_state, call.out_conv, call.out_ssm
@@ -293,18 +293,23 @@ def _middle_by_parts(call: _Call, tiles: Many, mixed: Tensor, pdl: int) -> Tenso
     """From in_proj's output (b, 2 d_inner) to out_proj's input (b, d_inner)."""
     (_, c, r, n, taps), b, x = call.sizes, call.x.shape[0], call.x
     dtype, precision = mixed.dtype, _precision(x, mixed.dtype)
-    inner, low, y = (torch.empty(b, width, dtype=dtype, device=x.device) for width in (c, r + 2 * n, c))
-    channels = min(256, _power(c))
-    kernels.convolve_kernel[(triton.cdiv(c, channels), b)](
-        mixed, call.conv_weight, call.conv_bias, call.conv_state, call.out_conv, inner,
-        C=c, TAPS=taps, BC=channels, WINDOW=_power(taps + 1), PRECISION=precision, PDL=pdl, num_warps=4,
-        **_launch(pdl),
+    p, t = r + 2 * n, tiles.low
+    low, y = (torch.empty(b, width, dtype=dtype, device=x.device) for width in (p, c))
+    span = triton.cdiv(triton.cdiv(c, t.split), t.terms) * t.terms
+    split = triton.cdiv(c, span)
+    grid = (triton.cdiv(p, t.columns), triton.cdiv(b, t.rows), split)
+    partial = torch.empty((split, b, p) if split > 1 else (0,), dtype=torch.float32, device=x.device)
+    convolution = (call.conv_weight, call.conv_bias, call.conv_state)
+    kernels.narrow_kernel[grid](
+        mixed, *convolution, call.x_proj, low, partial, counters(x, grid[0] * grid[1]), b,
+        C=c, TAPS=taps, N=p, SPLIT=split, SPAN=span, BM=t.rows, BN=t.columns, BK=t.terms, PRECISION=precision,
+        STAGES=t.stages, PDL=pdl, num_warps=t.warps, **_launch(pdl),
     )  # fmt: skip
-    _product(inner, call.x_proj, None, low, tiles.low, pdl)
     kernels.update_kernel[(triton.cdiv(c, tiles.update_channels), triton.cdiv(b, UPDATE_ROWS))](
-        call.delta_proj, call.A_log, call.D, call.delta_bias, call.ssm_state, call.out_ssm, inner, mixed, low, y,
-        b, C=c, R=r, N=n, BM=UPDATE_ROWS, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n), PRECISION=precision,
-        PDL=pdl, num_warps=tiles.update_warps, **_launch(pdl),
+        call.delta_proj, call.A_log, call.D, call.delta_bias, *convolution, call.out_conv, call.ssm_state,
+        call.out_ssm, mixed, low, y, b,
+        C=c, R=r, N=n, TAPS=taps, BM=UPDATE_ROWS, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n),
+        PRECISION=precision, PDL=pdl, num_warps=tiles.update_warps, **_launch(pdl),
     )  # fmt: skip
     return y
 
@@ -328,7 +333,7 @@ def _middle(call: _Call) -> step_cuda.Cut | None:
 def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Product, pdl: int) -> None:
     """out = a w^T (+ residual)"""
     (b, k), n = a.shape, w.shape[0]
-    found = _wide(a, w, residual, out)
+    found = None
     if found is not None:
         step_cuda.product(a, w, residual, out, found, early=pdl > 0)
         return
@@ -395,7 +400,7 @@ def mamba_steps(
 
 def _in_one_launch(x: Tensor) -> bool:
     """Whether the CUDA kernel is the faster one for so many rows."""
-    return x.is_cuda and x.shape[0] > FEW
+    return False and x.is_cuda and x.shape[0] > FEW
 
 
 def _by_cuda(
