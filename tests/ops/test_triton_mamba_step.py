@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssmoe.ops import load
-from tests.ops.step_cases import SMALL, Case, chain_errors, errors, in_turn, inputs
+from tests.ops.step_cases import SMALL, Case, errors, inputs
 from tests.ops.test_triton_interpreter import interpreted
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -53,47 +53,6 @@ def test_parity_on_a_gpu(shape: Case, dtype: torch.dtype, in_place: bool) -> Non
         measured = errors(inputs(shape, dtype, "cuda", bias=bias), in_place=in_place)
         for name, (ours, eager) in measured.items():
             assert ours <= 2 * eager + 2e-6, f"{name}: {ours:.1e}, eager {eager:.1e}"
-
-
-LAYERS = [
-    Case(1, 768, 1536, 16, 4, 48),
-    Case(5, 768, 1536, 16, 4, 48),
-    Case(64, 768, 1536, 16, 4, 48),
-    Case(6, 512, 1024, 16, 3, 32),
-    Case(20, 1024, 2048, 16, 4, 64),
-    Case(70, 2560, 5120, 16, 4, 160),
-    Case(7, 96, 200, 16, 4, 6),
-]
-
-
-@pytest.mark.gpu
-@ON_GPU
-@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", LAYERS, ids=lambda case: "x".join(map(str, case)))
-def test_layers_in_one_launch(shape: Case, stream: torch.dtype) -> None:
-    given = [inputs(shape, torch.bfloat16, "cuda") for _ in range(3)]
-    given[0]["x"] = given[0]["x"].to(stream)
-    for i, (ours, eager) in enumerate(chain_errors(given, load("triton").mamba_steps)):
-        assert ours <= 2 * eager + 2e-6, f"output {i}: {ours:.1e}, eager {eager:.1e}"
-
-
-@pytest.mark.gpu
-@ON_GPU
-@torch.no_grad()
-def test_layers_in_place_and_again() -> None:
-    given = [inputs(Case(33, 768, 1536, 16, 4, 48), torch.bfloat16, "cuda") for _ in range(3)]
-    once, again = (in_turn(given, load("triton").mamba_steps) for _ in range(2))
-
-    def in_place(*args: Any, **states: Any) -> Any:
-        for name in ("conv_states", "ssm_states"):
-            states[name] = [state.clone() for state in states[name]]
-        return load("triton").mamba_steps(
-            *args, **states | {"out_convs": states["conv_states"], "out_ssms": states["ssm_states"]}
-        )
-
-    for one, two, three in zip(once, again, in_turn(given, in_place), strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
 
 
 def rows(given: dict[str, Any], index: slice) -> dict[str, Any]:

@@ -13,10 +13,8 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.reference.mamba_step import Layer, check, in_turn
-from ssmoe.ops.triton import step_cuda
 from ssmoe.ops.triton import step_kernels as kernels
 from ssmoe.ops.triton.launch import counters, on_device
-from ssmoe.ops.triton.step_cuda import Sizes
 
 FEW = 4
 """Up to so many rows each is its own matrix-vector products; beyond, rows share tensor-core tiles.
@@ -64,6 +62,16 @@ class Many(NamedTuple):
     update_warps: int
 
 
+class Sizes(NamedTuple):
+    """d: d_model. c: d_inner. r: dt_rank. n: d_state. taps: of the convolution's past, d_conv - 1."""
+
+    d: int
+    c: int
+    r: int
+    n: int
+    taps: int
+
+
 def mamba_step(
     x: Tensor,
     norm_weight: Tensor,
@@ -104,12 +112,6 @@ def mamba_step(
         x, *weights, norm_bias=norm_bias, conv_state=conv_state, ssm_state=ssm_state,
         out_conv=out_conv, out_ssm=out_ssm,
     )  # fmt: skip
-    if _in_one_launch(x):
-        layer = (norm_weight, norm_bias, *weights[1:])
-        states = (out_conv, out_ssm)
-        found = _by_cuda(x, [layer], norm_eps, [conv_state], [ssm_state], *([state] for state in states))
-        if found is not None:
-            return found[0], found[1][0], found[2][0]
     dtype = conv_state.dtype
     if dtype not in (torch.float32, torch.bfloat16) or ssm_state.dtype != torch.float32:
         raise ValueError(
@@ -262,14 +264,15 @@ def step_few(call: _Call, tiles: Few) -> Tensor:
 
 
 def step_many(call: _Call, tiles: Many) -> Tensor:
-    """x + mixer(norm(x)) on tiles of rows, by four launches or six."""
-    (d, c, *_), b, x = call.sizes, call.x.shape[0], call.x
+    """x + mixer(norm(x)) by five launches on tiles of rows."""
+    (d, c, r, n, taps), b, x = call.sizes, call.x.shape[0], call.x
     dtype = call.conv_state.dtype
+    p = r + 2 * n
 
     def room(width: int) -> Tensor:
         return torch.empty(b, width, dtype=dtype, device=x.device)
 
-    h, mixed = room(d), room(2 * c)
+    h, mixed, inner, low, y = room(d), room(2 * c), room(c), room(p), room(c)
     out = torch.empty(b, d, dtype=call.out_dtype, device=x.device)
     pdl, precision = _overlaps(x, early=False) if call.settled else 0, _precision(x, dtype)
     kernels.norm_kernel[(b,)](
@@ -278,65 +281,25 @@ def step_many(call: _Call, tiles: Many) -> Tensor:
         **_launch(pdl),
     )  # fmt: skip
     _product(h, call.in_proj, None, mixed, tiles.project, pdl)
-    found = None
-    if found is not None:
-        y = step_cuda.middle(
-            mixed, _layer(call), found, call.conv_state, call.ssm_state, call.out_conv, call.out_ssm
-        )
-    else:
-        y = _middle_by_parts(call, tiles, mixed, pdl)
+    channels = min(256, _power(c))
+    kernels.convolve_kernel[(triton.cdiv(c, channels), b)](
+        mixed, call.conv_weight, call.conv_bias, call.conv_state, call.out_conv, inner,
+        C=c, TAPS=taps, BC=channels, WINDOW=_power(taps + 1), PRECISION=precision, PDL=pdl, num_warps=4,
+        **_launch(pdl),
+    )  # fmt: skip
+    _product(inner, call.x_proj, None, low, tiles.low, pdl)
+    kernels.update_kernel[(triton.cdiv(c, tiles.update_channels), triton.cdiv(b, UPDATE_ROWS))](
+        call.delta_proj, call.A_log, call.D, call.delta_bias, call.ssm_state, call.out_ssm, inner, mixed, low, y,
+        b, C=c, R=r, N=n, BM=UPDATE_ROWS, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n), PRECISION=precision,
+        PDL=pdl, num_warps=tiles.update_warps, **_launch(pdl),
+    )  # fmt: skip
     _product(y, call.out_proj, x, out, tiles.out, pdl)
     return out
-
-
-def _middle_by_parts(call: _Call, tiles: Many, mixed: Tensor, pdl: int) -> Tensor:
-    """From in_proj's output (b, 2 d_inner) to out_proj's input (b, d_inner)."""
-    (_, c, r, n, taps), b, x = call.sizes, call.x.shape[0], call.x
-    dtype, precision = mixed.dtype, _precision(x, mixed.dtype)
-    p, t = r + 2 * n, tiles.low
-    low, y = (torch.empty(b, width, dtype=dtype, device=x.device) for width in (p, c))
-    span = triton.cdiv(triton.cdiv(c, t.split), t.terms) * t.terms
-    split = triton.cdiv(c, span)
-    grid = (triton.cdiv(p, t.columns), triton.cdiv(b, t.rows), split)
-    partial = torch.empty((split, b, p) if split > 1 else (0,), dtype=torch.float32, device=x.device)
-    convolution = (call.conv_weight, call.conv_bias, call.conv_state)
-    kernels.narrow_kernel[grid](
-        mixed, *convolution, call.x_proj, low, partial, counters(x, grid[0] * grid[1]), b,
-        C=c, TAPS=taps, N=p, SPLIT=split, SPAN=span, BM=t.rows, BN=t.columns, BK=t.terms, PRECISION=precision,
-        STAGES=t.stages, PDL=pdl, num_warps=t.warps, **_launch(pdl),
-    )  # fmt: skip
-    kernels.update_kernel[(triton.cdiv(c, tiles.update_channels), triton.cdiv(b, UPDATE_ROWS))](
-        call.delta_proj, call.A_log, call.D, call.delta_bias, *convolution, call.out_conv, call.ssm_state,
-        call.out_ssm, mixed, low, y, b,
-        C=c, R=r, N=n, TAPS=taps, BM=UPDATE_ROWS, BC=tiles.update_channels, RP=_power(r, 16), NP=_power(n),
-        PRECISION=precision, PDL=pdl, num_warps=tiles.update_warps, **_launch(pdl),
-    )  # fmt: skip
-    return y
-
-
-def _layer(call: _Call) -> Layer:
-    """The layer as `mamba_steps` takes it."""
-    return (
-        call.norm_weight, call.norm_bias, call.in_proj, call.conv_weight, call.conv_bias, call.x_proj,
-        call.delta_proj, call.A_log, call.D, call.delta_bias, call.out_proj,
-    )  # fmt: skip
-
-
-def _middle(call: _Call) -> step_cuda.Cut | None:
-    """The cut of the CUDA kernel between the products, None where it does not take the layer."""
-    states = ([call.conv_state, call.out_conv], [call.ssm_state, call.out_ssm])
-    if not step_cuda.takes(call.x, [_layer(call)], *states):
-        return None
-    return step_cuda.cut(call.sizes, call.x.device.index, whole=False)
 
 
 def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Product, pdl: int) -> None:
     """out = a w^T (+ residual)"""
     (b, k), n = a.shape, w.shape[0]
-    found = None
-    if found is not None:
-        step_cuda.product(a, w, residual, out, found, early=pdl > 0)
-        return
     span = triton.cdiv(triton.cdiv(k, t.split), t.terms) * t.terms
     split = triton.cdiv(k, span)
     grid = (triton.cdiv(n, t.columns), triton.cdiv(b, t.rows), split)
@@ -347,14 +310,6 @@ def _product(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor, t: Prod
         PRECISION=_precision(a, a.dtype), STAGES=t.stages, PDL=pdl,
         num_warps=t.warps, **_launch(pdl),
     )  # fmt: skip
-
-
-def _wide(a: Tensor, w: Tensor, residual: Tensor | None, out: Tensor) -> step_cuda.ProductCut | None:
-    """The cut of the CUDA kernel of wide products, None where it does not take this one."""
-    whole = a.is_cuda and a.dtype == torch.bfloat16 and all(t.data_ptr() % 16 == 0 for t in (a, w, out))
-    if not whole or (residual is not None and (residual.dtype != out.dtype or residual.data_ptr() % 16)):
-        return None
-    return step_cuda.product_cut(a.shape[1], w.shape[0], a.device.index)
 
 
 def _overlaps(x: Tensor, *, early: bool) -> int:
@@ -378,48 +333,6 @@ def mamba_steps(
     norm_eps: float,
     conv_states: Sequence[Tensor],
     ssm_states: Sequence[Tensor],
-    out_convs: Sequence[Tensor] | None = None,
-    out_ssms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """`mamba_step` through several layers of one shape; see the reference."""
-    if _in_one_launch(x):
-        for (weight, bias, *rest), conv, ssm in zip(layers, conv_states, ssm_states, strict=True):
-            check(
-                x, weight, *rest, norm_bias=bias, conv_state=conv, ssm_state=ssm, out_conv=None, out_ssm=None
-            )
-        none = [None] * len(layers)
-        outs = (out_convs or none, out_ssms or none)
-        found = _by_cuda(x, layers, norm_eps, conv_states, ssm_states, *outs)
-        if found is not None:
-            return found
-    return in_turn(
-        mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states,
-        out_convs=out_convs, out_ssms=out_ssms,
-    )  # fmt: skip
-
-
-def _in_one_launch(x: Tensor) -> bool:
-    """Whether the CUDA kernel is the faster one for so many rows."""
-    return False and x.is_cuda and x.shape[0] > FEW
-
-
-def _by_cuda(
-    x: Tensor,
-    layers: Sequence[Layer],
-    eps: float,
-    convs: Sequence[Tensor],
-    ssms: Sequence[Tensor],
-    out_convs: Sequence[Tensor | None],
-    out_ssms: Sequence[Tensor | None],
-) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
-    """All layers in one launch, None where the CUDA kernel does not take them."""
-    outs = [
-        [torch.empty_like(state) if out is None else out for state, out in zip(*pair, strict=True)]
-        for pair in ((convs, out_convs), (ssms, out_ssms))
-    ]
-    if layers[0][1] is not None or not step_cuda.takes(x, layers, [*convs, *outs[0]], [*ssms, *outs[1]]):
-        return None
-    found = step_cuda.cut(step_cuda.sizes_of(layers[0]), x.device.index)
-    if found is None:
-        return None
-    return step_cuda.steps(x, layers, found, eps, convs, ssms, *outs), *outs
+    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)

@@ -115,72 +115,6 @@ def _function(source: Path, kernel: str, macros: Macros, shared: int, device: in
     return function
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: the number of an attribute and a union of 64 bytes."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("count", ctypes.c_uint),
-    )
-
-
-_COOPERATIVE, _CLUSTER, _EARLY = 2, 4, 6
-"""The driver's numbers of the attributes of a launch whose blocks are all on the GPU at once, in clusters, and early."""
-
-
-@cache
-def most_shared(device: int) -> int:
-    """Bytes of shared memory that a block of a launch can be given."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-
-
-def double_bits(value: float) -> int:
-    """The 64 bits of a double, as a word of a launch."""
-    return ctypes.c_int64.from_buffer_copy(ctypes.c_double(value)).value
-
-
-def _config(
-    blocks: int, threads: int, shared: int, stream: int, cluster: int, together: bool, early: bool
-) -> tuple[_Config, ctypes.Array[_Attribute]]:
-    """What cuLaunchKernelEx takes; the attributes must outlive it."""
-    wanted = [(_CLUSTER, (cluster, 1, 1))] if cluster > 1 else []
-    wanted += [(_COOPERATIVE, (1, 0, 0))] if together else []
-    wanted += [(_EARLY, (1, 0, 0))] if early else []
-    attributes = (_Attribute * 3)()
-    for attribute, (number, value) in zip(attributes, wanted, strict=False):
-        attribute.id, attribute.value[:3] = number, value
-    grid, block = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
-    return _Config(grid, block, shared, stream, ctypes.addressof(attributes), len(wanted)), attributes
-
-
-@cache
-def clusters_at_once(
-    source: Path, kernel: str, macros: Macros, blocks: int, threads: int, shared: int, cluster: int
-) -> int:
-    """How many clusters of so many blocks the current device holds at once."""
-    device = torch.cuda.current_device()
-    _ensure_context(device)
-    function = _function(source, kernel, macros, shared, device)
-    config, attributes = _config(blocks, threads, shared, 0, cluster, together=False, early=False)
-    found = ctypes.c_int()
-    _check(
-        _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), function, ctypes.byref(config)),
-        f"asking how many clusters of {kernel} fit",
-    )
-    del attributes
-    return found.value
-
-
 def launch(
     source: Path,
     kernel: str,
@@ -189,17 +123,11 @@ def launch(
     threads: int,
     words: Sequence[int],
     shared: int = 0,
-    *,
-    cluster: int = 1,
-    together: bool = False,
-    early: bool = False,
 ) -> None:
     """Start `kernel`, whose one parameter is a struct of 64-bit words, on the current device and stream.
 
-    shared: bytes of memory that each block is given. cluster: blocks that can read each other's. together: all
-    blocks are on the GPU at once, so that they can wait for one another. early: it may start before the kernel
-    before it has ended, for whose results it then waits itself. A source and its macros are compiled when
-    first launched on a device, and kept.
+    shared: bytes of memory that each block is given. A source and its macros are compiled when first launched on
+    a device, and kept.
     """
     if blocks > 2**31 - 1:
         raise ValueError(f"{kernel} would need {blocks} blocks: a launch has at most {2**31 - 1}")
@@ -208,8 +136,6 @@ def launch(
     function = _function(source, kernel, macros, shared, device)
     values = (ctypes.c_int64 * len(words))(*words)
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(values))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    config, attributes = _config(blocks, threads, shared, stream, cluster, together, early)
-    result = _driver().cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None)
     _check(result, f"launching {kernel}")
-    del attributes

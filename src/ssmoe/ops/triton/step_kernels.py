@@ -398,71 +398,12 @@ def product_kernel(
 
 
 @triton.jit
-def past_input(conv_state, row, c, keep, j: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr):
-    """What the convolution's state (b, C, TAPS) holds at j, the oldest at 0; row, c: columns and rows of a tile."""
-    return tl.load(conv_state + (row[:, None] * C + c[None, :]) * TAPS + j, mask=keep, other=0.0)
-
-
-@triton.jit
-def convolved(mixed, conv_weight, conv_bias, conv_state, row, c, keep, C: tl.constexpr, TAPS: tl.constexpr):
-    """(silu of the convolution, its new input) of a tile of rows and channels; zero where not `keep`."""
-    channel = c < C
-    fresh = tl.load(mixed + row[:, None] * (2 * C) + c[None, :], mask=keep, other=0.0)
-    tap = tl.load(conv_weight + c * (TAPS + 1) + TAPS, mask=channel, other=0.0).to(tl.float32)
-    total = tl.load(conv_bias + c, mask=channel, other=0.0).to(tl.float32)[None, :]
-    total = total + fresh.to(tl.float32) * tap[None, :]
-    for j in tl.static_range(TAPS):
-        tap = tl.load(conv_weight + c * (TAPS + 1) + j, mask=channel, other=0.0).to(tl.float32)
-        total += past_input(conv_state, row, c, keep, j, C, TAPS).to(tl.float32) * tap[None, :]
-    return tl.where(keep, silu(total), 0.0), fresh
-
-
-@triton.jit
-def narrow_kernel(
-    mixed, conv_weight, conv_bias, conv_state, w, out, partial, counters, rows,
-    C: tl.constexpr, TAPS: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out (rows, N) = x_proj of the convolution of mixed (rows, 2C), in_proj's output; otherwise `product_kernel`."""
-    tiles: tl.constexpr = (N + BN - 1) // BN
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    k0 = tl.program_id(2) * SPAN
-    wait(PDL)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for begin in tl.range(0, SPAN, BK, num_stages=STAGES):
-        k = k0 + begin + tl.arange(0, BK)
-        inside = k < C
-        right = tl.load(
-            w + column[None, :] * C + k[:, None], mask=(column < N)[None, :] & inside[:, None], other=0.0
-        )
-        keep = (row < rows)[:, None] & inside[None, :]
-        left, fresh = convolved(mixed, conv_weight, conv_bias, conv_state, row, k, keep, C, TAPS)
-        acc = dot(rounded(left, w.dtype.element_ty, PRECISION), right, acc, PRECISION)
-    keep = (row < rows)[:, None] & (column < N)[None, :]
-    at = row[:, None] * N + column[None, :]
-    if SPLIT == 1:
-        tl.store(out + at, rounded(acc, out.dtype.element_ty, PRECISION), mask=keep)
-    else:
-        tl.store(partial + tl.program_id(2).to(tl.int64) * rows * N + at, acc, mask=keep)
-        if is_last(counters + tl.program_id(1) * tiles + tl.program_id(0), SPLIT):
-            acc = tl.zeros((BM, BN), tl.float32)
-            for s in tl.static_range(SPLIT):
-                acc += tl.load(
-                    partial + rows.to(tl.int64) * N * s + at, mask=keep, other=0.0, cache_modifier=".cg"
-                )
-            tl.store(out + at, rounded(acc, out.dtype.element_ty, PRECISION), mask=keep)
-
-
-@triton.jit
 def update_kernel(
-    delta_proj, A_log, skip, delta_bias, conv_weight, conv_bias, conv_state, out_conv, ssm_state, out_ssm, mixed,
-    low, out, rows,
-    C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
+    delta_proj, A_log, skip, delta_bias, ssm_state, out_ssm, inner, mixed, low, out, rows,
+    C: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
     NP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The states and gated output (b, C) of each row; low: (b, R + 2N), x_proj's output, mixed: (b, 2C), in_proj's.
+    """The state and gated output (b, C) of each row; low: (b, R + 2N), x_proj's output, mixed: (b, 2C), in_proj's.
 
     Grid (channel tiles, row tiles).
     """
@@ -492,20 +433,12 @@ def update_kernel(
     state_mask = real[:, None] & (n < N)[None, :]
     B = tl.load(low + row[:, None] * P + R + n[None, :], mask=state_mask, other=0.0).to(tl.float32)
     read = tl.load(low + row[:, None] * P + R + N + n[None, :], mask=state_mask, other=0.0).to(tl.float32)
-    value, fresh = convolved(mixed, conv_weight, conv_bias, conv_state, row, c, keep, C, TAPS)
+    value = tl.load(inner + row[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
     z = tl.load(mixed + row[:, None] * (2 * C) + C + c[None, :], mask=keep, other=0.0).to(tl.float32)
     delta = softplus(dot(narrow, widen, tl.zeros((BM, BC), tl.float32) + bias[None, :], PRECISION))
     h = tl.exp(delta[:, :, None] * A[None, :, :]) * h + (delta * value)[:, :, None] * B[:, None, :]
     y = tl.sum(h * read[:, None, :], axis=2) + through[None, :] * value
-    window = out_conv + (row[:, None] * C + c[None, :]) * TAPS
-    # place after place, each of which has been read when the one before it is written
-    for j in tl.static_range(TAPS - 1):
-        moved = past_input(conv_state, row, c, keep, j + 1, C, TAPS)
-        tl.debug_barrier()
-        tl.store(window + j, moved, mask=keep)
     tl.debug_barrier()
-    if TAPS > 0:
-        tl.store(window + TAPS - 1, fresh, mask=keep)
     tl.store(out_ssm + places, h, mask=cell)
     tl.store(
         out + row[:, None] * C + c[None, :], rounded(y * silu(z), out.dtype.element_ty, PRECISION), mask=keep
