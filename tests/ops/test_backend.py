@@ -40,6 +40,7 @@ OPS = (
     "fork_linear",
     "mamba_step",
     "mamba_steps",
+    "argmax",
 )
 
 

@@ -147,7 +147,11 @@ class Step:
             self.draws.copy_(self.drawn, non_blocking=True)
         out = self.model(self.ids, self.state, logits="last", in_place=True)
         assert out.logits is not None
-        self.ids.copy_(choose(out.logits, self.draws, self.sampling).unsqueeze(1))
+        if self.sampling.temperature == 0:
+            chosen = self.model.ops.argmax(out.logits[:, : self.sampling.num_tokens])
+        else:
+            chosen = choose(out.logits, self.draws, self.sampling)
+        self.ids.copy_(chosen.unsqueeze(1))
         self.tokens.copy_(self.ids, non_blocking=True)
 
     def load(self, state: State, tokens: Sequence[int]) -> None:

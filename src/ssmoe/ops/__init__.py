@@ -41,6 +41,7 @@ class Ops(NamedTuple):
     mamba_steps: Callable[..., tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]
     attention_step: Callable[..., Tensor]
     moe_step: Callable[..., Tensor]
+    argmax: Callable[..., Tensor]
 
 
 def missing(backend: str) -> str | None:
@@ -130,4 +131,5 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         mamba_steps=module.mamba_steps,
         attention_step=module.attention_step,
         moe_step=module.moe_step,
+        argmax=module.argmax,
     )

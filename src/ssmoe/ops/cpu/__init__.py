@@ -21,11 +21,13 @@ from ssmoe.ops.cpu.muon_step import muon_step
 from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.adamw_step import adamw_step
+from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
     "adamw_step",
+    "argmax",
     "attention_step",
     "causal_conv1d",
     "describe",

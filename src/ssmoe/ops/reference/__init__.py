@@ -1,6 +1,7 @@
 """The definitions: slow, obvious, on any device, differentiable in every floating input."""
 
 from ssmoe.ops.reference.adamw_step import adamw_step
+from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.attention_step import attention_step
 from ssmoe.ops.reference.causal_conv1d import causal_conv1d
 from ssmoe.ops.reference.expert_linear import expert_linear
@@ -18,6 +19,7 @@ from ssmoe.ops.reference.wide_linear import wide_linear
 
 __all__ = [
     "adamw_step",
+    "argmax",
     "attention_step",
     "causal_conv1d",
     "expert_linear",

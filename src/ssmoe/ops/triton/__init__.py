@@ -2,6 +2,7 @@
 
 from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton.adamw_step import adamw_step
+from ssmoe.ops.triton.argmax import argmax
 from ssmoe.ops.triton.attention_step import attention_step
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
@@ -18,6 +19,7 @@ from ssmoe.ops.triton.wide_linear import wide_linear
 
 __all__ = [
     "adamw_step",
+    "argmax",
     "attention_step",
     "causal_conv1d",
     "expert_linear",
