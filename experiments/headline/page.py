@@ -18,6 +18,7 @@ import speed
 from curves import draw
 from prose import (
     PAPERS_RATIO,
+    attention_text,
     by_name,
     growth_text,
     muon_text,
@@ -167,6 +168,7 @@ def headline(runs: Sequence[Result]) -> list[str]:
         f"{time}** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
         f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
         f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
+        *filter(None, [attention_text(runs)]),
     ]
 
 

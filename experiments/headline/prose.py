@@ -9,7 +9,7 @@ PAPERS_RATIO = 2.35
 """Of arXiv 2401.04081, with 100 M active parameters and 31 billion tokens."""
 UNTRIED = {
     "other learning rates of either side with the last recipe": "slower",
-    "attention layers": "attention",
+    "attention layers beside experts": "attention",
     "Mixture of Tokens": "mixture-of-tokens",
     "more than 256 experts": "most",
     "experts after every other Mamba layer": "every-other",
@@ -115,6 +115,27 @@ def screens_text(runs: Sequence[Result]) -> str:
         f"{short[0]['tokens'] / 1e6:.0f} M tokens and {gaps[1]:.3f} at {long[0]['tokens'] / 1e6:.0f} M, "
         f"where their routers put {confidence:.2f} of the weight on one expert."
         + (f" Not tried: {', '.join(left)}." if left else "")
+    )
+
+
+def attention_text(runs: Sequence[Result]) -> str:
+    """What attention layers, which need no experts, did to each side in the third search; empty without it."""
+    known = by_name(runs)
+    told: list[str] = []
+    for name, after, before in (
+        ("Mamba", "search-3/mamba-attention", "final/mamba-s0-18m"),
+        ("MoE-Mamba", "search-3/attention", "final/open-s0-18m"),
+    ):
+        if after in known:
+            told.append(f"{name} from {final(known[before]):.3f} to {final(known[after]):.3f} nats")
+        else:
+            told.append(f"{name} has not been run with them")
+    if "search-3/mamba-attention" not in known:
+        return ""
+    return (
+        "Neither side has attention layers. A later screen of "
+        f"{known['search-3/mamba-attention']['tokens'] / 1e6:.0f} M tokens shows that it should: two of them "
+        f"take {told[0]}; {told[1]}."
     )
 
 
