@@ -119,7 +119,7 @@ def screens_text(runs: Sequence[Result]) -> str:
 
 
 def attention_text(runs: Sequence[Result]) -> str:
-    """What attention layers, which need no experts, did to each side in the third search; empty without it."""
+    """What attention layers did to each side in the third search; empty without it."""
     known = by_name(runs)
     told: list[str] = []
     for name, after, before in (

@@ -38,7 +38,7 @@ def clusters(device: torch.device) -> int:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # pyright: ignore
 
 
 def overwrite(logits: Tensor, targets: Tensor, loss: Tensor, vocab: int, sums: Tensor | None) -> None:
