@@ -1,8 +1,6 @@
 """The CUDA C++ cross-entropy on a CPU: `cluster_emulator.cpp` runs the same source beside the reference."""
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +13,8 @@ pytest.importorskip("triton", reason="the GPU backend needs triton: pip install 
 from ssmoe.ops.reference.cross_entropy import IGNORE, cross_entropy
 from ssmoe.ops.triton import cross_entropy_cuda as cuda
 from ssmoe.ops.triton import nvrtc
+from tests.ops.emulate import COMPILER, build
 
-COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled with g++")
 Run = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor, Tensor]]
 
@@ -35,12 +33,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         shared: int = 0,
     ) -> None:
         assert (kernel, threads, shared > 0) == ("cross_entropy", cuda.THREADS, True)
-        library, here = tmp_path / "emulated.so", Path(__file__).with_name("cluster_emulator.cpp")
-        options = [f"-D{key}={value}" for key, value in macros]
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DSOURCE="{source}"']
-        subprocess.run([str(COMPILER), *flags, *options, "-o", str(library), str(here)], check=True)
         values = (ctypes.c_int64 * len(words))(*words)
-        ctypes.CDLL(str(library)).emulate(ctypes.c_long(blocks), values, ctypes.c_int(backwards[0]))
+        library = build("cluster_emulator.cpp", source, macros, tmp_path / "emulated.so")
+        library.emulate(ctypes.c_long(blocks), values, ctypes.c_int(backwards[0]))
 
     def two(device: torch.device) -> int:
         return 2 if device.type == "cpu" else 0

@@ -1,8 +1,6 @@
 """The CUDA C++ scan on a CPU: `emulator.cpp` runs the same source, thread by thread, beside the reference."""
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -15,9 +13,9 @@ pytest.importorskip("triton", reason="the GPU backend needs triton: pip install 
 
 from ssmoe.ops.triton import nvrtc, scan_cuda
 from ssmoe.ops.triton.scan_cuda import Cut
+from tests.ops.emulate import COMPILER, build
 from tests.ops.triton_cases import documents, errors, everything, scan_inputs, without
 
-COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled with g++")
 Emulate = Callable[..., None]
 
@@ -33,14 +31,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
     """A stand-in for `nvrtc.launch` that runs the kernel here."""
     folder, libraries = tmp_path_factory.mktemp("emulated"), {}
 
-    def build(source: Path, macros: nvrtc.Macros) -> ctypes.CDLL:
-        library = folder / f"{len(libraries)}.so"
-        options = [f"-D{key}={value}" for key, value in macros]
-        here = Path(__file__).with_name("emulator.cpp")
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DSOURCE="{source}"']
-        subprocess.run([str(COMPILER), *flags, *options, "-o", str(library), str(here)], check=True)
-        return ctypes.CDLL(str(library))
-
     def launch(
         source: Path,
         kernel: str,
@@ -51,7 +41,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
         shared: int = 0,
     ) -> None:
         if macros not in libraries:
-            libraries[macros] = build(source, macros)
+            library = folder / f"{len(libraries)}.so"
+            libraries[macros] = build("emulator.cpp", source, macros, library)
         values = (ctypes.c_int64 * len(words))(*words)
         libraries[macros].emulate(kernel.encode(), ctypes.c_long(blocks), threads, values, ORDER.backwards)
 
