@@ -13,6 +13,7 @@ from ssmoe.model.feedforwards.moe import MoE
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.mamba import Mamba
+from ssmoe.model.state import clone
 from ssmoe.ops import Segments
 
 CAPTURED = (Mamba, Dense, MoE)
@@ -57,7 +58,7 @@ class Pieces:
         """`state`, no longer in the memory of a graph."""
         if self._graph is None or state is not self._graph.state:
             return state
-        return _copy(state)
+        return clone(state)
 
 
 class _Graph:
@@ -75,24 +76,21 @@ class _Graph:
 
     def _work(self) -> None:
         out = self._model(self._ids, self.state, logits="last")
-        for mine, layer in zip(self.state, out.state, strict=True):
+        self._take(out.state)
+        self._logits = out.logits
+
+    def _take(self, state: State) -> None:
+        for mine, layer in zip(self.state, state, strict=True):
             for place, leaf in zip(mine, layer, strict=True):
                 place.copy_(leaf)
-        self._logits = out.logits
 
     def read(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         self._ids.copy_(ids)
         if state is not self.state:
-            for mine, layer in zip(self.state, state, strict=True):
-                for place, leaf in zip(mine, layer, strict=True):
-                    place.copy_(leaf)
+            self._take(state)
         if ids.is_cuda:
             # a graph does not wait for the stream of its caller
             torch.cuda.current_stream(self._device).synchronize()
         self._replay()
         assert self._logits is not None
         return self._logits.clone(), self.state
-
-
-def _copy(state: State) -> State:
-    return tuple(type(layer)(*(leaf.clone() for leaf in layer)) if layer else layer for layer in state)

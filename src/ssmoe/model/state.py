@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmoe.model.layer import LayerState, State
-from ssmoe.model.mixers.attention import AttentionState
+from ssmoe.model.mixers.attention import AttentionState, copy_with_room
 from ssmoe.model.state_file import StateFile, StateHeader, fingerprint, load, read, save
 
 __all__ = [
     "StateFile",
     "StateHeader",
+    "clone",
     "concatenate",
     "detach",
     "expand",
@@ -56,17 +57,17 @@ def concatenate(states: Sequence[State]) -> State:
 
 def with_room(state: State, room: int) -> State:
     """A copy whose attention layers have room for `room` tokens, or as many as they hold."""
+    return tuple(
+        copy_with_room(layer, room)
+        if isinstance(layer, AttentionState)
+        else _rebuild(layer, [leaf.clone() for leaf in layer])
+        for layer in state
+    )
 
-    def copied(layer: LayerState) -> LayerState:
-        if not isinstance(layer, AttentionState):
-            return _rebuild(layer, [leaf.clone() for leaf in layer])
-        keys, values, length = layer
-        more = max(room, keys.shape[2])
-        # a pad of nothing is the tensor itself
-        keys, values = (_pad(t, more) if more > t.shape[2] else t.clone() for t in (keys, values))
-        return AttentionState(keys, values, length.clone())
 
-    return tuple(copied(layer) for layer in state)
+def clone(state: State) -> State:
+    """The same values in memory of their own."""
+    return _map(lambda leaf: leaf.clone(), state)
 
 
 def detach(state: State) -> State:

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         past_state = state if isinstance(state, AttentionState) else None
         b, length, d_model = x.shape
         if length == 1 and self.causal and segments is None and past_state and not torch.is_grad_enabled():
-            return self.append(x, _copy_with_room(past_state))
+            return self.append(x, copy_with_room(past_state, int(past_state.length.max()) + 1))
         q, k, v = self.qkv_proj(x).view(b, length, 3, self.num_heads, self.d_head).permute(2, 0, 3, 1, 4)
         past = torch.zeros(b, dtype=torch.int64, device=x.device) if past_state is None else past_state.length
         if self.rope:
@@ -104,10 +104,11 @@ def _positions(past: Tensor, length: int, segments: Segments | None) -> Tensor:
     return count - 1 - before + past.unsqueeze(1) * continues
 
 
-def _copy_with_room(state: AttentionState) -> AttentionState:
-    """The state with room for at least one more token, in memory of its own."""
-    more = int(int(state.length.max()) == state.keys.shape[2])
-    keys, values = (F.pad(t, (0, 0, 0, 1)) if more else t.clone() for t in (state.keys, state.values))
+def copy_with_room(state: AttentionState, room: int) -> AttentionState:
+    """The state with room for `room` tokens, or as many as it holds, in memory of its own."""
+    more = room - state.keys.shape[2]
+    # a pad of nothing is the tensor itself
+    keys, values = (F.pad(t, (0, 0, 0, more)) if more > 0 else t.clone() for t in (state.keys, state.values))
     return AttentionState(keys, values, state.length.clone())
 
 
