@@ -167,6 +167,12 @@ def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = 
     }
 
 
+def linear_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """A projection of several rows of a batch by a float32 weight."""
+    normal = normals(device)
+    return errors("linear", {"x": normal(2, t, d).to(dtype), "weight": normal(n, d)})
+
+
 def route_errors(
     t: int,
     e: int,
@@ -362,6 +368,8 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "projections": lambda: projection_errors(9, 12, 20, F32),
     "projections, bfloat16": lambda: projection_errors(150, 140, 17, BF16),
     "projections, bfloat16, wide": lambda: projection_errors(9, 12, 140, BF16),
+    "one projection, bfloat16": lambda: linear_errors(21, 12, 20, BF16),
+    "one projection, float32": lambda: linear_errors(21, 12, 20, F32),
     "routes, one of few": lambda: route_errors(150, 5, 1),
     "routes, sigmoid, all": lambda: route_errors(23, 12, 8, score="sigmoid", normalise=True, bias=True),
     "routes, several": lambda: route_errors(9, 700, 3, normalise=True),

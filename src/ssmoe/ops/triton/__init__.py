@@ -1,6 +1,5 @@
 """The GPU backend: kernels compiled when first used, from Triton or by NVRTC, with no CUDA build."""
 
-from ssmoe.ops.reference.linear import linear
 from ssmoe.ops.triton.adamw_step import adamw_step
 from ssmoe.ops.triton.argmax import argmax
 from ssmoe.ops.triton.attention_step import attention_step
@@ -8,6 +7,7 @@ from ssmoe.ops.triton.causal_conv1d import causal_conv1d
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
 from ssmoe.ops.triton.head_cross_entropy import head_cross_entropy
+from ssmoe.ops.triton.linear import linear
 from ssmoe.ops.triton.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.triton.moe_step import moe_step
 from ssmoe.ops.triton.muon_step import muon_step

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import conv_kernels as kernels
+from ssmoe.ops.triton.column_sums import column_sums
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
 
 NONE = kernels.NONE.value
@@ -227,8 +228,8 @@ def conv_backward(
         if past is None
         else _past_gradient(dinner, weight, past_targets, length).to(past.dtype)
     )
-    dbias = dbias.sum(0).to(bias.dtype) if bias is not None else dbias
-    return dx, dweight.sum(0).to(weight.dtype), dbias, dpast
+    sums = column_sums((dweight, weight.dtype), (dbias, dbias.dtype if bias is None else bias.dtype))
+    return dx, *sums, dpast
 
 
 def _past_gradient(dinner: Tensor, weight: Tensor, targets: Tensor | None, length: int) -> Tensor:

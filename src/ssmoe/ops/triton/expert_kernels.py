@@ -51,30 +51,48 @@ def before_kernel(counts, totals, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def offsets_kernel(totals, offsets, TILE: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    """offsets (e + 1,): the first row of each expert, whose rows are whole tiles."""
-    e = tl.arange(0, BLOCK)
-    rows = tl.cdiv(tl.load(totals + e, mask=e < E, other=0), TILE) * TILE
-    tl.store(offsets + e + 1, tl.cumsum(rows, 0), mask=e < E)
-    tl.store(offsets + e, tl.zeros((BLOCK,), tl.int32), mask=e == 0)
+def layout_kernel(
+    totals, offsets, tiles, assignments, num_tiles, TILE: tl.constexpr, E: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of expert e: its first row in offsets (e + 1,), its tiles, and -1 for the rows that fill up the last of them.
+
+    An expert's rows are whole tiles; expert E has the tiles that no expert needs.
+    """
+    e = tl.program_id(0)
+    bin = tl.arange(0, BINS)
+    total = tl.load(totals + bin, mask=bin < E, other=0)
+    whole = tl.cdiv(total, TILE) * TILE
+    first = tl.sum(tl.where(bin < e, whole, 0), 0)
+    own = tl.sum(tl.where(bin == e, total, 0), 0)
+    last = tl.where(e < E, first + tl.cdiv(own, TILE) * TILE, num_tiles * TILE)
+    tl.store(offsets + e, first)
+    for begin in range(first // TILE, last // TILE, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        tl.store(tiles + at, tl.zeros((BLOCK,), tl.int32) + e, mask=at < last // TILE)
+    for begin in range(first + own, last, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        tl.store(assignments + at, tl.full((BLOCK,), -1, tl.int32), mask=at < last)
 
 
 @triton.jit
-def tiles_kernel(offsets, tiles, num_tiles, TILE: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    """The expert of each tile, E for those that no expert needs."""
-    e = tl.program_id(0)
-    first = tl.load(offsets + e) // TILE
-    last = tl.where(e < E, tl.load(offsets + tl.minimum(e + 1, E)) // TILE, num_tiles)
-    for begin in range(first, last, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        tl.store(tiles + at, tl.zeros((BLOCK,), tl.int32) + e, mask=at < last)
+def clear(y, dropped, row, d, BLOCK: tl.constexpr):
+    """Zero the rows of y (t, d) that are `dropped`: of tokens whose only assignment is, which no product writes."""
+    for begin in range(0, d, 32):
+        c = begin + tl.arange(0, 32)
+        mask = dropped[:, None] & (c < d)[None, :]
+        tl.store(y + row[:, None] * d + c[None, :], tl.zeros((BLOCK, 32), y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def place_kernel(
-    expert, before, offsets, rows, assignments, count, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    expert, before, offsets, rows, assignments, y, count, d,
+    CLEAR: tl.constexpr, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each assignment's row: its expert's first, plus those before it in earlier blocks and in this one."""
+    """Each assignment's row: its expert's first, plus those before it in earlier blocks and in this one.
+
+    CLEAR: an assignment is a token, and y is zeroed where it was dropped.
+    """
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     bins = load_bins(expert, at, count, E, BINS)
@@ -87,18 +105,8 @@ def place_kernel(
     row += tl.sum(earlier.to(tl.int32), axis=1)
     tl.store(rows + at, tl.where(kept, row, -1), mask=at < count)
     tl.store(assignments + row, at.to(tl.int32), mask=kept)
-
-
-@triton.jit
-def clear_kernel(rows, y, tokens, d, BT: tl.constexpr, BD: tl.constexpr):
-    """Zero the rows of tokens whose only assignment was dropped; no product writes them."""
-    groups = tl.cdiv(d, BD)
-    pid = tl.program_id(0)
-    t = (pid // groups).to(tl.int64) * BT + tl.arange(0, BT)
-    c = (pid % groups) * BD + tl.arange(0, BD)
-    dropped = (t < tokens) & (tl.load(rows + t, mask=t < tokens, other=0) < 0)
-    mask = dropped[:, None] & (c < d)[None, :]
-    tl.store(y + t[:, None] * d + c[None, :], tl.zeros((BT, BD), y.dtype.element_ty), mask=mask)
+    if CLEAR:
+        clear(y, (at < count) & (bins >= E), at, d, BLOCK)
 
 
 @triton.jit
@@ -356,8 +364,13 @@ def gather_kernel(
 
 
 @triton.jit
-def shares_kernel(partial, rows, dweight, count, tile_rows, groups, BLOCK: tl.constexpr):
-    """The gradient of each assignment's weight: the sum of its row's shares (groups, rows), 0 where it was dropped."""
+def shares_kernel(
+    partial, rows, dweight, dx, count, tile_rows, groups, d, CLEAR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The gradient of each assignment's weight: the sum of its row's shares (groups, rows), 0 where it was dropped.
+
+    CLEAR: as in `place_kernel`, of dx.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + at, mask=at < count, other=-1)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -366,6 +379,8 @@ def shares_kernel(partial, rows, dweight, count, tile_rows, groups, BLOCK: tl.co
         total += tl.load(place, mask=row >= 0, other=0.0)
         place += tile_rows
     tl.store(dweight + at, total, mask=at < count)
+    if CLEAR:
+        clear(dx, (at < count) & (row < 0), at, d, BLOCK)
 
 
 @triton.jit

@@ -121,7 +121,8 @@ class _Routes(NamedTuple):
     offsets: Tensor  # (e + 1), the first row of each expert
 
 
-def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
+def _dispatch(expert: Tensor, e: int, tile: int, y: Tensor | None = None) -> _Routes:
+    """Where every assignment goes. y (t, d): zeroed where a token's only assignment was dropped."""
     expert = expert.to(torch.int32).contiguous()
     count = expert.numel()
     blocks = triton.cdiv(count, BLOCK)
@@ -130,16 +131,38 @@ def _dispatch(expert: Tensor, e: int, tile: int) -> _Routes:
     num_tiles = count // tile + min(e, count)
     counts = torch.empty(bins, blocks, dtype=torch.int32, device=device)
     rows = torch.empty(count, dtype=torch.int32, device=device)
-    assignments = torch.full((num_tiles * tile,), -1, dtype=torch.int32, device=device)
+    assignments = torch.empty(num_tiles * tile, dtype=torch.int32, device=device)
     constants = {"E": e, "BINS": bins, "BLOCK": BLOCK, "num_warps": 4}
     kernels.count_kernel[(blocks,)](expert, counts, count, **constants)
     totals = torch.empty(bins, dtype=torch.int32, device=device)
     kernels.before_kernel[(bins,)](counts, totals, blocks, BLOCK=1024, num_warps=4)
     offsets = torch.empty(e + 1, dtype=torch.int32, device=device)
-    kernels.offsets_kernel[(1,)](totals, offsets, TILE=tile, E=e, BLOCK=bins, num_warps=4)
     tiles = torch.empty(num_tiles, dtype=torch.int32, device=device)
-    kernels.tiles_kernel[(e + 1,)](offsets, tiles, num_tiles, TILE=tile, E=e, BLOCK=128, num_warps=1)
-    kernels.place_kernel[(blocks,)](expert, counts, offsets, rows, assignments, count, **constants)
+    kernels.layout_kernel[(e + 1,)](
+        totals,
+        offsets,
+        tiles,
+        assignments,
+        num_tiles,
+        TILE=tile,
+        E=e,
+        BINS=bins,
+        BLOCK=128,
+        num_warps=1 if bins < 1024 else 4,
+    )
+    cleared = (rows, 0) if y is None else (y, y.shape[1])
+    kernels.place_kernel[(blocks,)](
+        expert,
+        counts,
+        offsets,
+        rows,
+        assignments,
+        cleared[0],
+        count,
+        cleared[1],
+        CLEAR=y is not None,
+        **constants,
+    )
     return _Routes(rows, assignments, tiles, offsets)
 
 
@@ -164,13 +187,10 @@ def _precision(a: Tensor) -> str:
 
 
 def _gather_output(slots: Tensor, routes: _Routes, t: int, top_k: int) -> Tensor:
-    d = slots.shape[1]
+    """Each token's sum over its assignments' slots; one assignment's is the token's own."""
     if top_k == 1:
-        width = min(512, triton.next_power_of_2(d))
-        kernels.clear_kernel[(triton.cdiv(t, 32) * triton.cdiv(d, width),)](
-            routes.rows, slots, t, d, BT=32, BD=width, num_warps=4
-        )
         return slots
+    d = slots.shape[1]
     y = torch.empty(t, d, dtype=slots.dtype, device=slots.device)
     width = min(512, triton.next_power_of_2(d))
     kernels.combine_kernel[(triton.cdiv(t, 4) * triton.cdiv(d, width),)](
@@ -199,7 +219,8 @@ def expert_forward(
     x, up, down, weight = row_major(x), up.contiguous(), down.contiguous(), weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     with on_device(x):
-        routes = _dispatch(expert, up.shape[0], tilings.hidden.m)
+        slots = _slots(x, t * top_k)
+        routes = _dispatch(expert, up.shape[0], tilings.hidden.m, slots if top_k == 1 else None)
         shape = (routes.assignments.shape[0], up.shape[1])
         active = torch.empty(shape, dtype=x.dtype, device=x.device)
         # relu's inner values are needed only where they are positive, and there they are the active ones
@@ -208,7 +229,6 @@ def expert_forward(
         inner2 = torch.empty_like(active) if gate is not None else x.new_empty(0)
         _rows(x, up, inner, routes, weight, tilings.hidden, transposed=False, mode=kernels.HIDDEN, gather=True,
               activation=activation, top_k=top_k, w2=gate, out2=inner2, wide=active, gated=gate is not None)  # fmt: skip
-        slots = _slots(x, t * top_k)
         _rows(active, down, slots, routes, weight, tilings.output, transposed=False, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, weighted=True)  # fmt: skip
         y = _gather_output(slots, routes, t, top_k)
@@ -294,8 +314,9 @@ def expert_backward(
             ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.empty(t, top_k, dtype=torch.float32, device=x.device)
         kernels.shares_kernel[(triton.cdiv(t * top_k, 256),)](
-            partial, rows, dweight, t * top_k, inner.shape[0], groups, BLOCK=256, num_warps=4
-        )
+            partial, rows, dweight, slots, t * top_k, inner.shape[0], groups, x.shape[1], CLEAR=top_k == 1,
+            BLOCK=256, num_warps=4,
+        )  # fmt: skip
     return dx, dup, ddown, dgate, dweight
 
 

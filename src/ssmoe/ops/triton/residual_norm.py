@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmoe.ops.triton.column_sums import column_sums
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
 
 WIDEST = 16384
@@ -109,13 +110,13 @@ def norm_backward(
     # a warp has whole rows, so that their sums stay inside it
     many, warps = max(1, CELLS // block), max(1, min(16, block // 1024))
     programs = max(1, min(WARPS // warps, triton.cdiv(rows, many)))
-    partial = torch.empty(2 if centre else 1, programs, d, dtype=torch.float32, device=x.device)
+    partial = torch.empty(programs, 2 if centre else 1, d, dtype=torch.float32, device=x.device)
     with on_device(x):
         norm_backward_kernel[(programs,)](
             dstream, dy, x, weight.contiguous(), dx, copy, partial, rows, d, eps, CENTRE=centre, COPY=copied,
             ROWS=many, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dx, copy, partial.sum(1)
+    return dx, copy, column_sums((partial, torch.float32))[0]
 
 
 @norm_backward.register_fake
@@ -203,6 +204,7 @@ def norm_backward_kernel(
         if COPY:
             tl.store(copy + at, stream.to(copy.dtype.element_ty), mask=inside)
         at, inside = ahead, there
-    tl.store(partial + program * d + channel, dweight, mask=channel < d)
+    at = partial + program * (d + d if CENTRE else d) + channel
+    tl.store(at, dweight, mask=channel < d)
     if CENTRE:
-        tl.store(partial + (programs + program) * d + channel, dbias, mask=channel < d)
+        tl.store(at + d, dbias, mask=channel < d)

@@ -53,8 +53,17 @@ class _SplitLinear(torch.autograd.Function):
         dx = pieces[0] @ parts[0]
         for piece, part in zip(pieces[1:], parts[1:], strict=True):
             dx.addmm_(piece, part)
-        dweight = torch.cat([product(piece.t(), rows, ctx.dtype) for piece in pieces])
-        return dx.view_as(x), dweight, None
+        return dx.view_as(x), _joined([piece.t() for piece in pieces], rows, ctx.dtype), None
+
+
+def _joined(pieces, rows, dtype):
+    """The products of (size, t) pieces with rows (t, d_in), one below the other."""
+    if not (rows.is_cuda and rows.dtype == torch.bfloat16 and dtype == torch.float32):
+        return torch.cat([product(piece, rows, dtype) for piece in pieces])
+    out = torch.empty(sum(piece.shape[0] for piece in pieces), rows.shape[1], dtype=dtype, device=rows.device)
+    for piece, part in zip(pieces, out.split([piece.shape[0] for piece in pieces]), strict=True):
+        torch.mm(piece, rows, out_dtype=dtype, out=part)
+    return out
 
 
 class _ForkLinear(torch.autograd.Function):

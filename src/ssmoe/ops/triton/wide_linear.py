@@ -53,11 +53,11 @@ def _(x, weight):
 @torch.library.custom_op("ssmoe::wide_backward", mutates_args=())
 def wide_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
-    parts = split(dy, PARTS)  # (3, t, d_out)
-    dx = parts[0] @ weight.to(torch.bfloat16)
-    # the smallest first
-    largest, middle, smallest = (product(part.t(), x, torch.float32) for part in parts)
-    return dx, smallest + middle + largest
+    n = weight.shape[0]
+    parts = split(dy, PARTS, beside=n)  # (t, 3 * d_out), so that one product reads x once
+    dx = parts[:, :n] @ weight.to(torch.bfloat16)
+    dweight = product(parts.t(), x, torch.float32).view(PARTS, n, -1).sum(0)
+    return dx, dweight
 
 
 @wide_backward.register_fake
@@ -76,23 +76,31 @@ def _backward(ctx, dy):
 wide_forward.register_autograd(_backward, setup_context=_save)
 
 
-def split(x: Tensor, parts: int) -> Tensor:
-    """(...) float32 -> (parts, ...) bfloat16 that add up to it, the largest first."""
+def split(x: Tensor, parts: int, beside: int = 0) -> Tensor:
+    """(...) float32 -> (parts, ...) bfloat16 that add up to it, the largest first.
+
+    beside: of x (t, beside), the parts of a row side by side instead, (t, parts * beside).
+    """
     x = x.contiguous()
-    out = torch.empty(parts, *x.shape, dtype=torch.bfloat16, device=x.device)
+    shape = (x.shape[0], parts * beside) if beside else (parts, *x.shape)
+    out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
     with on_device(x):
-        split_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), PARTS=parts, BLOCK=1024, num_warps=4)
+        split_kernel[(triton.cdiv(x.numel(), 1024),)](
+            x, out, x.numel(), beside or x.numel(), PARTS=parts, BLOCK=1024, num_warps=4
+        )
     return out
 
 
 @triton.jit
-def split_kernel(x, out, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def split_kernel(x, out, count, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """width: values that lie side by side before their next parts do."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.load(x + at, mask=at < count, other=0.0)
+    to = out + (at // width) * (PARTS * width) + at % width
     for i in tl.static_range(PARTS):
         part = rest.to(tl.bfloat16)
-        tl.store(out + at, part, mask=at < count)
-        out += count
+        tl.store(to, part, mask=at < count)
+        to += width
         rest -= part.to(tl.float32)
 
 
