@@ -38,6 +38,7 @@ OPS = (
     "wide_linear",
     "split_linear",
     "fork_linear",
+    "fork_wide",
     "mamba_step",
     "mamba_steps",
     "argmax",

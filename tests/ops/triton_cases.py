@@ -149,9 +149,11 @@ def norm_errors(
 
 
 def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
-    """A router's product."""
+    """A router's product, and the same with its input passed on."""
     normal = normals(device)
-    return errors("wide_linear", {"x": normal(t, d).to(dtype), "weight": normal(e, d)})
+    inputs = {"x": normal(t, d).to(dtype), "weight": normal(e, d)}
+    fork = errors("fork_wide", inputs)
+    return errors("wide_linear", inputs) | {f"fork {name}": found for name, found in fork.items()}
 
 
 def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:

@@ -33,6 +33,7 @@ class Ops(NamedTuple):
     adamw_step: Callable[..., None]
     split_linear: Callable[..., tuple[Tensor, ...]]
     fork_linear: Callable[..., tuple[Tensor, Tensor]]
+    fork_wide: Callable[..., tuple[Tensor, Tensor]]
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
     wide_linear: Callable[..., Tensor]
@@ -123,6 +124,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         adamw_step=module.adamw_step,
         split_linear=module.split_linear,
         fork_linear=module.fork_linear,
+        fork_wide=module.fork_wide,
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
         wide_linear=module.wide_linear,

@@ -109,6 +109,7 @@ class MoE(nn.Module):
         """Each real token through its experts; a dropped one gives zero, before norm and sharing."""
         del state
         routing = self.router(x, segments)
+        x = x if routing.x is None else routing.x
         y = self.experts(x.reshape(-1, x.shape[-1]), routing.expert, routing.weight).view_as(x)
         if self.norm is not None:
             y = self.norm(y).to(x.dtype)

@@ -21,11 +21,15 @@ from ssmoe.ops.reference.route import Routed, count, scores_of
 
 
 class Routing(NamedTuple):
-    """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32."""
+    """expert: (t, k) int32, -1 where dropped or padding. weight: (t, k), at least float32.
+
+    x: what was routed, where known. Going on with it adds its gradients where they are made.
+    """
 
     expert: Tensor
     weight: Tensor
     stats: RouterStats
+    x: Tensor | None = None
 
 
 class Router(Float32Module):
@@ -70,7 +74,11 @@ class Router(Float32Module):
     def forward(self, x: Tensor, segments: Segments | None = None) -> Routing:
         """x: (b, l, d_model) -> Routing of t = b * l tokens."""
         tokens = x.shape[0] * x.shape[1] if segments is None else None
-        return self.choose(self.logits(x), real_tokens(x, segments), tokens)
+        if self.training and self.jitter > 0:
+            logits = self.logits(x)
+        else:
+            x, logits = self.ops.fork_wide(x, self.weight)
+        return self.choose(logits, real_tokens(x, segments), tokens)._replace(x=x)
 
     def choose(self, logits: Tensor, real: Tensor, tokens: int | None = None) -> Routing:
         """logits: (b, l, e). real: (b, l) bool, false on padding. tokens: how many are real, where known."""
@@ -144,10 +152,10 @@ class Router(Float32Module):
         """
         share = 1 / real.sum().clamp(min=1).to(routed.shares.dtype) if tokens is None else 1 / max(1, tokens)
         # the fractions of assignments and of probability, each over all tokens
-        balance = (load.to(routed.shares.dtype) * routed.shares).sum()
+        balance = (load * routed.shares).sum()
         return RouterStats(
             balance=balance * (self.balance_coefficient * self.num_experts / self.top_k * share * share),
-            z=routed.z * (self.z_coefficient * share),
+            z=routed.z * (self.z_coefficient * share) if self.z_coefficient else torch.zeros_like(routed.z),
             load=load,
             dropped=dropped,
             confidence=routed.confidence * share,

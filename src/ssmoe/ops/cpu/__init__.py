@@ -23,7 +23,7 @@ from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.adamw_step import adamw_step
 from ssmoe.ops.reference.argmax import argmax
 from ssmoe.ops.reference.route import route
-from ssmoe.ops.reference.wide_linear import wide_linear
+from ssmoe.ops.reference.wide_linear import fork_wide, wide_linear
 
 __all__ = [
     "adamw_step",
@@ -34,6 +34,7 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "fork_linear",
+    "fork_wide",
     "head_cross_entropy",
     "linear",
     "mamba_step",

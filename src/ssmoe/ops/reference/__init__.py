@@ -15,7 +15,7 @@ from ssmoe.ops.reference.residual_norm import residual_norm
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.selective_scan import selective_scan
 from ssmoe.ops.reference.split_linear import fork_linear, split_linear
-from ssmoe.ops.reference.wide_linear import wide_linear
+from ssmoe.ops.reference.wide_linear import fork_wide, wide_linear
 
 __all__ = [
     "adamw_step",
@@ -25,6 +25,7 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "fork_linear",
+    "fork_wide",
     "head_cross_entropy",
     "linear",
     "mamba_step",

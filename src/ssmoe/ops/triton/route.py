@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.route import SMALLEST, Routed
 from ssmoe.ops.reference.route import route as torch_route
+from ssmoe.ops.triton.column_sums import add_rows
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
 
 MOST = 16
@@ -69,7 +70,14 @@ def route_forward(
             logits, real.view(torch.int8), *some(logits, bias), expert, weight, loads, shares, sums, t, e,
             K=top_k, SIGMOID=sigmoid, NORMALISE=normalise, BIASED=bias is not None, **layout,
         )  # fmt: skip
-    return expert, weight, loads.sum(0), shares.sum(0), sums.sum(0)
+        load = torch.empty(e, dtype=torch.int64, device=device)
+        share = torch.empty(e, dtype=torch.float32, device=device)
+        total = torch.empty(3, dtype=torch.float32, device=device)
+        totals_kernel[(triton.cdiv(e, 16) + 1,)](
+            loads, shares, sums, load, share, total, programs, e, ROWS=min(512, triton.next_power_of_2(programs)),
+            BLOCK=16, num_warps=8,
+        )  # fmt: skip
+    return expert, weight, load, share, total
 
 
 @route_forward.register_fake
@@ -195,6 +203,25 @@ def route_forward_kernel(
     tl.store(sums + program * 3, tl.sum(z, axis=0))
     tl.store(sums + program * 3 + 1, tl.sum(entropy, axis=0))
     tl.store(sums + program * 3 + 2, tl.sum(confidence, axis=0))
+
+
+@triton.jit
+def totals_kernel(
+    loads, shares, sums, load, share, total, programs, e, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The programs' loads, shares and sums added up; the last program has the sums."""
+    block = tl.program_id(0)
+    if block == tl.num_programs(0) - 1:
+        add_rows(sums, total, programs, 3, 0, ROWS, BLOCK)
+    else:
+        add_rows(shares, share, programs, e, block, ROWS, BLOCK)
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        count = tl.zeros((ROWS, BLOCK), tl.int32)
+        for begin in range(0, programs, ROWS):
+            row = begin + tl.arange(0, ROWS)
+            inside = (row < programs)[:, None] & (column < e)[None, :]
+            count += tl.load(loads + row[:, None] * e + column[None, :], mask=inside, other=0)
+        tl.store(load + column, tl.sum(count.to(tl.int64), axis=0), mask=column < e)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.split_linear import fork_linear as torch_fork_linear
 from ssmoe.ops.reference.split_linear import split_linear as torch_split_linear
-from ssmoe.ops.triton.launch import on_device, product
+from ssmoe.ops.triton.launch import on_device, product, row_major
 
 NARROW = 128
 """Widths of a forked product up to this leave its gradient's cost to memory, where one kernel adds as well."""
@@ -86,12 +86,12 @@ class _ForkLinear(torch.autograd.Function):
 def add_product(stream: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """stream + a @ b in one pass. stream: (t, n), a: (t, k), k at most NARROW, b: (k, n)."""
     (t, n), k = stream.shape, a.shape[1]
-    stream, a, b = stream.contiguous(), a.contiguous(), b.contiguous()
+    stream, a, b = stream.contiguous(), row_major(a), b.contiguous()
     out = torch.empty_like(stream)
     grid = (triton.cdiv(t, 128) * triton.cdiv(n, 128),)
     with on_device(stream):
         add_product_kernel[grid](
-            stream, a, b, out, t, n, k, BM=128, BN=128, BK=max(16, triton.next_power_of_2(k)),
+            stream, a, b, out, t, n, k, a.stride(0), BM=128, BN=128, BK=max(16, triton.next_power_of_2(k)),
             CAST=tl.bfloat16 if stream.is_cuda else tl.float32, num_warps=8,
         )  # fmt: skip
     return out
@@ -104,7 +104,7 @@ def _(stream, a, b):  # noqa: ARG001
 
 @triton.jit
 def add_product_kernel(
-    stream, a, b, out, T, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr
+    stream, a, b, out, T, N, K, stride_a, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CAST: tl.constexpr
 ):  # fmt: skip
     """CAST: what the interpreter multiplies."""
     groups = tl.cdiv(N, BN)
@@ -112,7 +112,9 @@ def add_product_kernel(
     row = (pid // groups).to(tl.int64) * BM + tl.arange(0, BM)
     n = (pid % groups) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    left = tl.load(a + row[:, None] * K + k[None, :], mask=(row < T)[:, None] & (k < K)[None, :], other=0.0)
+    left = tl.load(
+        a + row[:, None] * stride_a + k[None, :], mask=(row < T)[:, None] & (k < K)[None, :], other=0.0
+    )
     right = tl.load(b + k[:, None] * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
     inside = (row < T)[:, None] & (n < N)[None, :]
     at = row[:, None] * N + n[None, :]

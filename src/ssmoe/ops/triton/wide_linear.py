@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssmoe.ops.reference.wide_linear import wide_linear as torch_wide_linear
 from ssmoe.ops.triton.launch import direct, on_device, product
+from ssmoe.ops.triton.split_linear import NARROW, add_product
 
 PARTS = 3
 
@@ -26,6 +27,32 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.bfloat16 or weight.dtype != torch.float32 or x.numel() == 0:
         return torch_wide_linear(x, weight)
     return direct(wide_forward, x)(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def fork_wide(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, `wide_linear` of it); see the reference."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    narrow = x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and weight.shape[0] <= NARROW
+    if not (differentiable and narrow) or x.numel() == 0:
+        return x, wide_linear(x, weight)
+    return _ForkWide.apply(x, weight)
+
+
+class _ForkWide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        y = direct(wide_forward, x)(x.reshape(-1, x.shape[-1]), weight)
+        return x.view_as(x), y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dstream, dy):
+        x, weight = ctx.saved_tensors
+        n, d = weight.shape
+        rows = x.reshape(-1, d)
+        parts = wide_parts(dy.reshape(-1, n))
+        dx = add_product(dstream.reshape(-1, d), parts[:, :n], weight.to(torch.bfloat16))
+        return dx.view_as(x), _weight_gradient(parts, rows, n)
 
 
 @torch.library.custom_op("ssmoe::wide_forward", mutates_args=())
@@ -54,10 +81,23 @@ def _(x, weight):
 def wide_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     n = weight.shape[0]
-    parts = split(dy, PARTS, beside=n)  # (t, 3 * d_out), so that one product reads x once
-    dx = parts[:, :n] @ weight.to(torch.bfloat16)
-    dweight = product(parts.t(), x, torch.float32).view(PARTS, n, -1).sum(0)
-    return dx, dweight
+    parts = wide_parts(dy)
+    return parts[:, :n] @ weight.to(torch.bfloat16), _weight_gradient(parts, x, n)
+
+
+def _weight_gradient(parts: Tensor, x: Tensor, n: int) -> Tensor:
+    return product(parts.t(), x, torch.float32).view(PARTS, n, -1).sum(0)
+
+
+@torch.library.custom_op("ssmoe::wide_parts", mutates_args=())
+def wide_parts(dy: Tensor) -> Tensor:
+    """dy (t, d_out) in three bfloat16 parts side by side, (t, 3 * d_out), so that one product reads x once."""
+    return split(dy, PARTS, beside=dy.shape[1])
+
+
+@wide_parts.register_fake
+def _(dy):
+    return torch.empty(dy.shape[0], PARTS * dy.shape[1], dtype=torch.bfloat16, device=dy.device)
 
 
 @wide_backward.register_fake
