@@ -10,18 +10,24 @@ EXACT = """
 from tests.ops.test_triton_adamw_step import errors
 for held in (False, True):
     for scaled in (False, True):
-        print(*errors(held, scaled, "cpu"))
+        for narrow in (False, True):
+            print(*errors(held, scaled, "cpu", narrow=narrow))
 """
 
 
-def errors(held: bool, scaled: bool, device: str) -> list[float]:
-    """Relative errors of moves and both states after five updates: the kernel's, then float32 torch's."""
+def errors(held: bool, scaled: bool, device: str, *, narrow: bool = False) -> list[float]:
+    """Relative errors of moves and both states after five updates: the kernel's, then float32 torch's.
+
+    narrow: of bfloat16 gradients.
+    """
     from ssmoe.ops.triton.adamw_step import adamw_step
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(40, 33), (1,), (3, 700)]
     start = [torch.randn(shape, generator=generator) * 1e-2 for shape in shapes]
     gradients = [[torch.randn(shape, generator=generator) * 1e-3 for shape in shapes] for _ in range(5)]
+    if narrow:
+        gradients = [[t.bfloat16() for t in now] for now in gradients]
     results: list[list[torch.Tensor]] = []
     for run, kind in ((adamw_step, torch.float32), (definition, torch.float32), (definition, torch.float64)):
         parameters = [t.to(device, kind, copy=True) for t in start]
@@ -31,7 +37,7 @@ def errors(held: bool, scaled: bool, device: str) -> list[float]:
             torch._foreach_add_(steps, 1)
             run(
                 parameters,
-                [t.to(device, kind) for t in now],
+                [t.to(device) if narrow and run is adamw_step else t.to(device, kind) for t in now],
                 means,
                 squares,
                 steps,
@@ -60,7 +66,7 @@ def within_twice_eager(found: list[float]) -> None:
 def test_kernel_in_the_interpreter_equals_the_definition() -> None:
     pytest.importorskip("triton", reason="the Triton interpreter needs triton: pip install triton")
     lines = interpreted("-c", EXACT).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 8
     for line in lines:
         within_twice_eager([float(word) for word in line.split()])
 
@@ -69,5 +75,6 @@ def test_kernel_in_the_interpreter_equals_the_definition() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_kernel_on_a_gpu_equals_the_definition(held: bool, scaled: bool) -> None:
-    within_twice_eager(errors(held, scaled, "cuda"))
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernel_on_a_gpu_equals_the_definition(held: bool, scaled: bool, narrow: bool) -> None:
+    within_twice_eager(errors(held, scaled, "cuda", narrow=narrow))

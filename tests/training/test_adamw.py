@@ -30,7 +30,7 @@ def _pair(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def test_equals_torch(device: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "LARGE", large)
     if device == "cpu":
-        monkeypatch.setattr(adamw, "_is_large", lambda p: p.numel() >= large)
+        monkeypatch.setattr(adamw, "is_large", lambda p: p.numel() >= large)
     ours, theirs = _pair(device)
     options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
     update = load("auto", device).adamw_step
@@ -51,7 +51,7 @@ def test_equals_torch(device: str, large: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_update_is_a_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw, "_is_large", lambda _: True)
+    monkeypatch.setattr(adamw, "is_large", lambda _: True)
     ours, _ = _pair("cpu")
     mine = AdamW([{"params": ours}], lr=0.1, betas=(0.9, 0.99), eps=1e-8, update=lambda *_, **__: None)
     for parameter in ours:

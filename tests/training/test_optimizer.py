@@ -3,6 +3,8 @@ import torch
 
 from ssmoe.config.train import LearningRateRatios, TrainConfig
 from ssmoe.model.build import build
+from ssmoe.training import adamw as adamw_module
+from ssmoe.training import optimizer as optimizer_module
 from ssmoe.training.optimizer import (
     build_optimizer,
     clip,
@@ -12,7 +14,9 @@ from ssmoe.training.optimizer import (
     role,
     set_learning_rate,
 )
+from ssmoe.training.step import train_step
 from tests.model.zoo import PATTERNS, small
+from tests.training.test_step import random_batch
 
 MODELS = [small(name, norm="layernorm", tied_embeddings=False, head_bias=True) for name in PATTERNS]
 
@@ -244,3 +248,39 @@ def test_clipping_is_that_of_torch(device, most):
         return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
 
     torch.testing.assert_close(steps(ours), steps(theirs), rtol=1e-5, atol=1e-6)
+
+
+def _moe(micro: int | None = None) -> tuple[torch.nn.Module, TrainConfig, torch.optim.Optimizer]:
+    train = TrainConfig(steps=1, batch_size=4, micro_batch_size=micro, learning_rate=1e-3)
+    model = build(small("moe-mamba"), dtype=torch.bfloat16).train()
+    return model, train, build_optimizer(parameter_groups(model), train)
+
+
+def _step_and_dtypes(monkeypatch, large: bool, micro: int | None = None) -> tuple[torch.nn.Module, set]:
+    """A model after a step, and the dtypes of its banks' gradients."""
+    for module in (optimizer_module, adamw_module):
+        monkeypatch.setattr(module, "is_large", lambda p: large and p.ndim == 3)
+    model, train, optimizer = _moe(micro)
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if role(name, parameter) == "experts":
+            parameter.register_post_accumulate_grad_hook(lambda p: seen.add(p.grad.dtype))
+    batch = random_batch(4, 16)
+    for _ in range(2):
+        result = train_step(model, optimizer, batch, train, 1e-3, isolate=False)
+        assert bool(result.grad_norm.isfinite())
+    return model, seen
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.Parameter(), "grad_dtype"), reason="torch before 2.10")
+def test_large_banks_keep_narrow_gradients(monkeypatch) -> None:
+    narrow, seen = _step_and_dtypes(monkeypatch, large=True)
+    assert seen == {torch.bfloat16}
+    wide, seen = _step_and_dtypes(monkeypatch, large=False)
+    assert seen == {torch.float32}
+    for ours, theirs in zip(narrow.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_gradients_that_are_added_up_stay_wide(monkeypatch) -> None:
+    assert _step_and_dtypes(monkeypatch, large=True, micro=2)[1] == {torch.float32}

@@ -32,6 +32,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
         self.update = update
+        self.narrowed = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -42,7 +43,8 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         hidden: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
-            large = [parameter for parameter in group["params"] if _is_large(parameter)]
+            owners = [parameter for parameter in group["params"] if parameter.grad is not None]
+            large = [parameter for parameter in owners if is_large(parameter)]
             if large:
                 self._update(large, group)
             # torch passes over what has no gradient
@@ -84,10 +86,10 @@ class AdamW(torch.optim.AdamW):
         return state
 
 
-def _is_large(parameter: Tensor) -> bool:
+def is_large(parameter: Tensor) -> bool:
+    """Whether the op updates a parameter, whose gradient may then be narrower."""
     return (
         parameter.is_cuda
-        and parameter.grad is not None
         and parameter.numel() >= LARGE
         and parameter.dtype == torch.float32
         and parameter.is_contiguous()

@@ -13,7 +13,7 @@ from ssmoe.model.layer import RouterStats, State
 from ssmoe.model.lm import LM, ModelOut
 from ssmoe.model.state import concatenate, detach, select
 from ssmoe.ops import Segments
-from ssmoe.training.optimizer import clip, set_learning_rate
+from ssmoe.training.optimizer import clip, keep_gradients_narrow, set_learning_rate
 
 
 class StepResult(NamedTuple):
@@ -82,6 +82,7 @@ def update(
     state: State | None = None,
 ) -> StepResult:
     """`train_step` where the batch and the learning rate have reached the device."""
+    keep_gradients_narrow(model, optimizer, train)
     rows = inputs.ids.shape[0]
     size = train.micro_batch_size or rows
     results: list[StepResult] = []

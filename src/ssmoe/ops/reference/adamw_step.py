@@ -21,6 +21,7 @@ def adamw_step(
 ) -> None:
     """Update parameters, means and squares, each a sequence of tensors of the parameters' shapes.
 
+    Gradients may be narrower than the rest.
     steps: () a parameter, which number of update this is, from 1 on. rate: a number, or a tensor () on the
     device. scale: (), what gradients are divided by.
     """
@@ -28,7 +29,7 @@ def adamw_step(
     for parameter, gradient, mean, square, step in zip(
         parameters, gradients, means, squares, steps, strict=True
     ):
-        slope = gradient if scale is None else gradient / scale
+        slope = gradient.to(mean.dtype) if scale is None else gradient.to(mean.dtype) / scale
         mean.lerp_(slope, 1 - beta1)
         square.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
         # in float32 the differences would keep four digits

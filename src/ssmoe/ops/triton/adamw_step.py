@@ -31,8 +31,8 @@ def adamw_step(
     decay: float,
     scale: Tensor | None = None,
 ) -> None:
-    """`ssmoe.ops.reference.adamw_step` for contiguous float32; one launch a parameter."""
-    for kind in (parameters, gradients, means, squares):
+    """`ssmoe.ops.reference.adamw_step` for contiguous float32 and gradients of any float; one launch a parameter."""
+    for kind in (parameters, means, squares):
         if wrong := {t.dtype for t in kind} - {torch.float32}:
             raise ValueError(f"adamw_step got {wrong.pop()}: the triton backend takes float32")
     beta1, beta2 = betas
@@ -60,7 +60,7 @@ def adamw_kernel(
     """log1, log2: of the betas; rest1, rest2: 1 less them. HELD: `rate` is in memory."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    slope = tl.load(gradient + at, mask=inside, other=0.0)
+    slope = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(mean + at, mask=inside, other=0.0)
     v = tl.load(square + at, mask=inside, other=0.0)
     value = tl.load(parameter + at, mask=inside, other=0.0)

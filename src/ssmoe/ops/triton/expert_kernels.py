@@ -395,6 +395,16 @@ def widen_kernel(narrow, offsets, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def blank_kernel(out, offsets, size, BLOCK: tl.constexpr):
+    """Zeros for the `size` values of an expert that has no rows."""
+    e = tl.program_id(1)
+    if tl.load(offsets + e + 1) == tl.load(offsets + e):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        first = out + e.to(tl.int64) * size
+        tl.store(first + at, tl.zeros((BLOCK,), out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
 def combine_kernel(slots, rows, y, tokens, d, TOP_K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Each token's sum over its experts; a dropped assignment has no slot."""
     groups = tl.cdiv(d, BD)

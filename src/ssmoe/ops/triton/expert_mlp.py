@@ -11,7 +11,15 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.triton import expert_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
+from ssmoe.ops.triton.launch import (
+    check_activations,
+    check_shape,
+    direct,
+    gradient_dtype,
+    on_device,
+    row_major,
+    some,
+)
 
 ACTIVATIONS = {
     "relu": kernels.RELU.value,
@@ -344,8 +352,13 @@ def _gathered(x: Tensor, weight: Tensor | None, routes: _Routes) -> Tensor:
 def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: _Routes) -> Tensor:
     """a^T b over each expert's rows, in `dtype`, shaped as `like`."""
     narrow = torch.nn.functional.grouped_mm(a.t(), b, offs=routes.offsets[1:])
-    out = torch.empty(like.shape, dtype=dtype, device=like.device)
     size = like[0].numel()
+    if narrow.dtype == dtype:
+        kernels.blank_kernel[(triton.cdiv(size, 4096), like.shape[0])](
+            narrow, routes.offsets, size, BLOCK=4096
+        )
+        return narrow
+    out = torch.empty(like.shape, dtype=dtype, device=like.device)
     kernels.widen_kernel[(triton.cdiv(size, 4096), like.shape[0])](
         narrow, routes.offsets, out, size, BLOCK=4096
     )
@@ -377,7 +390,7 @@ def _save(ctx, inputs, output):
     x, up, down, gate, _, weight, activation = inputs
     weights = _pick(output[1:4], (up, down, gate))
     ctx.save_for_backward(x, *weights, weight, *output[4:])
-    ctx.dtype = up.dtype
+    ctx.dtype = gradient_dtype(up)
     ctx.activation = activation
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

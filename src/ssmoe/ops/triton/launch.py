@@ -71,3 +71,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == torch.bfloat16 and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.float() @ b.float()
     return (a @ b).to(dtype)
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype that the gradient of a parameter is wanted in: its own, or what was set as its `grad_dtype`."""
+    if torch.compiler.is_compiling() or not parameter.is_leaf:
+        return parameter.dtype
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
