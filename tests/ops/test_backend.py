@@ -34,6 +34,7 @@ OPS = (
     "linear",
     "head_cross_entropy",
     "residual_norm",
+    "residual_sum",
     "route",
     "wide_linear",
     "split_linear",

@@ -17,10 +17,12 @@ from tests.ops.triton_cases import (
     everything,
     expert_inputs,
     head_errors,
+    linear_errors,
     norm_errors,
     projection_errors,
     route_errors,
     scan_inputs,
+    sum_errors,
     wide_errors,
     without,
 )
@@ -112,6 +114,17 @@ def test_wide_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 16), (1000, 512, 64), (999, 1024, 72), (300, 64, 500)])
 def test_projections(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     within_twice_eager(projection_errors(*shape, dtype, "cuda"), dtype)
+
+
+@BOTH
+def test_one_projection(dtype: torch.dtype) -> None:
+    within_twice_eager(linear_errors(999, 512, 72, dtype, "cuda"), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700, 511)])
+def test_the_end_of_the_stream(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    within_twice_eager(sum_errors(shape, dtype, "cuda"), dtype)
 
 
 @pytest.mark.parametrize(

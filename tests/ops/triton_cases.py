@@ -148,6 +148,12 @@ def norm_errors(
     return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
 
 
+def sum_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Errors:
+    """The end of a float32 stream."""
+    normal = normals(device)
+    return errors("residual_sum", {"x": normal(*shape), "add": normal(*shape).to(dtype)}, dtype=dtype)
+
+
 def wide_errors(t: int, d: int, e: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
     """A router's product, and the same with its input passed on."""
     normal = normals(device)
@@ -364,6 +370,8 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "norm of a sum, bfloat16 into float32": lambda: norm_errors((9, 700), F32, BF16, centre=False, add=BF16),
     "norm of a sum, bfloat16": lambda: norm_errors((9, 70), BF16, BF16, add=BF16),
     "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
+    "sum of the stream": lambda: sum_errors((3, 5, 33), F32),
+    "sum of the stream, bfloat16": lambda: sum_errors((2, 70, 40), BF16),
     "wide product": lambda: wide_errors(70, 33, 20, F32),
     "wide product, bfloat16": lambda: wide_errors(140, 70, 20, BF16),
     "wide product, bfloat16, few rows": lambda: wide_errors(3, 64, 150, BF16),

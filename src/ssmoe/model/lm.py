@@ -91,9 +91,12 @@ class LM(nn.Module):
             torch.promote_types(dtype, torch.float32) if self.config.residual_float32 else dtype
         )
         last = partial(_last_real, segments=segments) if targets is None and logits == "last" else None
-        x, states, stats = run(list(self.layers), x, state, segments, dtype, in_place=in_place, take=last)
+        layers = list(self.layers)
+        x, end, states, stats = run(layers, x, state, segments, dtype, in_place=in_place, take=last)
         if (norm := self.norm) is not None:
-            _, x = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype)
+            _, x = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=end)
+        elif end is not None:
+            x = self.ops.residual_sum(x, end, dtype=dtype)
         x = x.to(dtype)
 
         weight, bias = (

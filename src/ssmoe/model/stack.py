@@ -78,10 +78,10 @@ def run(
     *,
     in_place: bool = False,
     take: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, State, tuple[RouterStats | None, ...]]:
-    """x: (b, l, d_model) through all layers, with their states and statistics; in_place as in `Residual`.
+) -> tuple[Tensor, Tensor | None, State, tuple[RouterStats | None, ...]]:
+    """x: (b, l, d_model) through all layers: stream, what is yet to be added to it, states, statistics.
 
-    take: of the result, what is wanted, such as the last position.
+    in_place as in `Residual`. take: of the result, what is wanted, such as the last position.
     """
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
@@ -119,7 +119,7 @@ def run(
         i += 1
     if take is not None:
         x, pending = take(x), None if pending is None else take(pending)
-    return x if pending is None else x + pending, tuple(states), tuple(stats)
+    return x, pending, tuple(states), tuple(stats)
 
 
 def _unwatched(layer: nn.Module) -> TypeGuard[Residual]:

@@ -36,6 +36,7 @@ class Ops(NamedTuple):
     fork_wide: Callable[..., tuple[Tensor, Tensor]]
     head_cross_entropy: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
+    residual_sum: Callable[..., Tensor]
     wide_linear: Callable[..., Tensor]
     route: Callable[..., Routed]
     mamba_step: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -127,6 +128,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         fork_wide=module.fork_wide,
         head_cross_entropy=module.head_cross_entropy,
         residual_norm=module.residual_norm,
+        residual_sum=module.residual_sum,
         wide_linear=module.wide_linear,
         route=module.route,
         mamba_step=module.mamba_step,

@@ -12,6 +12,7 @@ from ssmoe.ops.reference.mamba_step import mamba_step, mamba_steps
 from ssmoe.ops.reference.moe_step import moe_step
 from ssmoe.ops.reference.muon_step import muon_step
 from ssmoe.ops.reference.residual_norm import residual_norm
+from ssmoe.ops.reference.residual_sum import residual_sum
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.selective_scan import selective_scan
 from ssmoe.ops.reference.split_linear import fork_linear, split_linear
@@ -33,6 +34,7 @@ __all__ = [
     "moe_step",
     "muon_step",
     "residual_norm",
+    "residual_sum",
     "route",
     "selective_scan",
     "split_linear",

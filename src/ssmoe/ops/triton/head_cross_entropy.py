@@ -12,6 +12,7 @@ from torch import Tensor
 from ssmoe.ops.reference.cross_entropy import IGNORE
 from ssmoe.ops.reference.head_cross_entropy import CHUNK
 from ssmoe.ops.triton.cross_entropy import check, overwrite, sums_of
+from ssmoe.ops.triton.scaled import scaled
 
 ALIGNED = 64
 
@@ -67,8 +68,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         scale = grad_outputs[0]
         dx, dweight, dbias = ctx.saved_tensors
         return (
-            dx * scale.to(dx.dtype),
-            (dweight[: ctx.vocab] * scale).to(ctx.dtype),
+            scaled(dx, scale, dx.dtype),
+            scaled(dweight[: ctx.vocab], scale, ctx.dtype),
             None if dbias is None else (dbias[: ctx.vocab] * scale).to(ctx.dtype),
             None,
             None,
