@@ -63,10 +63,17 @@ class Residual(nn.Module):
             out = out._replace(state=state)
         return LayerOut(x + out.x, out.state, out.stats)
 
-    def enter(self, x: Tensor, pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x + pending, what the layer before has yet to add, and its norm: what this layer reads."""
+    def enter(
+        self, x: Tensor, pending: Tensor | None, dtype: torch.dtype, *, inner: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """x + pending, what the layer before has yet to add, and its norm: what this layer reads.
+
+        inner: the sum goes nowhere but to `ops.residual_norm` or `ops.residual_sum`.
+        """
         norm = self.norm
-        return self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending)
+        return self.ops.residual_norm(
+            x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending, inner=inner
+        )
 
 
 def run(
@@ -81,7 +88,8 @@ def run(
 ) -> tuple[Tensor, Tensor | None, State, tuple[RouterStats | None, ...]]:
     """x: (b, l, d_model) through all layers: stream, what is yet to be added to it, states, statistics.
 
-    in_place as in `Residual`. take: of the result, what is wanted, such as the last position.
+    in_place as in `Residual`. Only `residual_norm` and `residual_sum` may read the first two. take: of the
+    result, what is wanted, such as the last position.
     """
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
@@ -89,6 +97,7 @@ def run(
     alone = alone and not in_place
     joined = x.shape[1] > 1 and not in_place
     pending: Tensor | None = None
+    stream, ops = x.dtype, None
     i = 0
     while i < len(layers):
         count = _equal_mambas(layers, i, cast(State, state), dtype) if alone else 0
@@ -102,7 +111,8 @@ def run(
         layer = layers[i]
         if joined and _unwatched(layer):
             # the sum that ends a layer is formed where the next one reads it
-            x, normed = layer.enter(x, pending, dtype)
+            x, normed = layer.enter(x, pending, dtype, inner=take is None)
+            ops = layer.ops
             out: LayerOut = layer.layer(normed, before, segments)
             pending = out.x
             states.append(out.state)
@@ -110,7 +120,8 @@ def run(
             i += 1
             continue
         if pending is not None:
-            x, pending = x + pending, None
+            assert ops is not None
+            x, pending = ops.residual_sum(x, pending, dtype=stream), None
         # whatever wraps a layer need only know the four
         out = layer(x, before, segments, dtype, **({"in_place": True} if in_place else {}))
         x = out.x
