@@ -89,12 +89,18 @@ typedef long long i64;
 
 constexpr int S = N / K;
 constexpr int GROUPS = 32 / K;
-// distance of the lanes of one channel: the backward sums over channels with matrix products, over neighbours
+#ifndef MATRIX
+#define MATRIX 0
+#endif
+// Distance of the lanes of one channel. A read of 16 bytes a lane takes two wavefronts of shared memory, not four,
+// when all lanes agree with their next or all with their next but one: at two, B and C agree so and the channels'
+// own numbers too. Matrix products dictate the others: the backward's sums go over neighbouring lanes.
 #ifdef BACKWARD
 constexpr int KSTRIDE = 4;
 #else
-constexpr int KSTRIDE = 1;
+constexpr int KSTRIDE = MATRIX || K == 1 ? 1 : 2;
 #endif
+static_assert(K * KSTRIDE <= 32, "the lanes of a channel are in one warp");
 constexpr int WARP_CHANNELS = GROUPS * CH;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int THREADS = 32 * WARPS;
@@ -117,9 +123,6 @@ static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 #define UNROLL _Pragma("unroll")
 
 // Products with B and C on the matrix units, for bfloat16; see the walks
-#ifndef MATRIX
-#define MATRIX 0
-#endif
 #if MATRIX && defined(FORWARD)
 static_assert(K == 4 && CH == 1 && N == 16 && SUB == 8, "a warp has eight channels");
 #define IN_PAIRS 1
@@ -721,10 +724,13 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
 #else
+// words of a position's numbers: so many more than the numbers that lanes of different positions meet in no bank
+constexpr int LINE = GROUPS * 2 * CH + 32 / K;
+
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
-    float pair[WARPS][SUB][GROUPS][2 * CH];
+    float pair[WARPS][SUB * LINE];
 };
 
 // LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
@@ -784,7 +790,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
+    float* pair = shared.pair[p.warp] + p.group * 2 * CH;
     for (i64 tile = first; tile < last; tile++) {
         stage.fetch(end - t - TILE, 1);
         const float* B = shared.B[buffer] + p.k * S;
@@ -806,7 +812,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     if (LOCAL) total[j] += both[j];
                 }
                 if (HAS_Z && !LOCAL) zs[r] = next_z[r];
-                write<2 * CH>(pair[r * K + p.k][p.group], both);
+                write<2 * CH>(pair + (r * K + p.k) * LINE, both);
             }
             ahead(t + SUB);
             WARP_BARRIER();
@@ -815,7 +821,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 UNROLL for (int i = 0; i < K; i++) {
                     const int row = r * K + i;
                     float both[2 * CH], bs[S], cs[S];
-                    read<2 * CH>(pair[row][p.group], both);
+                    read<2 * CH>(pair + row * LINE, both);
                     read<S>(B + (sub * SUB + row) * N, bs);
                     if (!LOCAL) read<S>(C + (sub * SUB + row) * N, cs);
                     if constexpr (CKPT > 0 && !LOCAL) {
@@ -928,9 +934,10 @@ struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float partial[COPIES][TILE * LINE];
-    float pair[WARPS][TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
-    float grad[WARPS][TILE][GROUPS][CH];
-    float own[WARPS][TILE][GROUPS][OWN][CH];  // slope, step with segments, the gate's slope
+    // of the positions that a lane owns, where no two lanes meet in a bank: log2(e) step or RESET, step x
+    float pair[WARPS][OWNED][32][2 * CH];
+    float grad[WARPS][OWNED][32][CH];
+    float own[WARPS][OWN][OWNED][32][CH];  // slope, step with segments, the gate's slope
     float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
     Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
     Raw<DT> d[OWNED][THREADS];
@@ -1073,9 +1080,13 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
-    float(*grads)[GROUPS][CH] = shared.grad[p.warp];
-    float(*owns)[GROUPS][OWN][CH] = shared.own[p.warp];
+    const int lane = me % 32, front = lane - p.k * KSTRIDE;  // front: the channel's first lane
+    float(*pair)[32][2 * CH] = shared.pair[p.warp];
+    float(*grads)[32][CH] = shared.grad[p.warp];
+    float(*owns)[OWNED][32][CH] = shared.own[p.warp];
+    // log2(e) step and step x of position r * K + i of a tile, and its gradient
+    auto read_pair = [&](int r, int i, float (&out)[2 * CH]) { read<2 * CH>(pair[r][front + i * KSTRIDE], out); };
+    auto read_grad = [&](int r, int i, float (&out)[CH]) { read<CH>(grads[r][front + i * KSTRIDE], out); };
     float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
@@ -1110,21 +1121,23 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 both[CH + j] = LOCAL ? 0.0f : step * unless_padding(raw_x.get(j), real);
                 if (LOCAL) total[j] += both[j];
             }
-            write<2 * CH>(pair[row][p.group], both);
-            write<CH>(grads[row][p.group], grad);
-            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[row][p.group][i], own[i]);
+            write<2 * CH>(pair[r][lane], both);
+            write<CH>(grads[r][lane], grad);
+            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[i][r][lane], own[i]);
         }
         ahead(t - TILE);
         WARP_BARRIER();
         if (LOCAL) {
-            _Pragma("unroll 4") for (int row = TILE - 1; row >= 0; row--) {
-                float both[2 * CH], dys[CH], cs[S];
-                read<2 * CH>(pair[row][p.group], both);
-                read<CH>(grads[row][p.group], dys);
-                read<S>(C + row * N, cs);
-                UNROLL for (int j = 0; j < CH; j++)
-                    UNROLL for (int s = 0; s < S; s++)
-                        adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
+            _Pragma("unroll 1") for (int r = OWNED - 1; r >= 0; r--) {
+                UNROLL for (int i = K - 1; i >= 0; i--) {
+                    float both[2 * CH], dys[CH], cs[S];
+                    read_pair(r, i, both);
+                    read_grad(r, i, dys);
+                    read<S>(C + (r * K + i) * N, cs);
+                    UNROLL for (int j = 0; j < CH; j++)
+                        UNROLL for (int s = 0; s < S; s++)
+                            adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
+                }
             }
         } else {
             if constexpr (PER > 1) {
@@ -1134,7 +1147,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
                     UNROLL for (int i = 0; i < SUB; i++) {
                         float both[2 * CH], bs[S];
-                        read<2 * CH>(pair[sub * SUB + i][p.group], both);
+                        read_pair(sub * (SUB / K) + i / K, i % K, both);
                         read<S>(B + (sub * SUB + i) * N, bs);
                         UNROLL for (int j = 0; j < CH; j++)
                             UNROLL for (int s = 0; s < S; s++)
@@ -1157,8 +1170,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int i = 0; i < K; i++) {
                         const int row = r * K + i;
                         float both[2 * CH], bs[S], cs[S], dys[CH], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
-                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        read_pair(sub * (SUB / K) + r, i, both);
+                        read_grad(sub * (SUB / K) + r, i, dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
@@ -1180,7 +1193,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
                         UNROLL for (int j = 0; j < CH; j++) {
                             float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
-                            out[j] = fmaf(skip[j], x, out[j]) * owns[row][p.group][OWN - 1][j];
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][mine][lane][j];
                         }
                         store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
                     }
@@ -1194,8 +1207,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int i = K - 1; i >= 0; i--) {
                         const int row = r * K + i;
                         float both[2 * CH], dys[CH], bs[S], cs[S], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
-                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        read_pair(sub * (SUB / K) + r, i, both);
+                        read_grad(sub * (SUB / K) + r, i, dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
@@ -1219,9 +1232,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
                     const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
-                    read<2 * CH>(pair[row][p.group], both);
-                    read<CH>(grads[row][p.group], grad);
-                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[row][p.group][i], own[i]);
+                    read<2 * CH>(pair[mine][lane], both);
+                    read<CH>(grads[mine][lane], grad);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][mine][lane], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
                         float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
                         float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
@@ -1295,22 +1308,74 @@ struct FoldArguments {
     const float* partial;
     BT* dB;
     CT* dC;
-    i64 groups, rows;
+    const float* dA_parts;
+    const float* dskip_parts;
+    const float* dbias_parts;
+    float* dA;
+    float* dskip;
+    float* dbias;
+    i64 groups, rows, parts, d;
 };
 
-// dB and dC (rows, N) from the partial sums of all blocks, in their order.
+constexpr int COLUMNS = 32, SLICES = 256 / COLUMNS;
+
+// Sums over parts of V neighbouring columns a thread, of COLUMNS threads a block; the others take other parts.
+template <int V>
+__device__ __forceinline__ void total(Row<float, 4> (&shared)[SLICES][COLUMNS], const float* from, float* to,
+                                      i64 block, i64 width, i64 parts) {
+    const int slice = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const i64 at = (block * COLUMNS + column) * V;
+    float sum[V] = {};
+    if (at < width) {
+        _Pragma("unroll 4") for (i64 i = slice; i < parts; i += SLICES) {
+            float own[V];
+            read<V>(from + i * width + at, own);
+            UNROLL for (int v = 0; v < V; v++) sum[v] += own[v];
+        }
+    }
+    write<V>(shared[slice][column].v, sum);
+    BARRIER();
+    if (slice == 0 && at < width) {
+        for (int i = 1; i < SLICES; i++) {
+            float own[V];
+            read<V>(shared[i][column].v, own);
+            UNROLL for (int v = 0; v < V; v++) sum[v] += own[v];
+        }
+        write<V>(to + at, sum);
+    }
+}
+
+// dA, dskip and dbias from the parts of all chunks; dB and dC (rows, N) from the partial sums of all blocks, four
+// numbers a thread. Always in the same order.
 extern "C" __global__ void __launch_bounds__(256) scan_fold(const FoldArguments g) {
-    i64 e = (i64)blockIdx.x * 256 + threadIdx.x;
-    i64 size = g.rows * 2 * N;
-    if (e >= size) return;
-    float sum = 0.0f;
-    _Pragma("unroll 4") for (i64 i = 0; i < g.groups; i++) sum += g.partial[i * size + e];
-    i64 row = e / (2 * N);
-    int n = (int)(e % (2 * N));
-    if (n < N) {
-        down(sum, g.dB[row * N + n]);
+    __shared__ Row<float, 4> shared[SLICES][COLUMNS];
+    const i64 wide = (g.d * N + COLUMNS * 4 - 1) / (COLUMNS * 4), narrow = (g.d + COLUMNS - 1) / COLUMNS;
+    const i64 block = blockIdx.x;
+    if (block < wide) {
+        total<4>(shared, g.dA_parts, g.dA, block, g.d * N, g.parts);
+    } else if (block < wide + narrow) {
+        if (g.dskip) total<1>(shared, g.dskip_parts, g.dskip, block - wide, g.d, g.parts);
+    } else if (block < wide + 2 * narrow) {
+        if (g.dbias) total<1>(shared, g.dbias_parts, g.dbias, block - wide - narrow, g.d, g.parts);
     } else {
-        down(sum, g.dC[row * N + n - N]);
+        const i64 e = ((block - wide - 2 * narrow) * 256 + threadIdx.x) * 4;
+        const i64 size = g.rows * 2 * N;
+        if (e >= size) return;
+        float sum[4] = {};
+        _Pragma("unroll 8") for (i64 i = 0; i < g.groups; i++) {
+            float own[4];
+            read<4>(g.partial + i * size + e, own);
+            UNROLL for (int v = 0; v < 4; v++) sum[v] += own[v];
+        }
+        const i64 row = e / (2 * N);
+        const int n = (int)(e % (2 * N));
+        UNROLL for (int v = 0; v < 4; v++) {
+            if (n < N) {
+                down(sum[v], g.dB[row * N + n + v]);
+            } else {
+                down(sum[v], g.dC[row * N + n - N + v]);
+            }
+        }
     }
 }
 

@@ -256,9 +256,13 @@ def run_backward(
                 words,
                 shared,
             )
-        blocks = cdiv(b * length * 2 * n, 256)
-        nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, _words(partial, dB, dC, groups, b * length))
-    dA, dD, dbias = sums.totals(A, D, delta_bias)
+        totals = [torch.empty((0,) if t is None else t.shape, **like) for t in (A, D, delta_bias)]
+        words = _words(partial, dB, dC, *sums[:3], *totals, groups, b * length, b * chunks, d)
+        blocks = cdiv(d * n, 128) + 2 * cdiv(d, 32) + cdiv(b * length * 2 * n, 1024)
+        nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, words)
+    dA, dD, dbias = (
+        total if t is None else total.to(t.dtype) for total, t in zip(totals, (A, D, delta_bias), strict=True)
+    )
     return dx, ddelta, dA, dB, dC, dD, dz, dbias, sums.dinitial
 
 
