@@ -45,6 +45,16 @@ static float SWAP(float value, int mask) {
     yield(AT_WARP);
     return exchange[side][me ^ mask];
 }
+// blocks run one after the other: what a block waits for was done by those before it, or never will be
+static void FENCE() {}
+static int take(int* at) { return (*at)++; }
+static void give(int* at) { ++*at; }
+static void wait_for(const int* at, int count) {
+    if (*at < count) {
+        fprintf(stderr, "a block waits for one that has a later turn\n");
+        abort();
+    }
+}
 static std::vector<float> factors[2];
 static float tf32(float v) {
     unsigned u;

@@ -75,6 +75,19 @@ __device__ __forceinline__ void product_of(float (&d)[4], float a0, float a1, fl
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.0f));
 }
+// The number that `at` had before one was added.
+__device__ __forceinline__ int take(int* at) { return atomicAdd(at, 1); }
+// Waits until another block has added up to `count` at `at`, and adds: what was written before is seen after.
+__device__ __forceinline__ void wait_for(const int* at, int count) {
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+    } while (now < count);
+}
+__device__ __forceinline__ void give(int* at) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(at) : "memory");
+}
+#define FENCE() __threadfence()
 #define SHARED(type, name) \
     extern __shared__ float4 memory[]; \
     type& name = *reinterpret_cast<type*>(memory)
@@ -911,6 +924,7 @@ struct Arguments {
     float* dskip;
     float* dbias;
     float* dinitial;
+    int* turns;  // that were given out, then of every (b, group) those that were taken
     i64 length, d, batch, chunks, chunk_tiles, phase;
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl, syb, syl;
 };
@@ -1015,8 +1029,11 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         total[j] = sum_skip[j] = sum_bias[j] = 0.0f;
         UNROLL for (int s = 0; s < S; s++) adjoint[j][s] = sum_A[j][s] = 0.0f;
     }
+    const bool in_turn = g.phase == 3, follows = in_turn && chunk < g.chunks - 1;
     if (!LOCAL) {
-        if (chunk < g.chunks - 1) {
+        if (follows) {
+            load_states(g.states, b, g.d, p, adjoint);
+        } else if (chunk < g.chunks - 1) {
             enter(g.states, g.steps, g.chunks, g.d, g.chunks - 1, chunk, -1, p, a, adjoint);
         } else {
             load_states(g.dlast, b, g.d, p, adjoint);
@@ -1272,7 +1289,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     }
     if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);
     if (!LOCAL) {
-        const i64 part = b * g.chunks + chunk;
+        const i64 part = in_turn ? b : b * g.chunks + chunk;
         UNROLL for (int j = 0; j < CH; j++) {
             UNROLL for (int s = 0; s < S; s++) sum_A[j][s] *= LN2;
             UNROLL for (int m = 1; m < K; m *= 2) {
@@ -1280,27 +1297,57 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 sum_bias[j] += SWAP(sum_bias[j], m * KSTRIDE);
             }
             if (p.k == 0 && j < p.left) {
-                if (g.dskip) g.dskip[part * g.d + p.channel + j] = sum_skip[j];
-                if (g.dbias) g.dbias[part * g.d + p.channel + j] = sum_bias[j];
+                float* to_skip = g.dskip + part * g.d + p.channel + j;
+                float* to_bias = g.dbias + part * g.d + p.channel + j;
+                if (g.dskip) *to_skip = follows ? *to_skip + sum_skip[j] : sum_skip[j];
+                if (g.dbias) *to_bias = follows ? *to_bias + sum_bias[j] : sum_bias[j];
             }
         }
+        if (follows) {
+            float before[CH][S];
+            load_states(g.dA, part, g.d, p, before);
+            UNROLL for (int j = 0; j < CH; j++)
+                UNROLL for (int s = 0; s < S; s++) sum_A[j][s] += before[j][s];
+        }
         store_states(g.dA, part, g.d, p, sum_A);
+        if (in_turn && chunk > 0) store_states(g.states, b, g.d, p, adjoint);
         if (chunk == 0 && g.dinitial) store_states(g.dinitial, b, g.d, p, adjoint);
     }
 }
 
 // phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
+// 3: all chunks in turn: the last of every channel before any other, each block going on where another left its
+// channels. More chunks than fit on the GPU at once then end together, where whole lengths leave it half empty.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Arguments g) {
     SHARED(Shared, shared);
     const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
-    const i64 slots = g.phase ? g.chunks - 1 : 1;
-    const i64 rest = blockIdx.x / groups;
-    const i64 channel = (blockIdx.x - rest * groups) * BLOCK_CHANNELS;
-    const i64 chunk = rest % slots + (g.phase == 1);
+    i64 rest = blockIdx.x / groups, group = blockIdx.x - rest * groups, b = rest, chunk = 0;
+    if (g.phase == 3) {
+        // not the number of the block: who has an earlier turn must have started
+        int* mine = reinterpret_cast<int*>(&shared);
+        if (threadIdx.x == 0) *mine = take(g.turns);
+        BARRIER();
+        const int turn = *mine, each = (int)(groups * g.batch), taken = turn / each, channels = turn - taken * each;
+        b = channels / (int)groups;
+        group = channels - b * groups;
+        chunk = g.chunks - 1 - taken;
+        if (threadIdx.x == 0) wait_for(g.turns + 1 + channels, taken);
+        BARRIER();
+        FENCE();
+    } else if (g.phase) {
+        const i64 slots = g.chunks - 1;
+        b = rest / slots;
+        chunk = rest - b * slots + (g.phase == 1);
+    }
     if (g.phase == 1 && chunk < g.chunks - 1) {
-        walk<true>(g, shared, channel, chunk, rest / slots);
+        walk<true>(g, shared, group * BLOCK_CHANNELS, chunk, b);
     } else {
-        walk<false>(g, shared, channel, chunk, rest / slots);
+        walk<false>(g, shared, group * BLOCK_CHANNELS, chunk, b);
+    }
+    if (g.phase == 3) {
+        FENCE();
+        BARRIER();
+        if (threadIdx.x == 0) give(g.turns + 1 + b * groups + group);
     }
 }
 
