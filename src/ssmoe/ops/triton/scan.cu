@@ -149,13 +149,13 @@ struct alignas(sizeof(T) * W) Row {
 };
 
 __device__ __forceinline__ void down(float v, float& out) { out = v; }
+#ifdef EMULATED
 __device__ __forceinline__ void down(float v, bf16& out) {
     // round to nearest even; NaN stays NaN
     unsigned u = __float_as_uint(v);
     unsigned rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     out.bits = (unsigned short)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
 }
-#ifdef EMULATED
 __device__ __forceinline__ unsigned down2(float low, float high) {
     bf16 a, b;
     down(low, a), down(high, b);
@@ -167,6 +167,7 @@ __device__ __forceinline__ unsigned down2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
+__device__ __forceinline__ void down(float v, bf16& out) { out.bits = (unsigned short)down2(v, 0.0f); }
 #endif
 
 // CH consecutive values as they lie in memory: packed, or one a word where rows are not aligned
@@ -924,7 +925,9 @@ struct Arguments {
     float* dskip;
     float* dbias;
     float* dinitial;
-    int* turns;  // that were given out, then of every (b, group) those that were taken
+    int* turns;  // that were given out; of every (b, group), and then of every (b, chunk), those that were taken
+    BT* dB;      // dB and dC where blocks take turns
+    CT* dC;
     i64 length, d, batch, chunks, chunk_tiles, phase;
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl, syb, syl;
 };
@@ -1315,6 +1318,25 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     }
 }
 
+// Four neighbouring numbers of dB and dC (rows, N) from the partial sums of all groups, always in the same order.
+__device__ __forceinline__ void fold(const float* partial, BT* dB, CT* dC, i64 groups, i64 size, i64 e) {
+    float sum[4] = {};
+    _Pragma("unroll 8") for (i64 i = 0; i < groups; i++) {
+        float own[4];
+        read<4>(partial + i * size + e, own);
+        UNROLL for (int v = 0; v < 4; v++) sum[v] += own[v];
+    }
+    const i64 row = e / (2 * N);
+    const int n = (int)(e % (2 * N));
+    UNROLL for (int v = 0; v < 4; v++) {
+        if (n < N) {
+            down(sum[v], dB[row * N + n + v]);
+        } else {
+            down(sum[v], dC[row * N + n - N + v]);
+        }
+    }
+}
+
 // phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
 // 3: all chunks in turn: the last of every channel before any other, each block going on where another left its
 // channels. More chunks than fit on the GPU at once then end together, where whole lengths leave it half empty.
@@ -1347,7 +1369,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     if (g.phase == 3) {
         FENCE();
         BARRIER();
-        if (threadIdx.x == 0) give(g.turns + 1 + b * groups + group);
+        int* before = reinterpret_cast<int*>(&shared);
+        if (threadIdx.x == 0) {
+            give(g.turns + 1 + b * groups + group);
+            *before = take(g.turns + 1 + g.batch * groups + b * g.chunks + chunk);
+        }
+        BARRIER();
+        if (*before < groups - 1) return;
+        // the last of the groups: all partial sums of these positions are there
+        FENCE();
+        const i64 begin = chunk * g.chunk_tiles * TILE, stop = begin + g.chunk_tiles * TILE;
+        const i64 from = (b * g.length + begin) * 2 * N, to = (b * g.length + (stop < g.length ? stop : g.length)) * 2 * N;
+        for (i64 e = from + threadIdx.x * 4; e < to; e += THREADS * 4)
+            fold(g.partial, g.dB, g.dC, groups, g.batch * g.length * 2 * N, e);
     }
 }
 
@@ -1392,8 +1426,7 @@ __device__ __forceinline__ void total(Row<float, 4> (&shared)[SLICES][COLUMNS], 
     }
 }
 
-// dA, dskip and dbias from the parts of all chunks; dB and dC (rows, N) from the partial sums of all blocks, four
-// numbers a thread. Always in the same order.
+// dA, dskip and dbias from the parts of all chunks, always in the same order; then dB and dC (rows, N).
 extern "C" __global__ void __launch_bounds__(256) scan_fold(const FoldArguments g) {
     __shared__ Row<float, 4> shared[SLICES][COLUMNS];
     const i64 wide = (g.d * N + COLUMNS * 4 - 1) / (COLUMNS * 4), narrow = (g.d + COLUMNS - 1) / COLUMNS;
@@ -1405,24 +1438,8 @@ extern "C" __global__ void __launch_bounds__(256) scan_fold(const FoldArguments 
     } else if (block < wide + 2 * narrow) {
         if (g.dbias) total<1>(shared, g.dbias_parts, g.dbias, block - wide - narrow, g.d, g.parts);
     } else {
-        const i64 e = ((block - wide - 2 * narrow) * 256 + threadIdx.x) * 4;
-        const i64 size = g.rows * 2 * N;
-        if (e >= size) return;
-        float sum[4] = {};
-        _Pragma("unroll 8") for (i64 i = 0; i < g.groups; i++) {
-            float own[4];
-            read<4>(g.partial + i * size + e, own);
-            UNROLL for (int v = 0; v < 4; v++) sum[v] += own[v];
-        }
-        const i64 row = e / (2 * N);
-        const int n = (int)(e % (2 * N));
-        UNROLL for (int v = 0; v < 4; v++) {
-            if (n < N) {
-                down(sum[v], g.dB[row * N + n + v]);
-            } else {
-                down(sum[v], g.dC[row * N + n - N + v]);
-            }
-        }
+        const i64 e = ((block - wide - 2 * narrow) * 256 + threadIdx.x) * 4, size = g.rows * 2 * N;
+        if (e < size) fold(g.partial, g.dB, g.dC, g.groups, size, e);
     }
 }
 

@@ -110,6 +110,15 @@ def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
     return cdiv(tiles, chunk_tiles), chunk_tiles
 
 
+def _backward_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
+    """The same, the last as long as what is left: half as long, since its launch has less to do beside it."""
+    if chunks < 3:
+        return _whole_chunks(cut, length, chunks)
+    tiles = cdiv(length, cut.tile)
+    chunk_tiles = cdiv(2 * tiles, 2 * chunks - 1)
+    return cdiv(tiles, chunk_tiles), chunk_tiles
+
+
 def _type(t: Tensor | None) -> str:
     return "bf16" if t is not None and t.dtype == torch.bfloat16 else "float"
 
@@ -233,7 +242,7 @@ def run_backward(
     x, delta, B, C, dy = (row_major(t) for t in (x, delta, B, C, dy.to(x.dtype)))
     z = None if z is None else row_major(z)
     groups = cdiv(d, cut.block_channels)
-    chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
+    chunks, chunk_tiles = _backward_chunks(cut, length, chunks)
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(b, length, d, dtype=z.dtype, device=x.device)
@@ -241,7 +250,7 @@ def run_backward(
     parts = 1 if in_turn else chunks
     sums = Sums.empty(x, n, parts, D, delta_bias, initial)
     states, steps = carries(x, n, chunks)
-    turns = torch.zeros(1 + b * groups if in_turn else 0, dtype=torch.int32, device=x.device)
+    turns = torch.zeros(1 + b * (groups + chunks) if in_turn else 0, dtype=torch.int32, device=x.device)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
     aligned = _aligned(cut.channels, x, delta, z, dy)
@@ -258,7 +267,7 @@ def run_backward(
         for phase in (3,) if in_turn else (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, *sums, turns, length, d, b, chunks, chunk_tiles, phase,
+                dx, ddelta, dz, partial, *sums, turns, dB, dC, length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
@@ -270,9 +279,10 @@ def run_backward(
                 words,
                 shared,
             )
+        rows = 0 if in_turn else b * length
         totals = [torch.empty((0,) if t is None else t.shape, **like) for t in (A, D, delta_bias)]
-        words = _words(partial, dB, dC, *sums[:3], *totals, groups, b * length, b * parts, d)
-        blocks = cdiv(d * n, 128) + 2 * cdiv(d, 32) + cdiv(b * length * 2 * n, 1024)
+        words = _words(partial, dB, dC, *sums[:3], *totals, groups, rows, b * parts, d)
+        blocks = cdiv(d * n, 128) + 2 * cdiv(d, 32) + cdiv(rows * 2 * n, 1024)
         nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, words)
     dA, dD, dbias = (
         total if t is None else total.to(t.dtype) for total, t in zip(totals, (A, D, delta_bias), strict=True)
