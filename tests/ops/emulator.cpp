@@ -46,9 +46,7 @@ static float SWAP(float value, int mask) {
     return exchange[side][me ^ mask];
 }
 // blocks run one after the other: what a block waits for was done by those before it, or never will be
-static void FENCE() {}
 static int take(int* at) { return (*at)++; }
-static void give(int* at) { ++*at; }
 static void wait_for(const int* at, int count) {
     if (*at < count) {
         fprintf(stderr, "a block waits for one that has a later turn\n");

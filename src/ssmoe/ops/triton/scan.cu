@@ -75,19 +75,19 @@ __device__ __forceinline__ void product_of(float (&d)[4], float a0, float a1, fl
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.0f));
 }
-// The number that `at` had before one was added.
-__device__ __forceinline__ int take(int* at) { return atomicAdd(at, 1); }
-// Waits until another block has added up to `count` at `at`, and adds: what was written before is seen after.
+// One more at `at`, and what it was before: who finds a number sees all that was written before it was made.
+__device__ __forceinline__ int take(int* at) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
+}
+// Waits until others have made `at` as much as `count`.
 __device__ __forceinline__ void wait_for(const int* at, int count) {
     int now;
     do {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
     } while (now < count);
 }
-__device__ __forceinline__ void give(int* at) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(at) : "memory");
-}
-#define FENCE() __threadfence()
 #define SHARED(type, name) \
     extern __shared__ float4 memory[]; \
     type& name = *reinterpret_cast<type*>(memory)
@@ -738,13 +738,15 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
 #else
-// words of a position's numbers: so many more than the numbers that lanes of different positions meet in no bank
-constexpr int LINE = GROUPS * 2 * CH + 32 / K;
+// positions whose numbers are read together
+constexpr int PAIRED = CH == 1 && K > 1 ? 2 : 1;
+// words of their numbers: so many more than the numbers that lanes of different positions meet in no bank
+constexpr int LINE = PAIRED * (GROUPS * 2 * CH + 32 / K);
 
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
-    float pair[WARPS][SUB * LINE];
+    float pair[WARPS][SUB / PAIRED * LINE];
 };
 
 // LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
@@ -804,7 +806,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float* pair = shared.pair[p.warp] + p.group * 2 * CH;
+    float* pair = shared.pair[p.warp] + p.group * 2 * CH * PAIRED;
+    float* own_pair = pair + p.k / PAIRED * LINE + p.k % PAIRED * 2 * CH;
     for (i64 tile = first; tile < last; tile++) {
         stage.fetch(end - t - TILE, 1);
         const float* B = shared.B[buffer] + p.k * S;
@@ -826,16 +829,17 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     if (LOCAL) total[j] += both[j];
                 }
                 if (HAS_Z && !LOCAL) zs[r] = next_z[r];
-                write<2 * CH>(pair + (r * K + p.k) * LINE, both);
+                write<2 * CH>(own_pair + r * (K / PAIRED) * LINE, both);
             }
             ahead(t + SUB);
             WARP_BARRIER();
             UNROLL for (int r = 0; r < ROWS; r++) {
-                float part[K][CH];
+                float part[K][CH], boths[PAIRED * 2 * CH];
                 UNROLL for (int i = 0; i < K; i++) {
                     const int row = r * K + i;
-                    float both[2 * CH], bs[S], cs[S];
-                    read<2 * CH>(pair + row * LINE, both);
+                    float bs[S], cs[S];
+                    if (i % PAIRED == 0) read<PAIRED * 2 * CH>(pair + row / PAIRED * LINE, boths);
+                    const float* both = boths + i % PAIRED * 2 * CH;
                     read<S>(B + (sub * SUB + row) * N, bs);
                     if (!LOCAL) read<S>(C + (sub * SUB + row) * N, cs);
                     if constexpr (CKPT > 0 && !LOCAL) {
@@ -1355,7 +1359,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         chunk = g.chunks - 1 - taken;
         if (threadIdx.x == 0) wait_for(g.turns + 1 + channels, taken);
         BARRIER();
-        FENCE();
     } else if (g.phase) {
         const i64 slots = g.chunks - 1;
         b = rest / slots;
@@ -1367,17 +1370,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         walk<false>(g, shared, group * BLOCK_CHANNELS, chunk, b);
     }
     if (g.phase == 3) {
-        FENCE();
         BARRIER();
         int* before = reinterpret_cast<int*>(&shared);
         if (threadIdx.x == 0) {
-            give(g.turns + 1 + b * groups + group);
+            take(g.turns + 1 + b * groups + group);
             *before = take(g.turns + 1 + g.batch * groups + b * g.chunks + chunk);
         }
         BARRIER();
         if (*before < groups - 1) return;
         // the last of the groups: all partial sums of these positions are there
-        FENCE();
         const i64 begin = chunk * g.chunk_tiles * TILE, stop = begin + g.chunk_tiles * TILE;
         const i64 from = (b * g.length + begin) * 2 * N, to = (b * g.length + (stop < g.length ? stop : g.length)) * 2 * N;
         for (i64 e = from + threadIdx.x * 4; e < to; e += THREADS * 4)
