@@ -100,6 +100,14 @@ static void load_words(const void* at, bool live, unsigned* w) {
     memset(w, 0, 4 * W);
     if (live) memcpy(w, at, 4 * W);
 }
+static void store_half(void* at, bool live, unsigned w) {
+    unsigned short half = (unsigned short)w;
+    if (live) memcpy(at, &half, 2);
+}
+template <int W>
+static void store_words(void* at, bool live, const unsigned* w) {
+    if (live) memcpy(at, w, 4 * W);
+}
 // copies arrive when they are waited for, and not before
 struct Copy {
     float* to;

@@ -44,6 +44,26 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
                          : "l"((const char*)at + 4 * i), "r"((unsigned)live));
     }
 }
+// Stores what is `live`, without a branch.
+__device__ __forceinline__ void store_half(void* at, bool live, unsigned w) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.u16 [%0], %2; }"
+                 ::"l"(at), "r"((unsigned)live), "h"((unsigned short)w));
+}
+template <int W>
+__device__ __forceinline__ void store_words(void* at, bool live, const unsigned* w) {
+    if constexpr (W == 1) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.b32 [%0], %2; }"
+                     ::"l"(at), "r"((unsigned)live), "r"(w[0]));
+    } else if constexpr (W == 2) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.v2.b32 [%0], {%2, %3}; }"
+                     ::"l"(at), "r"((unsigned)live), "r"(w[0]), "r"(w[1]));
+    } else {
+        for (int i = 0; i < W; i += 4)
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.v4.b32 [%0], {%2, %3, %4, %5}; }"
+                         ::"l"((char*)at + 4 * i), "r"((unsigned)live), "r"(w[i]), "r"(w[i + 1]), "r"(w[i + 2]),
+                         "r"(w[i + 3]));
+    }
+}
 // Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
 template <int W>
 __device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
@@ -205,25 +225,22 @@ __device__ __forceinline__ Raw<T> load_row(const T* at, bool live, int left) {
 
 template <class T>
 __device__ __forceinline__ void store_row(T* at, const float (&value)[CH], bool live, int left) {
-    Row<T, CH> row;
-#ifndef EMULATED
-    if constexpr (sizeof(T) == 2 && CH % 2 == 0) {
-        UNROLL for (int j = 0; j < CH; j += 2) {
-            unsigned both = down2(value[j], value[j + 1]);
-            row.v[j].bits = (unsigned short)both;
-            row.v[j + 1].bits = (unsigned short)(both >> 16);
+    if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
+        constexpr int EACH = 4 / sizeof(T);
+        unsigned w[CH / EACH];
+        UNROLL for (int j = 0; j < CH; j += EACH)
+            w[j / EACH] = EACH == 1 ? __float_as_uint(value[j]) : down2(value[j], value[j + EACH - 1]);
+        store_words<CH / EACH>(at, live && left > 0, w);
+    } else {
+        UNROLL for (int j = 0; j < CH; j++) {
+            if constexpr (sizeof(T) == 2) {
+                store_half(at + j, live && j < left, down2(value[j], 0.0f));
+            } else {
+                const unsigned w = __float_as_uint(value[j]);
+                store_words<1>(at + j, live && j < left, &w);
+            }
         }
-    } else
-#endif
-    {
-        UNROLL for (int j = 0; j < CH; j++) down(value[j], row.v[j]);
     }
-#if ALIGNED
-    if (live && left > 0) *reinterpret_cast<Row<T, CH>*>(at) = row;
-#else
-    UNROLL for (int j = 0; j < CH; j++)
-        if (live && j < left) at[j] = row.v[j];
-#endif
 }
 
 // what tf32 leaves away

@@ -242,7 +242,7 @@ def run_backward(
     x, delta, B, C, dy = (row_major(t) for t in (x, delta, B, C, dy.to(x.dtype)))
     z = None if z is None else row_major(z)
     groups = cdiv(d, cut.block_channels)
-    chunks, chunk_tiles = _backward_chunks(cut, length, chunks)
+    chunks, chunk_tiles = (_whole_chunks if in_turn else _backward_chunks)(cut, length, chunks)
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(b, length, d, dtype=z.dtype, device=x.device)
