@@ -45,6 +45,14 @@ static float SWAP(float value, int mask) {
     yield(AT_WARP);
     return exchange[side][me ^ mask];
 }
+// blocks run one after the other: what a block waits for was done by those before it, or never will be
+static int take(int* at) { return (*at)++; }
+static void wait_for(const int* at, int count) {
+    if (*at < count) {
+        fprintf(stderr, "a block waits for one that has a later turn\n");
+        abort();
+    }
+}
 static std::vector<float> factors[2];
 static float tf32(float v) {
     unsigned u;
@@ -91,6 +99,14 @@ template <int W>
 static void load_words(const void* at, bool live, unsigned* w) {
     memset(w, 0, 4 * W);
     if (live) memcpy(w, at, 4 * W);
+}
+static void store_half(void* at, bool live, unsigned w) {
+    unsigned short half = (unsigned short)w;
+    if (live) memcpy(at, &half, 2);
+}
+template <int W>
+static void store_words(void* at, bool live, const unsigned* w) {
+    if (live) memcpy(at, w, 4 * W);
 }
 // copies arrive when they are waited for, and not before
 struct Copy {

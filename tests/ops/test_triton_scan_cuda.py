@@ -55,11 +55,14 @@ def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int, every: int = 0) -> None:
+def cut(
+    monkeypatch: pytest.MonkeyPatch, forward: Cut, backward: Cut, chunks: int, every: int = 0, turns: int = 1
+) -> None:
     monkeypatch.setattr(scan_cuda, "forward_cut", lambda *_: forward)
     monkeypatch.setattr(scan_cuda, "backward_cut", lambda *_: backward)
     monkeypatch.setattr(scan_cuda, "saved_every", lambda *_: every or backward.tile)
     monkeypatch.setattr(scan_cuda, "_chunks", lambda *_: chunks)
+    monkeypatch.setattr(scan_cuda, "_turns", lambda *_: turns)
 
 
 def close(found: dict[str, tuple[float, float]], floor: float = 5e-7) -> None:
@@ -103,6 +106,21 @@ def test_bfloat16_that_fills_a_gpu_takes_the_matrix_units() -> None:
     assert not scan_cuda.forward_cut(8, 1536, 16, x, x.float()).matrix
     assert not scan_cuda.forward_cut(8, 1536, 8, x).matrix
     assert not scan_cuda.forward_cut(64, 1024, 16, x).matrix
+
+
+@pytest.mark.parametrize("backwards", [0, 1])
+def test_backward_in_turn(backwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, 1, turns=3)
+    inputs = scan_inputs(2, 99, 38, 16, torch.float32)
+    close(errors("selective_scan", inputs, segments=documents(2, 99)))
+    plain = scan_inputs(2, 35, 66, 16, torch.bfloat16)
+    found = everything(scan, plain, {})
+    monkeypatch.setattr(ORDER, "backwards", backwards)
+    for name, value in everything(scan, plain, {}).items():
+        assert torch.equal(value, found[name]), name
+    cut(monkeypatch, *SMALL, 1)
+    for name, value in everything(scan, plain, {}).items():
+        assert torch.allclose(value, found[name], rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.slow

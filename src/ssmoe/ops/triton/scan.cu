@@ -44,6 +44,26 @@ __device__ __forceinline__ void load_words(const void* at, bool live, unsigned* 
                          : "l"((const char*)at + 4 * i), "r"((unsigned)live));
     }
 }
+// Stores what is `live`, without a branch.
+__device__ __forceinline__ void store_half(void* at, bool live, unsigned w) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.u16 [%0], %2; }"
+                 ::"l"(at), "r"((unsigned)live), "h"((unsigned short)w));
+}
+template <int W>
+__device__ __forceinline__ void store_words(void* at, bool live, const unsigned* w) {
+    if constexpr (W == 1) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.b32 [%0], %2; }"
+                     ::"l"(at), "r"((unsigned)live), "r"(w[0]));
+    } else if constexpr (W == 2) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.v2.b32 [%0], {%2, %3}; }"
+                     ::"l"(at), "r"((unsigned)live), "r"(w[0]), "r"(w[1]));
+    } else {
+        for (int i = 0; i < W; i += 4)
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.global.v4.b32 [%0], {%2, %3, %4, %5}; }"
+                         ::"l"((char*)at + 4 * i), "r"((unsigned)live), "r"(w[i]), "r"(w[i + 1]), "r"(w[i + 2]),
+                         "r"(w[i + 3]));
+    }
+}
 // Copies W floats straight to shared memory, or zeros where not `live`; there after the thread's next wait_copies().
 template <int W>
 __device__ __forceinline__ void copy_later(float* to, const float* from, bool live) {
@@ -75,6 +95,19 @@ __device__ __forceinline__ void product_of(float (&d)[4], float a0, float a1, fl
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.0f));
 }
+// One more at `at`, and what it was before: who finds a number sees all that was written before it was made.
+__device__ __forceinline__ int take(int* at) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
+}
+// Waits until others have made `at` as much as `count`.
+__device__ __forceinline__ void wait_for(const int* at, int count) {
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+    } while (now < count);
+}
 #define SHARED(type, name) \
     extern __shared__ float4 memory[]; \
     type& name = *reinterpret_cast<type*>(memory)
@@ -89,12 +122,18 @@ typedef long long i64;
 
 constexpr int S = N / K;
 constexpr int GROUPS = 32 / K;
-// distance of the lanes of one channel: the backward sums over channels with matrix products, over neighbours
+#ifndef MATRIX
+#define MATRIX 0
+#endif
+// Distance of the lanes of one channel. A read of 16 bytes a lane takes two wavefronts of shared memory, not four,
+// when all lanes agree with their next or all with their next but one: at two, B and C agree so and the channels'
+// own numbers too. Matrix products dictate the others: the backward's sums go over neighbouring lanes.
 #ifdef BACKWARD
 constexpr int KSTRIDE = 4;
 #else
-constexpr int KSTRIDE = 1;
+constexpr int KSTRIDE = MATRIX || K == 1 ? 1 : 2;
 #endif
+static_assert(K * KSTRIDE <= 32, "the lanes of a channel are in one warp");
 constexpr int WARP_CHANNELS = GROUPS * CH;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int THREADS = 32 * WARPS;
@@ -117,9 +156,6 @@ static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 #define UNROLL _Pragma("unroll")
 
 // Products with B and C on the matrix units, for bfloat16; see the walks
-#ifndef MATRIX
-#define MATRIX 0
-#endif
 #if MATRIX && defined(FORWARD)
 static_assert(K == 4 && CH == 1 && N == 16 && SUB == 8, "a warp has eight channels");
 #define IN_PAIRS 1
@@ -133,13 +169,13 @@ struct alignas(sizeof(T) * W) Row {
 };
 
 __device__ __forceinline__ void down(float v, float& out) { out = v; }
+#ifdef EMULATED
 __device__ __forceinline__ void down(float v, bf16& out) {
     // round to nearest even; NaN stays NaN
     unsigned u = __float_as_uint(v);
     unsigned rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     out.bits = (unsigned short)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
 }
-#ifdef EMULATED
 __device__ __forceinline__ unsigned down2(float low, float high) {
     bf16 a, b;
     down(low, a), down(high, b);
@@ -151,6 +187,7 @@ __device__ __forceinline__ unsigned down2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
+__device__ __forceinline__ void down(float v, bf16& out) { out.bits = (unsigned short)down2(v, 0.0f); }
 #endif
 
 // CH consecutive values as they lie in memory: packed, or one a word where rows are not aligned
@@ -188,25 +225,22 @@ __device__ __forceinline__ Raw<T> load_row(const T* at, bool live, int left) {
 
 template <class T>
 __device__ __forceinline__ void store_row(T* at, const float (&value)[CH], bool live, int left) {
-    Row<T, CH> row;
-#ifndef EMULATED
-    if constexpr (sizeof(T) == 2 && CH % 2 == 0) {
-        UNROLL for (int j = 0; j < CH; j += 2) {
-            unsigned both = down2(value[j], value[j + 1]);
-            row.v[j].bits = (unsigned short)both;
-            row.v[j + 1].bits = (unsigned short)(both >> 16);
+    if constexpr (ALIGNED && sizeof(T) * CH >= 4) {
+        constexpr int EACH = 4 / sizeof(T);
+        unsigned w[CH / EACH];
+        UNROLL for (int j = 0; j < CH; j += EACH)
+            w[j / EACH] = EACH == 1 ? __float_as_uint(value[j]) : down2(value[j], value[j + EACH - 1]);
+        store_words<CH / EACH>(at, live && left > 0, w);
+    } else {
+        UNROLL for (int j = 0; j < CH; j++) {
+            if constexpr (sizeof(T) == 2) {
+                store_half(at + j, live && j < left, down2(value[j], 0.0f));
+            } else {
+                const unsigned w = __float_as_uint(value[j]);
+                store_words<1>(at + j, live && j < left, &w);
+            }
         }
-    } else
-#endif
-    {
-        UNROLL for (int j = 0; j < CH; j++) down(value[j], row.v[j]);
     }
-#if ALIGNED
-    if (live && left > 0) *reinterpret_cast<Row<T, CH>*>(at) = row;
-#else
-    UNROLL for (int j = 0; j < CH; j++)
-        if (live && j < left) at[j] = row.v[j];
-#endif
 }
 
 // what tf32 leaves away
@@ -721,10 +755,15 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
 #else
+// positions whose numbers are read together
+constexpr int PAIRED = CH == 1 && K > 1 ? 2 : 1;
+// words of their numbers: so many more than the numbers that lanes of different positions meet in no bank
+constexpr int LINE = PAIRED * (GROUPS * 2 * CH + 32 / K);
+
 struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
-    float pair[WARPS][SUB][GROUPS][2 * CH];
+    float pair[WARPS][SUB / PAIRED * LINE];
 };
 
 // LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
@@ -784,7 +823,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
+    float* pair = shared.pair[p.warp] + p.group * 2 * CH * PAIRED;
+    float* own_pair = pair + p.k / PAIRED * LINE + p.k % PAIRED * 2 * CH;
     for (i64 tile = first; tile < last; tile++) {
         stage.fetch(end - t - TILE, 1);
         const float* B = shared.B[buffer] + p.k * S;
@@ -806,16 +846,17 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     if (LOCAL) total[j] += both[j];
                 }
                 if (HAS_Z && !LOCAL) zs[r] = next_z[r];
-                write<2 * CH>(pair[r * K + p.k][p.group], both);
+                write<2 * CH>(own_pair + r * (K / PAIRED) * LINE, both);
             }
             ahead(t + SUB);
             WARP_BARRIER();
             UNROLL for (int r = 0; r < ROWS; r++) {
-                float part[K][CH];
+                float part[K][CH], boths[PAIRED * 2 * CH];
                 UNROLL for (int i = 0; i < K; i++) {
                     const int row = r * K + i;
-                    float both[2 * CH], bs[S], cs[S];
-                    read<2 * CH>(pair[row][p.group], both);
+                    float bs[S], cs[S];
+                    if (i % PAIRED == 0) read<PAIRED * 2 * CH>(pair + row / PAIRED * LINE, boths);
+                    const float* both = boths + i % PAIRED * 2 * CH;
                     read<S>(B + (sub * SUB + row) * N, bs);
                     if (!LOCAL) read<S>(C + (sub * SUB + row) * N, cs);
                     if constexpr (CKPT > 0 && !LOCAL) {
@@ -905,6 +946,9 @@ struct Arguments {
     float* dskip;
     float* dbias;
     float* dinitial;
+    int* turns;  // that were given out; of every (b, group), and then of every (b, chunk), those that were taken
+    BT* dB;      // dB and dC where blocks take turns
+    CT* dC;
     i64 length, d, batch, chunks, chunk_tiles, phase;
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl, syb, syl;
 };
@@ -928,9 +972,10 @@ struct alignas(16) Shared {
     float B[2][TILE * N];
     float C[2][TILE * N];
     float partial[COPIES][TILE * LINE];
-    float pair[WARPS][TILE][GROUPS][2 * CH];  // log2(e) step or RESET, step x
-    float grad[WARPS][TILE][GROUPS][CH];
-    float own[WARPS][TILE][GROUPS][OWN][CH];  // slope, step with segments, the gate's slope
+    // of the positions that a lane owns, where no two lanes meet in a bank: log2(e) step or RESET, step x
+    float pair[WARPS][OWNED][32][2 * CH];
+    float grad[WARPS][OWNED][32][CH];
+    float own[WARPS][OWN][OWNED][32][CH];  // slope, step with segments, the gate's slope
     float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
     Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
     Raw<DT> d[OWNED][THREADS];
@@ -1008,8 +1053,11 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         total[j] = sum_skip[j] = sum_bias[j] = 0.0f;
         UNROLL for (int s = 0; s < S; s++) adjoint[j][s] = sum_A[j][s] = 0.0f;
     }
+    const bool in_turn = g.phase == 3, follows = in_turn && chunk < g.chunks - 1;
     if (!LOCAL) {
-        if (chunk < g.chunks - 1) {
+        if (follows) {
+            load_states(g.states, b, g.d, p, adjoint);
+        } else if (chunk < g.chunks - 1) {
             enter(g.states, g.steps, g.chunks, g.d, g.chunks - 1, chunk, -1, p, a, adjoint);
         } else {
             load_states(g.dlast, b, g.d, p, adjoint);
@@ -1073,9 +1121,13 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     stage.put(shared.B[0], shared.C[0]);
     BARRIER();
     int buffer = 0;
-    float(*pair)[GROUPS][2 * CH] = shared.pair[p.warp];
-    float(*grads)[GROUPS][CH] = shared.grad[p.warp];
-    float(*owns)[GROUPS][OWN][CH] = shared.own[p.warp];
+    const int lane = me % 32, front = lane - p.k * KSTRIDE;  // front: the channel's first lane
+    float(*pair)[32][2 * CH] = shared.pair[p.warp];
+    float(*grads)[32][CH] = shared.grad[p.warp];
+    float(*owns)[OWNED][32][CH] = shared.own[p.warp];
+    // log2(e) step and step x of position r * K + i of a tile, and its gradient
+    auto read_pair = [&](int r, int i, float (&out)[2 * CH]) { read<2 * CH>(pair[r][front + i * KSTRIDE], out); };
+    auto read_grad = [&](int r, int i, float (&out)[CH]) { read<CH>(grads[r][front + i * KSTRIDE], out); };
     float* partial = shared.partial[p.warp * HALVES + p.group / 4] + p.k * S;
     for (i64 tile = last - 1; tile >= first; tile--) {
         if (tile > first) stage.fetch(TILE, -1);
@@ -1110,21 +1162,23 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 both[CH + j] = LOCAL ? 0.0f : step * unless_padding(raw_x.get(j), real);
                 if (LOCAL) total[j] += both[j];
             }
-            write<2 * CH>(pair[row][p.group], both);
-            write<CH>(grads[row][p.group], grad);
-            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[row][p.group][i], own[i]);
+            write<2 * CH>(pair[r][lane], both);
+            write<CH>(grads[r][lane], grad);
+            if (!LOCAL) UNROLL for (int i = 0; i < OWN; i++) write<CH>(owns[i][r][lane], own[i]);
         }
         ahead(t - TILE);
         WARP_BARRIER();
         if (LOCAL) {
-            _Pragma("unroll 4") for (int row = TILE - 1; row >= 0; row--) {
-                float both[2 * CH], dys[CH], cs[S];
-                read<2 * CH>(pair[row][p.group], both);
-                read<CH>(grads[row][p.group], dys);
-                read<S>(C + row * N, cs);
-                UNROLL for (int j = 0; j < CH; j++)
-                    UNROLL for (int s = 0; s < S; s++)
-                        adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
+            _Pragma("unroll 1") for (int r = OWNED - 1; r >= 0; r--) {
+                UNROLL for (int i = K - 1; i >= 0; i--) {
+                    float both[2 * CH], dys[CH], cs[S];
+                    read_pair(r, i, both);
+                    read_grad(r, i, dys);
+                    read<S>(C + (r * K + i) * N, cs);
+                    UNROLL for (int j = 0; j < CH; j++)
+                        UNROLL for (int s = 0; s < S; s++)
+                            adjoint[j][s] = fmaf(cs[s], dys[j], adjoint[j][s]) * ex2(both[j] * a[j][s]);
+                }
             }
         } else {
             if constexpr (PER > 1) {
@@ -1134,7 +1188,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
                     UNROLL for (int i = 0; i < SUB; i++) {
                         float both[2 * CH], bs[S];
-                        read<2 * CH>(pair[sub * SUB + i][p.group], both);
+                        read_pair(sub * (SUB / K) + i / K, i % K, both);
                         read<S>(B + (sub * SUB + i) * N, bs);
                         UNROLL for (int j = 0; j < CH; j++)
                             UNROLL for (int s = 0; s < S; s++)
@@ -1157,8 +1211,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int i = 0; i < K; i++) {
                         const int row = r * K + i;
                         float both[2 * CH], bs[S], cs[S], dys[CH], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
-                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        read_pair(sub * (SUB / K) + r, i, both);
+                        read_grad(sub * (SUB / K) + r, i, dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         if (HAS_Z) read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
@@ -1180,7 +1234,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                         const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
                         UNROLL for (int j = 0; j < CH; j++) {
                             float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
-                            out[j] = fmaf(skip[j], x, out[j]) * owns[row][p.group][OWN - 1][j];
+                            out[j] = fmaf(skip[j], x, out[j]) * owns[OWN - 1][mine][lane][j];
                         }
                         store_row(g.dz + out_at + mine * K * g.d, out, t + row < length, p.left);
                     }
@@ -1194,8 +1248,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     UNROLL for (int i = K - 1; i >= 0; i--) {
                         const int row = r * K + i;
                         float both[2 * CH], dys[CH], bs[S], cs[S], values[S];
-                        read<2 * CH>(pair[sub * SUB + row][p.group], both);
-                        read<CH>(grads[sub * SUB + row][p.group], dys);
+                        read_pair(sub * (SUB / K) + r, i, both);
+                        read_grad(sub * (SUB / K) + r, i, dys);
                         read<S>(B + (sub * SUB + row) * N, bs);
                         read<S>(C + (sub * SUB + row) * N, cs);
                         UNROLL for (int j = 0; j < CH; j++) {
@@ -1219,9 +1273,9 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                     to_owner(drive, driven, p.k);
                     to_owner(through, passed, p.k);
                     const int mine = sub * (SUB / K) + r, row = mine * K + p.k;
-                    read<2 * CH>(pair[row][p.group], both);
-                    read<CH>(grads[row][p.group], grad);
-                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[row][p.group][i], own[i]);
+                    read<2 * CH>(pair[mine][lane], both);
+                    read<CH>(grads[mine][lane], grad);
+                    UNROLL for (int i = 0; i < OWN; i++) read<CH>(owns[i][mine][lane], own[i]);
                     UNROLL for (int j = 0; j < CH; j++) {
                         float x = unless_padding(own_x[r].get(j), real_rows >> mine & 1);
                         float step = SEGMENTS ? own[OWN > 1 ? 1 : 0][j] : both[j] * LN2;
@@ -1259,7 +1313,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     }
     if (LOCAL || (g.phase == 1 && chunk == g.chunks - 1)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, adjoint, total);
     if (!LOCAL) {
-        const i64 part = b * g.chunks + chunk;
+        const i64 part = in_turn ? b : b * g.chunks + chunk;
         UNROLL for (int j = 0; j < CH; j++) {
             UNROLL for (int s = 0; s < S; s++) sum_A[j][s] *= LN2;
             UNROLL for (int m = 1; m < K; m *= 2) {
@@ -1267,27 +1321,85 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
                 sum_bias[j] += SWAP(sum_bias[j], m * KSTRIDE);
             }
             if (p.k == 0 && j < p.left) {
-                if (g.dskip) g.dskip[part * g.d + p.channel + j] = sum_skip[j];
-                if (g.dbias) g.dbias[part * g.d + p.channel + j] = sum_bias[j];
+                float* to_skip = g.dskip + part * g.d + p.channel + j;
+                float* to_bias = g.dbias + part * g.d + p.channel + j;
+                if (g.dskip) *to_skip = follows ? *to_skip + sum_skip[j] : sum_skip[j];
+                if (g.dbias) *to_bias = follows ? *to_bias + sum_bias[j] : sum_bias[j];
             }
         }
+        if (follows) {
+            float before[CH][S];
+            load_states(g.dA, part, g.d, p, before);
+            UNROLL for (int j = 0; j < CH; j++)
+                UNROLL for (int s = 0; s < S; s++) sum_A[j][s] += before[j][s];
+        }
         store_states(g.dA, part, g.d, p, sum_A);
+        if (in_turn && chunk > 0) store_states(g.states, b, g.d, p, adjoint);
         if (chunk == 0 && g.dinitial) store_states(g.dinitial, b, g.d, p, adjoint);
     }
 }
 
+// Four neighbouring numbers of dB and dC (rows, N) from the partial sums of all groups, always in the same order.
+__device__ __forceinline__ void fold(const float* partial, BT* dB, CT* dC, i64 groups, i64 size, i64 e) {
+    float sum[4] = {};
+    _Pragma("unroll 8") for (i64 i = 0; i < groups; i++) {
+        float own[4];
+        read<4>(partial + i * size + e, own);
+        UNROLL for (int v = 0; v < 4; v++) sum[v] += own[v];
+    }
+    const i64 row = e / (2 * N);
+    const int n = (int)(e % (2 * N));
+    UNROLL for (int v = 0; v < 4; v++) {
+        if (n < N) {
+            down(sum[v], dB[row * N + n + v]);
+        } else {
+            down(sum[v], dC[row * N + n - N + v]);
+        }
+    }
+}
+
 // phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
+// 3: all chunks in turn: the last of every channel before any other, each block going on where another left its
+// channels. More chunks than fit on the GPU at once then end together, where whole lengths leave it half empty.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Arguments g) {
     SHARED(Shared, shared);
     const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
-    const i64 slots = g.phase ? g.chunks - 1 : 1;
-    const i64 rest = blockIdx.x / groups;
-    const i64 channel = (blockIdx.x - rest * groups) * BLOCK_CHANNELS;
-    const i64 chunk = rest % slots + (g.phase == 1);
+    i64 rest = blockIdx.x / groups, group = blockIdx.x - rest * groups, b = rest, chunk = 0;
+    if (g.phase == 3) {
+        // not the number of the block: who has an earlier turn must have started
+        int* mine = reinterpret_cast<int*>(&shared);
+        if (threadIdx.x == 0) *mine = take(g.turns);
+        BARRIER();
+        const int turn = *mine, each = (int)(groups * g.batch), taken = turn / each, channels = turn - taken * each;
+        b = channels / (int)groups;
+        group = channels - b * groups;
+        chunk = g.chunks - 1 - taken;
+        if (threadIdx.x == 0) wait_for(g.turns + 1 + channels, taken);
+        BARRIER();
+    } else if (g.phase) {
+        const i64 slots = g.chunks - 1;
+        b = rest / slots;
+        chunk = rest - b * slots + (g.phase == 1);
+    }
     if (g.phase == 1 && chunk < g.chunks - 1) {
-        walk<true>(g, shared, channel, chunk, rest / slots);
+        walk<true>(g, shared, group * BLOCK_CHANNELS, chunk, b);
     } else {
-        walk<false>(g, shared, channel, chunk, rest / slots);
+        walk<false>(g, shared, group * BLOCK_CHANNELS, chunk, b);
+    }
+    if (g.phase == 3) {
+        BARRIER();
+        int* before = reinterpret_cast<int*>(&shared);
+        if (threadIdx.x == 0) {
+            take(g.turns + 1 + b * groups + group);
+            *before = take(g.turns + 1 + g.batch * groups + b * g.chunks + chunk);
+        }
+        BARRIER();
+        if (*before < groups - 1) return;
+        // the last of the groups: all partial sums of these positions are there
+        const i64 begin = chunk * g.chunk_tiles * TILE, stop = begin + g.chunk_tiles * TILE;
+        const i64 from = (b * g.length + begin) * 2 * N, to = (b * g.length + (stop < g.length ? stop : g.length)) * 2 * N;
+        for (i64 e = from + threadIdx.x * 4; e < to; e += THREADS * 4)
+            fold(g.partial, g.dB, g.dC, groups, g.batch * g.length * 2 * N, e);
     }
 }
 
@@ -1295,22 +1407,57 @@ struct FoldArguments {
     const float* partial;
     BT* dB;
     CT* dC;
-    i64 groups, rows;
+    const float* dA_parts;
+    const float* dskip_parts;
+    const float* dbias_parts;
+    float* dA;
+    float* dskip;
+    float* dbias;
+    i64 groups, rows, parts, d;
 };
 
-// dB and dC (rows, N) from the partial sums of all blocks, in their order.
+constexpr int COLUMNS = 32, SLICES = 256 / COLUMNS;
+
+// Sums over parts of V neighbouring columns a thread, of COLUMNS threads a block; the others take other parts.
+template <int V>
+__device__ __forceinline__ void total(Row<float, 4> (&shared)[SLICES][COLUMNS], const float* from, float* to,
+                                      i64 block, i64 width, i64 parts) {
+    const int slice = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+    const i64 at = (block * COLUMNS + column) * V;
+    float sum[V] = {};
+    if (at < width) {
+        _Pragma("unroll 4") for (i64 i = slice; i < parts; i += SLICES) {
+            float own[V];
+            read<V>(from + i * width + at, own);
+            UNROLL for (int v = 0; v < V; v++) sum[v] += own[v];
+        }
+    }
+    write<V>(shared[slice][column].v, sum);
+    BARRIER();
+    if (slice == 0 && at < width) {
+        for (int i = 1; i < SLICES; i++) {
+            float own[V];
+            read<V>(shared[i][column].v, own);
+            UNROLL for (int v = 0; v < V; v++) sum[v] += own[v];
+        }
+        write<V>(to + at, sum);
+    }
+}
+
+// dA, dskip and dbias from the parts of all chunks, always in the same order; then dB and dC (rows, N).
 extern "C" __global__ void __launch_bounds__(256) scan_fold(const FoldArguments g) {
-    i64 e = (i64)blockIdx.x * 256 + threadIdx.x;
-    i64 size = g.rows * 2 * N;
-    if (e >= size) return;
-    float sum = 0.0f;
-    _Pragma("unroll 4") for (i64 i = 0; i < g.groups; i++) sum += g.partial[i * size + e];
-    i64 row = e / (2 * N);
-    int n = (int)(e % (2 * N));
-    if (n < N) {
-        down(sum, g.dB[row * N + n]);
+    __shared__ Row<float, 4> shared[SLICES][COLUMNS];
+    const i64 wide = (g.d * N + COLUMNS * 4 - 1) / (COLUMNS * 4), narrow = (g.d + COLUMNS - 1) / COLUMNS;
+    const i64 block = blockIdx.x;
+    if (block < wide) {
+        total<4>(shared, g.dA_parts, g.dA, block, g.d * N, g.parts);
+    } else if (block < wide + narrow) {
+        if (g.dskip) total<1>(shared, g.dskip_parts, g.dskip, block - wide, g.d, g.parts);
+    } else if (block < wide + 2 * narrow) {
+        if (g.dbias) total<1>(shared, g.dbias_parts, g.dbias, block - wide - narrow, g.d, g.parts);
     } else {
-        down(sum, g.dC[row * N + n - N]);
+        const i64 e = ((block - wide - 2 * narrow) * 256 + threadIdx.x) * 4, size = g.rows * 2 * N;
+        if (e < size) fold(g.partial, g.dB, g.dC, g.groups, size, e);
     }
 }
 

@@ -47,6 +47,8 @@ FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
 MATRIX = Cut(4, 1, 4, 32, 8, 3, matrix=True)
 BACKWARD = Cut(4, 2, 4, 16, 4, 3)
 LONG = 2560
+TURN = 16
+"""Tiles that a block of the backward walks before another goes on with its channels."""
 MULTIPROCESSORS = 128
 """As many as are filled at once: an H200 has 132."""
 
@@ -95,10 +97,25 @@ def _chunks(cut: Cut, b: int, length: int, d: int) -> int:
     return max(1, min(1 + int(most / waves), cdiv(length, cut.tile) // 8))
 
 
+def _turns(cut: Cut, b: int, length: int, d: int) -> int:
+    """1, or how many parts the length is taken in by blocks that take turns: where more than one wave is to be
+    walked, so that all end together."""
+    return 1 if _waves(cut, b, d) <= 1 else max(1, cdiv(length, cut.tile * TURN))
+
+
 def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
     """How many chunks of whole tiles there are, none of them empty, and the tiles of each."""
     tiles = cdiv(length, cut.tile)
     chunk_tiles = cdiv(tiles, chunks)
+    return cdiv(tiles, chunk_tiles), chunk_tiles
+
+
+def _backward_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
+    """The same, the last as long as what is left: half as long, since its launch has less to do beside it."""
+    if chunks < 3:
+        return _whole_chunks(cut, length, chunks)
+    tiles = cdiv(length, cut.tile)
+    chunk_tiles = cdiv(2 * tiles, 2 * chunks - 1)
     return cdiv(tiles, chunk_tiles), chunk_tiles
 
 
@@ -213,21 +230,27 @@ def run_backward(
     saved: Tensor,
     initial: bool,
     saved_every: int,
+    in_turn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`scan_gradient.Gradients` from the states before every `saved_every`-th position."""
+    """`scan_gradient.Gradients` from the states before every `saved_every`-th position.
+
+    in_turn: the chunks of a channel are walked one after the other by whatever block is free, all in one launch.
+    """
     b, length, d = x.shape
     n = A.shape[1]
     like = {"dtype": torch.float32, "device": x.device}
     x, delta, B, C, dy = (row_major(t) for t in (x, delta, B, C, dy.to(x.dtype)))
     z = None if z is None else row_major(z)
     groups = cdiv(d, cut.block_channels)
-    chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
+    chunks, chunk_tiles = (_whole_chunks if in_turn else _backward_chunks)(cut, length, chunks)
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(b, length, d, dtype=z.dtype, device=x.device)
     partial = torch.empty(groups, b, length, 2 * n, **like)
-    sums = Sums.empty(x, n, chunks, D, delta_bias, initial)
+    parts = 1 if in_turn else chunks
+    sums = Sums.empty(x, n, parts, D, delta_bias, initial)
     states, steps = carries(x, n, chunks)
+    turns = torch.zeros(1 + b * (groups + chunks) if in_turn else 0, dtype=torch.int32, device=x.device)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
     aligned = _aligned(cut.channels, x, delta, z, dy)
@@ -241,24 +264,29 @@ def run_backward(
     kept = [_plain(t) for t in (A, D, delta_bias, dfinal)]
     macros += (("SHARED_BYTES", str(shared)),)
     with on_device(x):
-        for phase in (1, 2) if chunks > 1 else (0,):
+        for phase in (3,) if in_turn else (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, *sums, length, d, b, chunks, chunk_tiles, phase,
+                dx, ddelta, dz, partial, *sums, turns, dB, dC, length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
                 SOURCE,
                 "scan_backward",
                 macros,
-                b * max(1, chunks - 1) * groups,
+                b * (chunks if in_turn else max(1, chunks - 1)) * groups,
                 32 * cut.warps,
                 words,
                 shared,
             )
-        blocks = cdiv(b * length * 2 * n, 256)
-        nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, _words(partial, dB, dC, groups, b * length))
-    dA, dD, dbias = sums.totals(A, D, delta_bias)
+        rows = 0 if in_turn else b * length
+        totals = [torch.empty((0,) if t is None else t.shape, **like) for t in (A, D, delta_bias)]
+        words = _words(partial, dB, dC, *sums[:3], *totals, groups, rows, b * parts, d)
+        blocks = cdiv(d * n, 128) + 2 * cdiv(d, 32) + cdiv(rows * 2 * n, 1024)
+        nvrtc.launch(SOURCE, "scan_fold", macros, blocks, 256, words)
+    dA, dD, dbias = (
+        total if t is None else total.to(t.dtype) for total, t in zip(totals, (A, D, delta_bias), strict=True)
+    )
     return dx, ddelta, dA, dB, dC, dD, dz, dbias, sums.dinitial
 
 
@@ -309,10 +337,11 @@ def scan_cuda_backward(
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`scan_gradient.Gradients`."""
-    cut = backward_cut(A.shape[1])
-    chunks, every = _chunks(cut, *x.shape), saved_every(x, A)
+    cut, every = backward_cut(A.shape[1]), saved_every(x, A)
+    turns = _turns(cut, *x.shape)
+    chunks = turns if turns > 1 else _chunks(cut, *x.shape)
     return run_backward(
-        cut, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial, every
+        cut, chunks, dy, dfinal, x, delta, A, B, C, D, z, delta_bias, flags, saved, initial, every, turns > 1
     )
 
 
