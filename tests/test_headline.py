@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssmoe.config.differences import differences
 from ssmoe.config.load import preset
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 ROOT = Path(__file__).parents[1]
 HEADLINE = ROOT / "experiments" / "headline"
 STAGES = sorted((HEADLINE / "stages").glob("*.toml"))
 sys.path.insert(0, str(HEADLINE))
 
+import copying  # noqa: E402
 import corpus  # noqa: E402
 import page  # noqa: E402
 import plan  # noqa: E402
@@ -179,6 +182,26 @@ def test_factors_that_helped_are_combined(tmp_path: Path) -> None:
     assert fine.name == "fine-plain-lr0.002-0.004096m"
 
 
+def test_a_pattern_is_spelled_by_letters() -> None:
+    letters = {"m": {"kind": "mamba"}, "a": {"kind": "attention", "num_heads": 8}}
+    pattern, repeat = plan.layers("2m a m", letters)
+    layers = [letters["m"], letters["m"], letters["a"], letters["m"]]
+    assert pattern == f"model.pattern={json.dumps(layers)}"
+    assert repeat == "model.repeat=1"
+    for wrong in ("2m b", "xm"):
+        with pytest.raises(ValueError, match="is no number and letter of m, a"):
+            plan.layers(wrong, letters)
+
+
+def test_a_target_repeats_when_it_stands_after_the_same_two_tokens_as_before() -> None:
+    row = torch.tensor([[1, 2, 3, 1, 2, 3, 2, 3, 1, 2, 4, 1, 2, 3]])
+    again = copying.repeats(row[:, :-1], row[:, 1:], 5)
+    assert again.tolist() == [[False] * 4 + [True] + [False] * 2 + [True, True] + [False] * 3 + [True]]
+    ignored = row[:, 1:].clone()
+    ignored[0, 4] = IGNORE
+    assert int(copying.repeats(row[:, :-1], ignored, 5).sum()) == 3
+
+
 def test_every_hundredth_piece_is_held_out_and_never_trained_on(tmp_path: Path) -> None:
     lines = [f"{number:07d} of the text\n" for number in range(125 * 4)]
     (tmp_path / "text").mkdir()
@@ -215,6 +238,9 @@ def test_a_stage_runs_on_a_cpu_waits_promotes_and_goes_on(tmp_path: Path, text_f
     for run in found.values():
         assert run["breaks"] == []
         assert [row[0] for row in run["evaluations"]][-1] == run["steps"]
+        number = sum(count for _, count in run["parts"].values())
+        nats = sum(loss * count for loss, count in run["parts"].values())
+        assert nats / number == pytest.approx(run["evaluations"][-1][2], abs=1e-3)
     assert "model.pattern: [mamba] -> [mamba] [moe" in json.dumps(found)
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert again.returncode == 0, again.stderr
