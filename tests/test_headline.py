@@ -24,6 +24,7 @@ import page  # noqa: E402
 import plan  # noqa: E402
 import results  # noqa: E402
 import rules  # noqa: E402
+import run as runner  # noqa: E402
 import worker  # noqa: E402
 
 MINI = """
@@ -120,6 +121,20 @@ def test_more_active_parameters_break_the_rules() -> None:
     assert "active parameters" in rules.violations(run, preset("mamba-25m"))[0]
 
 
+def test_attention_on_one_side_alone_breaks_the_rules() -> None:
+    layers = [{"kind": "mamba"}, {"kind": "attention", "num_heads": 8}]
+    with_it = preset("mamba-25m", [f"model.pattern={json.dumps(layers)}"])
+    without, moe = preset("mamba-25m"), preset("moe-mamba-25m")
+    assert rules.pair_violations(moe, without) == rules.pair_violations(with_it, with_it) == []
+    assert rules.pair_violations(moe, with_it) == [
+        "attention layers: 0 here and 16 in the Mamba: give both sides some, or neither"
+    ]
+    assert "16 here and 0" in rules.pair_violations(with_it, without)[0]
+    even = [("mamba", with_it), ("moe-mamba", with_it), ("mamba", without)]
+    assert rules.budget_violations(even) == []
+    assert "mamba 2, moe-mamba 1" in rules.budget_violations([*even, ("mamba", with_it)])[0]
+
+
 def test_what_may_differ_is_told() -> None:
     run = preset("moe-mamba-25m", ["model.init.expert_fan_in=expert"])
     text = "\n".join(rules.describe(run, preset("mamba-25m")))
@@ -132,6 +147,7 @@ def test_every_stage_keeps_the_rules(path: Path) -> None:
     stage = plan.Stage(path)
     tries = [*stage.tries, *stage.with_recipe(None)]
     assert tries
+    runner.check_budget(stage)
     for one in tries:
         assert one.one_sided == bool(rules.violations(one.config, one.reference)), one.name
 
