@@ -5,11 +5,18 @@ from typing import Any, NamedTuple
 
 from results import Result, final
 
-FINE = "open"
-"""Entry of final.toml: the winner."""
+FINE, MAMBA = "hybrid", "mamba-hybrid"
+"""Entries of final.toml: the winner, and the tuned Mamba."""
+PLAIN = ("open", "mamba")
+"""The same two without attention layers."""
 TRANSFORMERS = "transformer"
 """The side of final.toml that has them."""
-NAMES = {"open": "MoE-Mamba", "transformer": "Transformer", "tmoe": "Transformer-MoE"}
+NAMES = {
+    FINE: "MoE-Mamba",
+    "open": "MoE-Mamba without attention",
+    "transformer": "Transformer",
+    "tmoe": "Transformer-MoE",
+}
 
 
 class Pair(NamedTuple):
@@ -73,7 +80,8 @@ def tables(measured: Sequence[dict[str, Any]], runs: Sequence[Result]) -> list[s
         return ["Not measured yet."]
     lines = [sentence(pair)]
     for each in measured:
-        lines += ["", *table(each, pair)]
+        if {pair.ours["entry"], pair.theirs["entry"]} <= each["models"].keys():
+            lines += ["", *table(each, pair)]
     return lines
 
 
