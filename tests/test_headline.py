@@ -274,14 +274,34 @@ def test_the_page_and_the_readme_say_what_the_results_say() -> None:
 
 
 def test_the_headline_counts_every_seed() -> None:
-    runs = [made("mamba", seed=s, losses=(5, 4, 3, 2)) for s in range(3)]
-    runs += [made("open", seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
-    runs += [made("open", seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
+    runs = [made(page.MAMBA, seed=s, losses=(5, 4, 3, 2)) for s in range(3)]
+    runs += [made(page.FINE, seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
+    runs += [made(page.FINE, seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
     text = page.headline(runs)[0]
     assert "in 1.78 (1.33 to 2.00) times fewer steps" in text
     assert "3 seeds" in text
     runs[-1]["evaluations"][-2:] = [[3, 30, 4.0, 3.0, 4.0], [4, 40, 3.0, 4.0, 3.0]]
     assert "2 of 3 seeds" in page.headline(runs)[0]
+
+
+def test_the_pair_without_attention_is_told_beside_the_headline() -> None:
+    runs = [made(page.MAMBA, losses=(5, 4, 3, 2)), made(page.FINE, losses=(5, 3, 2, 1))]
+    assert len(page.headline(runs)) == 1
+    runs += [made("mamba", losses=(6, 5, 4, 3)), made("open", losses=(6, 3, 2, 1), seconds=2.0)]
+    assert "without them on either side it is 2.00 times fewer steps and 1.00 times" in page.headline(runs)[1]
+    assert "Without attention layers on either side:" in page.seeds_table(runs)
+    runs[-1]["evaluations"] = runs[-2]["evaluations"][:-1]
+    assert len(page.headline(runs)) == 1
+
+
+def test_the_page_tells_where_attention_gains() -> None:
+    names = ("mamba", "mamba-attention")
+    parts = {"0-128 repeated": [1.25, 10], "0-128 new": [3.0, 90]}
+    runs = [made(name, stage="search-4", parts=parts) for name in names]
+    lines = page.attention_table(runs)
+    assert lines[0] == "| targets | number | Mamba | Mamba with attention |"
+    assert lines[2] == "| 0-128 repeated | 10 | 1.250 | 1.250 |"
+    assert page.attention_table([]) == ["Not run yet."]
 
 
 def test_the_shipped_presets_are_the_final_runs() -> None:
