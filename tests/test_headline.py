@@ -209,6 +209,16 @@ def test_a_pattern_is_spelled_by_letters() -> None:
             plan.layers(wrong, letters)
 
 
+def test_a_run_is_built_on_one_that_is_set_in_one_way(tmp_path: Path) -> None:
+    path = tmp_path / "mini.toml"
+    again = (
+        MINI + '\n[[run]]\nname = "fine"\nside = "moe-mamba"\npreset = "moe-mamba-tiny"\nrecipe = "muon"\n'
+    )
+    path.write_text(again)
+    with pytest.raises(ValueError, match="squared: runs called 'fine' are set differently"):
+        plan.Stage(path)
+
+
 def test_a_target_repeats_when_it_stands_after_the_same_two_tokens_as_before() -> None:
     row = torch.tensor([[1, 2, 3, 1, 2, 3, 2, 3, 1, 2, 4, 1, 2, 3]])
     again = copying.repeats(row[:, :-1], row[:, 1:], 5)

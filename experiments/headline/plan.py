@@ -42,7 +42,7 @@ combine = "fine"                  # instead of the best runs: that run with ever
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -115,8 +115,7 @@ class Stage:
                 raise ValueError(
                     f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}"
                 )
-        by_name = {entry["name"]: entry for entry in entries}
-        entries = [_on(entry, by_name) for entry in entries]
+        entries = [_on(entry, entries) for entry in entries]
         self.waiting = [entry for entry in entries if entry.get("recipe") == BEST]
         self.tries = [made for entry in entries if entry not in self.waiting for made in self._expand(entry)]
         names = [made.name for made in self.tries]
@@ -208,11 +207,13 @@ class Stage:
         return load_run(preset, [*lengths, *overrides, *self.extra])
 
 
-def _on(entry: dict[str, Any], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The entry with what it is built on."""
+def _on(entry: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry with what it is built on. Raises ValueError where entries of that name are not set alike."""
     if "on" not in entry:
         return entry
-    base = by_name[entry["on"]]
+    base, *others = [each for each in entries if each["name"] == entry["on"]]
+    if any(each.get(key) != base.get(key) for each in others for key in ("preset", "set", "pattern")):
+        raise ValueError(f"{entry['name']}: runs called {entry['on']!r} are set differently: name one anew")
     kept = {key: base[key] for key in ("preset", "side", "pattern") if key in base}
     return {**kept, "below": base.get("set", []), **entry}
 
