@@ -140,9 +140,10 @@ def test_no_token_is_seen_before_its_turn(name: str, backend: str) -> None:
 def test_no_token_is_seen_before_its_turn_as_the_headline_trains(pattern: str) -> None:
     """After some replayed steps of Muon in bfloat16, at full width and length."""
     run = preset("moe-mamba-fine-25m")
-    mamba, moe = run.model.pattern
-    layers = {"m": mamba, "e": moe, "a": AttentionConfig(num_heads=8)}
-    config = run.model.model_copy(update={"pattern": tuple(layers[c] for c in pattern), "repeat": 1})
+    layers = {layer.kind: layer for layer in run.model.layers} | {"attention": AttentionConfig(num_heads=8)}
+    kinds = {"m": "mamba", "e": "moe", "a": "attention"}
+    chosen = tuple(layers[kinds[letter]] for letter in pattern)
+    config = run.model.model_copy(update={"pattern": chosen, "repeat": 1})
     model = build(config, backend="triton", device="cuda", dtype=torch.bfloat16).train()
     step = CapturedStep(
         model, build_optimizer(parameter_groups(model), run.train, model.ops), run.train, isolate=False
