@@ -7,20 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssmoe.config.differences import differences
 from ssmoe.config.load import preset
+from ssmoe.ops.reference.cross_entropy import IGNORE
 
 ROOT = Path(__file__).parents[1]
 HEADLINE = ROOT / "experiments" / "headline"
 STAGES = sorted((HEADLINE / "stages").glob("*.toml"))
 sys.path.insert(0, str(HEADLINE))
 
+import copying  # noqa: E402
 import corpus  # noqa: E402
 import page  # noqa: E402
 import plan  # noqa: E402
 import results  # noqa: E402
 import rules  # noqa: E402
+import run as runner  # noqa: E402
 import worker  # noqa: E402
 
 MINI = """
@@ -117,6 +121,20 @@ def test_more_active_parameters_break_the_rules() -> None:
     assert "active parameters" in rules.violations(run, preset("mamba-25m"))[0]
 
 
+def test_attention_on_one_side_alone_breaks_the_rules() -> None:
+    layers = [{"kind": "mamba"}, {"kind": "attention", "num_heads": 8}]
+    with_it = preset("mamba-25m", [f"model.pattern={json.dumps(layers)}"])
+    without, moe = preset("mamba-25m"), preset("moe-mamba-25m")
+    assert rules.pair_violations(moe, without) == rules.pair_violations(with_it, with_it) == []
+    assert rules.pair_violations(moe, with_it) == [
+        "attention layers: 0 here and 16 in the Mamba: give both sides some, or neither"
+    ]
+    assert "16 here and 0" in rules.pair_violations(with_it, without)[0]
+    even = [("mamba", with_it), ("moe-mamba", with_it), ("mamba", without)]
+    assert rules.budget_violations(even) == []
+    assert "mamba 2, moe-mamba 1" in rules.budget_violations([*even, ("mamba", with_it)])[0]
+
+
 def test_what_may_differ_is_told() -> None:
     run = preset("moe-mamba-25m", ["model.init.expert_fan_in=expert"])
     text = "\n".join(rules.describe(run, preset("mamba-25m")))
@@ -129,6 +147,7 @@ def test_every_stage_keeps_the_rules(path: Path) -> None:
     stage = plan.Stage(path)
     tries = [*stage.tries, *stage.with_recipe(None)]
     assert tries
+    runner.check_budget(stage)
     for one in tries:
         assert one.one_sided == bool(rules.violations(one.config, one.reference)), one.name
 
@@ -179,6 +198,36 @@ def test_factors_that_helped_are_combined(tmp_path: Path) -> None:
     assert fine.name == "fine-plain-lr0.002-0.004096m"
 
 
+def test_a_pattern_is_spelled_by_letters() -> None:
+    letters = {"m": {"kind": "mamba"}, "a": {"kind": "attention", "num_heads": 8}}
+    pattern, repeat = plan.layers("2m a m", letters)
+    layers = [letters["m"], letters["m"], letters["a"], letters["m"]]
+    assert pattern == f"model.pattern={json.dumps(layers)}"
+    assert repeat == "model.repeat=1"
+    for wrong in ("2m b", "xm"):
+        with pytest.raises(ValueError, match="is no number and letter of m, a"):
+            plan.layers(wrong, letters)
+
+
+def test_a_run_is_built_on_one_that_is_set_in_one_way(tmp_path: Path) -> None:
+    path = tmp_path / "mini.toml"
+    again = (
+        MINI + '\n[[run]]\nname = "fine"\nside = "moe-mamba"\npreset = "moe-mamba-tiny"\nrecipe = "muon"\n'
+    )
+    path.write_text(again)
+    with pytest.raises(ValueError, match="squared: runs called 'fine' are set differently"):
+        plan.Stage(path)
+
+
+def test_a_target_repeats_when_it_stands_after_the_same_two_tokens_as_before() -> None:
+    row = torch.tensor([[1, 2, 3, 1, 2, 3, 2, 3, 1, 2, 4, 1, 2, 3]])
+    again = copying.repeats(row[:, :-1], row[:, 1:], 5)
+    assert again.tolist() == [[False] * 4 + [True] + [False] * 2 + [True, True] + [False] * 3 + [True]]
+    ignored = row[:, 1:].clone()
+    ignored[0, 4] = IGNORE
+    assert int(copying.repeats(row[:, :-1], ignored, 5).sum()) == 3
+
+
 def test_every_hundredth_piece_is_held_out_and_never_trained_on(tmp_path: Path) -> None:
     lines = [f"{number:07d} of the text\n" for number in range(125 * 4)]
     (tmp_path / "text").mkdir()
@@ -215,6 +264,9 @@ def test_a_stage_runs_on_a_cpu_waits_promotes_and_goes_on(tmp_path: Path, text_f
     for run in found.values():
         assert run["breaks"] == []
         assert [row[0] for row in run["evaluations"]][-1] == run["steps"]
+        number = sum(count for _, count in run["parts"].values())
+        nats = sum(loss * count for loss, count in run["parts"].values())
+        assert nats / number == pytest.approx(run["evaluations"][-1][2], abs=1e-3)
     assert "model.pattern: [mamba] -> [mamba] [moe" in json.dumps(found)
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert again.returncode == 0, again.stderr
@@ -232,14 +284,34 @@ def test_the_page_and_the_readme_say_what_the_results_say() -> None:
 
 
 def test_the_headline_counts_every_seed() -> None:
-    runs = [made("mamba", seed=s, losses=(5, 4, 3, 2)) for s in range(3)]
-    runs += [made("open", seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
-    runs += [made("open", seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
+    runs = [made(page.MAMBA, seed=s, losses=(5, 4, 3, 2)) for s in range(3)]
+    runs += [made(page.FINE, seed=s, side="moe-mamba", losses=(5, 2, 1.5, 1)) for s in range(2)]
+    runs += [made(page.FINE, seed=2, side="moe-mamba", losses=(5, 4, 2, 1))]
     text = page.headline(runs)[0]
     assert "in 1.78 (1.33 to 2.00) times fewer steps" in text
     assert "3 seeds" in text
     runs[-1]["evaluations"][-2:] = [[3, 30, 4.0, 3.0, 4.0], [4, 40, 3.0, 4.0, 3.0]]
     assert "2 of 3 seeds" in page.headline(runs)[0]
+
+
+def test_the_pair_without_attention_is_told_beside_the_headline() -> None:
+    runs = [made(page.MAMBA, losses=(5, 4, 3, 2)), made(page.FINE, losses=(5, 3, 2, 1))]
+    assert len(page.headline(runs)) == 1
+    runs += [made("mamba", losses=(6, 5, 4, 3)), made("open", losses=(6, 3, 2, 1), seconds=2.0)]
+    assert "without them on either side it is 2.00 times fewer steps and 1.00 times" in page.headline(runs)[1]
+    assert "Without attention layers on either side:" in page.seeds_table(runs)
+    runs[-1]["evaluations"] = runs[-2]["evaluations"][:-1]
+    assert len(page.headline(runs)) == 1
+
+
+def test_the_page_tells_where_attention_gains() -> None:
+    names = ("mamba", "mamba-attention")
+    parts = {"0-128 repeated": [1.25, 10], "0-128 new": [3.0, 90]}
+    runs = [made(name, stage="search-4", parts=parts) for name in names]
+    lines = page.attention_table(runs)
+    assert lines[0] == "| targets | number | Mamba | Mamba with attention |"
+    assert lines[2] == "| 0-128 repeated | 10 | 1.250 | 1.250 |"
+    assert page.attention_table([]) == ["Not run yet."]
 
 
 def test_the_shipped_presets_are_the_final_runs() -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from results import Result, final
+from speed import FINE, MAMBA
 
 COLOURS = {
-    "mamba": "#777777",
-    "open": "#c23b22",
-    "open-more": "#e3a857",
+    MAMBA: "#333333",
+    FINE: "#c23b22",
+    "mamba": "#aaaaaa",
+    "open": "#e3a857",
+    "open-more": "#f0d9a8",
     "transformer": "#4477aa",
     "tmoe": "#66ccee",
 }
@@ -43,9 +46,9 @@ def draw(runs: Sequence[Result], path: Path) -> None:
                 alpha=0.9,
             )
             seen.add(name)
-        targets = [final(run) for run in finals if run["entry"] == "mamba"]
+        targets = [final(run) for run in finals if run["entry"] == MAMBA]
         if targets:
-            axes.axhline(min(targets), color="#777777", linestyle=":", linewidth=1)
+            axes.axhline(min(targets), color=COLOURS[MAMBA], linestyle=":", linewidth=1)
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
     losses = [row[2] for run in finals for row in run["evaluations"] if row[0] > 0.08 * run["steps"]]

@@ -2,13 +2,13 @@
 
     python experiments/headline/inference.py [--device cuda|cpu] [--results docs/results] [--threads 2]
 
-The runs in RESULTS/headline.json say which models (`speed.choose`): the winner and every Transformer that was
-trained on as many tokens. Weights are random, since no speed depends on them; a router then spreads its
-tokens evenly. All in bfloat16, through the same engine, each at its best: prompts in one pass or in the
-engine's pieces, whichever is faster, by the fused scan or by torch's fused attention; tokens by one CUDA
-graph each over a cache that is written in place. Writing is greedy and counts the host's part. Every figure
-is a median. Nothing is timed where a model that reads token by token disagrees with itself reading at once
-(one pair of its layers, in float32). Writes RESULTS/inference.json, which page.py reads.
+The runs in RESULTS/headline.json say which models (`speed.choose`): the winner, every Transformer that was
+trained on as many tokens, and the winner without attention layers. Weights are random, since no speed depends
+on them; a router then spreads its tokens evenly. All in bfloat16, through the same engine, each at its best:
+prompts in one pass or in the engine's pieces, whichever is faster, by the fused scan or by torch's fused
+attention; tokens by one CUDA graph each over a cache that is written in place. Writing is greedy and counts
+the host's part. Every figure is a median. Nothing is timed where a model that reads token by token disagrees
+with itself reading at once (in float32). Writes RESULTS/inference.json, which page.py reads.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def main() -> None:
         raise SystemExit("headline.json has no Transformer of as many tokens: run stages/final.toml")
     measured = head(given.device)
     out = (given.out or given.results) / FILE
-    for run in (pair.ours, pair.theirs, *(other for other in pair.others if other is not pair.theirs)):
+    rest = [other for other in (*pair.others, pair.plain) if other is not None and other is not pair.theirs]
+    for run in (pair.ours, pair.theirs, *rest):
         measure(run, given.device, measured)
         write(out, measured)
 

@@ -18,7 +18,7 @@ import speed
 from curves import draw
 from prose import (
     PAPERS_RATIO,
-    attention_text,
+    attention_table,
     by_name,
     growth_text,
     muon_text,
@@ -28,11 +28,13 @@ from prose import (
     why_text,
 )
 from results import LAST, Match, Result, collect, final, match, read_all
+from rules import pair_violations
+from speed import FINE, MAMBA, PLAIN
+
+from ssmoe.config.load import RunConfig
 
 ROOT = Path(__file__).parents[2]
 DATA, PAGE, PICTURE, INFERENCE = "headline.json", "headline.md", "headline.png", "inference.json"
-MAMBA, FINE = "mamba", "open"
-"""Entries of final.toml: the tuned Mamba and the winner."""
 PAPERS = "the paper's"
 GROWTH = (
     (
@@ -42,12 +44,18 @@ GROWTH = (
     ),
     (
         "tuned",
+        ("final/hybrid-s0-18m", "final/mamba-hybrid-s0-18m"),
+        ("final/hybrid-s0-50m", "final/mamba-hybrid-s0-50m"),
+        ("final/hybrid-s0", "final/mamba-hybrid-s0"),
+    ),
+    (
+        "without attention on either side",
         ("final/open-s0-18m", "final/mamba-s0-18m"),
         ("final/open-s0-50m", "final/mamba-s0-50m"),
         ("final/open-s0", "final/mamba-s0"),
     ),
     (
-        "tuned, 256 experts",
+        "without attention on either side, 256 experts",
         ("final/open-more-s0-18m", "final/mamba-s0-18m"),
         ("final/open-more-s0", "final/mamba-s0"),
     ),
@@ -116,6 +124,7 @@ def tables(runs: Sequence[Result], measured: Sequence[dict[str, Any]]) -> dict[s
         "headline": headline(runs),
         "seeds": seeds_table(runs),
         "models": models_table(runs),
+        "attention": attention_table(runs),
         "growth": growth_table(runs),
         "why": why(runs),
         "speed": speed.tables(measured, runs),
@@ -168,7 +177,20 @@ def headline(runs: Sequence[Result]) -> list[str]:
         f"{time}** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
         f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
         f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
-        *filter(None, [attention_text(runs)]),
+        *plain_text(runs),
+    ]
+
+
+def plain_text(runs: Sequence[Result]) -> list[str]:
+    """The ratio of the pair without attention layers; nothing where it was not run."""
+    found = [match(run, baseline) for run, baseline in pairs(runs, *PLAIN)]
+    reached = [each for each in found if each]
+    if not reached or len(reached) < len(found):
+        return []
+    steps, time = (spread([getattr(each, key) for each in reached]) for key in ("fewer_steps", "less_time"))
+    return [
+        f"Both have attention layers, which need no experts; without them on either side it is {steps} times "
+        f"fewer steps and {time} times less time."
     ]
 
 
@@ -188,9 +210,17 @@ def spread(values: Sequence[float]) -> str:
 
 
 def seeds_table(runs: Sequence[Result]) -> list[str]:
+    """Of the pair, then of the pair without attention layers."""
+    lines = seeds_of(pairs(runs, FINE, MAMBA))
+    if plain := pairs(runs, *PLAIN):
+        lines += ["", "Without attention layers on either side:", "", *seeds_of(plain)]
+    return lines
+
+
+def seeds_of(found: Sequence[tuple[Result, Result]]) -> list[str]:
     """A row a seed, then mean and standard deviation."""
     lines = [
-        seeds_text(pairs(runs, FINE, MAMBA)),
+        seeds_text(found),
         "",
         "| seed | Mamba, final loss | MoE-Mamba, final loss | matched at | of | fewer steps | less time "
         "| fewer steps, last weights |",
@@ -198,20 +228,20 @@ def seeds_table(runs: Sequence[Result]) -> list[str]:
     ]
     rows: list[tuple[Result, Result, Match | None, Match | None]] = [
         (run, baseline, match(run, baseline), match(run, baseline, LAST) if _has_last(run) else None)
-        for run, baseline in pairs(runs, FINE, MAMBA)
+        for run, baseline in found
     ]
-    for run, baseline, found, last in rows:
+    for run, baseline, matched, last in rows:
         losses = f"{final(baseline):.4f} | {final(run):.4f}"
         ratio = f"{last.fewer_steps:.2f}" if last else "-"
-        cells = _cells(found, run["steps"])
+        cells = _cells(matched, run["steps"])
         lines.append(f"| {run['seed']} | {losses} | {cells} | {ratio} |")
-    reached = [found for _, _, found, _ in rows if found]
+    reached = [matched for _, _, matched, _ in rows if matched]
     if len(rows) > 1 and len(reached) == len(rows):
         columns = (
             [final(baseline) for _, baseline, _, _ in rows],
             [final(run) for run, *_ in rows],
-            [found.fewer_steps for found in reached],
-            [found.less_time for found in reached],
+            [each.fewer_steps for each in reached],
+            [each.less_time for each in reached],
         )
         cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in columns]
         lines.append(f"| mean ± sd | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} | |")
@@ -293,7 +323,8 @@ def rules(runs: Sequence[Result]) -> list[str]:
     lines = [f"  Mamba: {line}" for line in baseline["differs"]] + [
         f"  MoE-Mamba: {line}" for line in run["differs"]
     ]
-    broken = [f"  breaks the rules: {line}" for line in [*run["breaks"], *baseline["breaks"]]]
+    uneven = pair_violations(*(RunConfig.model_validate(each["configuration"]) for each in (run, baseline)))
+    broken = [f"  breaks the rules: {line}" for line in [*run["breaks"], *baseline["breaks"], *uneven]]
     return ["```", "against the preset mamba-25m with the settings of both sides", *lines, *broken, "```"]
 
 
@@ -357,6 +388,7 @@ SKELETON = "# MoE-Mamba against Mamba\n\n" + "\n\n".join(
         ("headline", "In short"),
         ("seeds", "Seeds"),
         ("models", "All models"),
+        ("attention", "What attention does"),
         ("growth", "Speed-up against tokens"),
         ("why", "Why not more"),
         ("speed", "Inference speed at equal quality"),

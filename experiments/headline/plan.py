@@ -5,6 +5,9 @@ evaluations = 40                  # held-out evaluations a run
 baseline = "mamba-25m"            # the preset that a run's configuration is held against
 shared = ["train.eval_rows=256"]  # key=value of every run of the stage
 
+[layers]                          # letters for what patterns are made of
+m = { kind = "mamba" }
+
 [recipes]                         # key=value that both sides may be trained with
 modern = ["model.norm=rmsnorm"]
 
@@ -15,6 +18,7 @@ preset = "mamba-25m"
 recipe = "modern"                 # optional, or several: a run each, the recipe in its name;
                                   # "best" waits for side mamba and takes the recipe that ended lowest
 set = ["key=value"]               # this run's own
+pattern = "5m a 5m a 5m"          # optional: the layers, once, by their letters
 learning_rates = [1e-3, 2e-3]     # optional: a run each, the rate in its name
 seeds = [0, 1, 2]                 # optional: initial weights and order of the data
 tokens = 100e6                    # optional, as evaluations: instead of the stage's; several: a run each
@@ -36,8 +40,9 @@ combine = "fine"                  # instead of the best runs: that run with ever
                                   # better (held-out loss), with half of them, with the best alone ...
 """
 
+import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -48,10 +53,10 @@ from rules import violations
 from ssmoe.config.load import RunConfig, load_run
 
 BASELINE, BEST = "mamba", "best"
-STAGE_KEYS = {"tokens", "evaluations", "shared", "recipes", "baseline", "run", "promote"}
+STAGE_KEYS = {"tokens", "evaluations", "shared", "layers", "recipes", "baseline", "run", "promote"}
 RUN_KEYS = {
     "name", "side", "preset", "recipe", "set", "learning_rates", "seeds", "tokens", "priority", "one_sided",
-    "note", "on", "group", "evaluations",
+    "note", "on", "group", "evaluations", "pattern",
 }  # fmt: skip
 PROMOTE_KEYS = {"side", "top", "tokens", "evaluations", "seeds", "priority", "combine", "as"}
 
@@ -110,8 +115,7 @@ class Stage:
                 raise ValueError(
                     f"{path}: unknown key {sorted(unknown)[0]!r}; valid: {', '.join(sorted(valid))}"
                 )
-        by_name = {entry["name"]: entry for entry in entries}
-        entries = [_on(entry, by_name) for entry in entries]
+        entries = [_on(entry, entries) for entry in entries]
         self.waiting = [entry for entry in entries if entry.get("recipe") == BEST]
         self.tries = [made for entry in entries if entry not in self.waiting for made in self._expand(entry)]
         names = [made.name for made in self.tries]
@@ -175,6 +179,8 @@ class Stage:
 
     def _make(self, entry: dict[str, Any], recipe: str | None, rate: float | None, seed: int | None) -> Try:
         name, own = entry["name"], [*entry.get("below", ()), *entry.get("set", ())]
+        if "pattern" in entry:
+            own = [*layers(entry["pattern"], self.table.get("layers", {})), *own]
         # a pattern is what the keys of its layers are then set in
         own.sort(key=lambda override: not override.startswith("model.pattern="))
         shared = list(self.table.get("shared", ()))
@@ -201,12 +207,29 @@ class Stage:
         return load_run(preset, [*lengths, *overrides, *self.extra])
 
 
-def _on(entry: dict[str, Any], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The entry with what it is built on."""
+def _on(entry: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry with what it is built on. Raises ValueError where entries of that name are not set alike."""
     if "on" not in entry:
         return entry
-    base = by_name[entry["on"]]
-    return {"preset": base["preset"], "side": base["side"], "below": base.get("set", []), **entry}
+    base, *others = [each for each in entries if each["name"] == entry["on"]]
+    if any(each.get(key) != base.get(key) for each in others for key in ("preset", "set", "pattern")):
+        raise ValueError(f"{entry['name']}: runs called {entry['on']!r} are set differently: name one anew")
+    kept = {key: base[key] for key in ("preset", "side", "pattern") if key in base}
+    return {**kept, "below": base.get("set", []), **entry}
+
+
+def layers(pattern: str, letters: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The settings of a pattern such as "5m a 5m": five layers of letter m, one of a, five of m.
+
+    Raises ValueError for a letter that the stage does not define.
+    """
+    found: list[dict[str, Any]] = []
+    for word in pattern.split():
+        count, letter = word[:-1] or "1", word[-1]
+        if letter not in letters or not count.isdecimal():
+            raise ValueError(f"pattern {pattern!r}: {word!r} is no number and letter of {', '.join(letters)}")
+        found += int(count) * [letters[letter]]
+    return [f"model.pattern={json.dumps(found)}", "model.repeat=1"]
 
 
 def combinations(

@@ -9,13 +9,19 @@ PAPERS_RATIO = 2.35
 """Of arXiv 2401.04081, with 100 M active parameters and 31 billion tokens."""
 UNTRIED = {
     "other learning rates of either side with the last recipe": "slower",
-    "attention layers beside experts": "attention",
     "Mixture of Tokens": "mixture-of-tokens",
     "more than 256 experts": "most",
     "experts after every other Mamba layer": "every-other",
     "experts in the upper half": "upper-half",
 }
 """What the third search is about, and the entry that tries it."""
+PARTS = {
+    "Mamba": "search-4/mamba",
+    "Mamba with attention": "search-4/mamba-attention",
+    "MoE-Mamba": "search-4/open",
+    "MoE-Mamba with attention": "search-4/attention",
+}
+"""Runs of as many tokens whose losses are told in parts."""
 SIDES = {"mamba": "Mamba", "moe-mamba": "MoE-Mamba"}
 
 
@@ -99,9 +105,9 @@ def muon_text(runs: Sequence[Result]) -> str:
 
 def screens_text(runs: Sequence[Result]) -> str:
     """How many runs each side had in each search, how far a short run may mislead, and what nobody tried."""
-    counts = [stage_text(runs, stage) for stage in ("search", "search-2", "search-3")]
+    counts = [stage_text(runs, stage) for stage in ("search", "search-2", "search-3", "search-4")]
     known = by_name(runs)
-    tried = {run["entry"] for run in runs if run["stage"] == "search-3" and run["status"] == "done"}
+    tried = {run["entry"] for run in runs if run["status"] == "done"}
     left = [what for what, entry in UNTRIED.items() if entry not in tried]
     short, long = (
         (known[f"search/mamba-muon-lr0.008{end}"], known[f"search/fine-muon-lr0.008{end}"])
@@ -118,25 +124,19 @@ def screens_text(runs: Sequence[Result]) -> str:
     )
 
 
-def attention_text(runs: Sequence[Result]) -> str:
-    """What attention layers did to each side in the third search; empty without it."""
+def attention_table(runs: Sequence[Result]) -> list[str]:
+    """Held-out loss of both sides with and without attention, by where in its row a target stands and whether
+    it repeats what stands before it (`copying.py`)."""
     known = by_name(runs)
-    told: list[str] = []
-    for name, after, before in (
-        ("Mamba", "search-3/mamba-attention", "final/mamba-s0-18m"),
-        ("MoE-Mamba", "search-3/attention", "final/open-s0-18m"),
-    ):
-        if after in known:
-            told.append(f"{name} from {final(known[before]):.3f} to {final(known[after]):.3f} nats")
-        else:
-            told.append(f"{name} has not been run with them")
-    if "search-3/mamba-attention" not in known:
-        return ""
-    return (
-        "Neither side has attention layers. A later screen of "
-        f"{known['search-3/mamba-attention']['tokens'] / 1e6:.0f} M tokens shows that it should: two of them "
-        f"take {told[0]}; {told[1]}."
-    )
+    found = {title: known[name]["parts"] for title, name in PARTS.items() if name in known}
+    if not found:
+        return ["Not run yet."]
+    titles, first = list(found), next(iter(found.values()))
+    lines = [f"| targets | number | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
+    for part, (_, number) in first.items():
+        losses = " | ".join(f"{found[title][part][0]:.3f}" for title in titles)
+        lines.append(f"| {part} | {number:,} | {losses} |")
+    return lines
 
 
 def stage_text(runs: Sequence[Result], stage: str) -> str:

@@ -2,13 +2,16 @@
 
 Both sides share optimiser, schedule, data, order, batch, number of steps and evaluations. They may differ in
 their layers, in what only experts have, and in the learning rate, which each side chooses from its own sweep.
+Attention needs no experts: in a pair both sides have it or neither, and a search tries it as often for both.
 """
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from ssmoe.config.count import count_parameters
 from ssmoe.config.differences import differences
 from ssmoe.config.load import RunConfig
+from ssmoe.config.model import AttentionConfig
 
 MAY_DIFFER = {
     "model.pattern": "the layers",
@@ -34,6 +37,31 @@ def violations(run: RunConfig, baseline: RunConfig) -> list[str]:
     if abs(active / target - 1) > ACTIVE_TOLERANCE:
         found.append(f"active parameters: {active / 1e6:.2f}M here and {target / 1e6:.2f}M in the baseline")
     return found
+
+
+def pair_violations(run: RunConfig, mamba: RunConfig) -> list[str]:
+    """What keeps `run` from being the other side of the tuned `mamba`, beside `violations` of each."""
+    mine, theirs = attention_layers(run), attention_layers(mamba)
+    if bool(mine) == bool(theirs):
+        return []
+    return [f"attention layers: {mine} here and {theirs} in the Mamba: give both sides some, or neither"]
+
+
+def budget_violations(tries: Sequence[tuple[str, RunConfig]]) -> list[str]:
+    """What is uneven in a search: runs with attention, (side, configuration) each, of its two sides."""
+    counts = {
+        side: sum(attention_layers(run) > 0 for mine, run in tries if mine == side)
+        for side in dict.fromkeys(side for side, _ in tries)
+    }
+    if len(counts) < 2 or len(set(counts.values())) == 1:
+        return []
+    told = ", ".join(f"{side} {count}" for side, count in counts.items())
+    return [f"runs with attention layers: {told}: try it as often for both sides"]
+
+
+def attention_layers(run: RunConfig) -> int:
+    """How many layers of a model are attention."""
+    return sum(isinstance(layer, AttentionConfig) for layer in run.model.layers)
 
 
 def describe(run: RunConfig, baseline: RunConfig) -> list[str]:

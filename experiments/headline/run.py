@@ -20,7 +20,7 @@ from typing import Any
 import corpus
 import results
 from plan import Stage, Try
-from rules import describe, violations
+from rules import budget_violations, describe, violations
 from schedule import Queue
 
 from ssmoe.data.prepare import prepare
@@ -37,6 +37,8 @@ def main() -> int:
     adapt = _with_corpus if given.corpus else _as_it_is
     tries = [adapt(made) for stage in stages for made in [*stage.tries, *stage.with_recipe(None)]]
     check(tries)
+    for stage in stages:
+        check_budget(stage)
     deadline = time() + given.deadline if given.deadline else float("inf")
     queue = Queue(
         stages,
@@ -99,6 +101,13 @@ def check(tries: list[Try]) -> None:
             raise ValueError(
                 f"{made.name}: {'; '.join(found)} (say one_sided = true to run it out of competition)"
             )
+
+
+def check_budget(stage: Stage) -> None:
+    """Raise ValueError for a search, taken whole, that favours one side."""
+    tries = [(made.side, made.config) for made in stage.tries if not made.one_sided]
+    if stage.name.startswith("search") and stage.only == "*" and (found := budget_violations(tries)):
+        raise ValueError(f"{stage.name}: {found[0]}")
 
 
 def work(queue: Queue, gpu: str, loader: tuple[Any, ...], failed: list[str]) -> None:

@@ -5,19 +5,29 @@ from typing import Any, NamedTuple
 
 from results import Result, final
 
-FINE = "open"
-"""Entry of final.toml: the winner."""
+FINE, MAMBA = "hybrid", "mamba-hybrid"
+"""Entries of final.toml: the winner, and the tuned Mamba."""
+PLAIN = ("open", "mamba")
+"""The same two without attention layers."""
 TRANSFORMERS = "transformer"
 """The side of final.toml that has them."""
-NAMES = {"open": "MoE-Mamba", "transformer": "Transformer", "tmoe": "Transformer-MoE"}
+NAMES = {
+    FINE: "MoE-Mamba",
+    "open": "MoE-Mamba without attention",
+    "transformer": "Transformer",
+    "tmoe": "Transformer-MoE",
+}
 
 
 class Pair(NamedTuple):
-    """MoE-Mamba's run, the Transformer's, and every Transformer that was trained on as many tokens."""
+    """MoE-Mamba's run, the Transformer's, and the best run of every Transformer that was trained on as many
+    tokens; MoE-Mamba without attention, where it was too; the rates that the Transformer was given."""
 
     ours: Result
     theirs: Result
     others: list[Result]
+    plain: Result | None
+    rates: list[float]
 
     @property
     def worse(self) -> float:
@@ -34,10 +44,15 @@ def choose(runs: Sequence[Result]) -> Pair | None:
     if not lengths:
         return None
     ours = fine[max(lengths)]
-    others = [run for run in done if run["side"] == TRANSFORMERS and run["tokens"] == ours["tokens"]]
+    tried = [run for run in done if run["side"] == TRANSFORMERS and run["tokens"] == ours["tokens"]]
+    best = {run["entry"]: run for run in sorted(tried, key=final, reverse=True)}
+    others = sorted(best.values(), key=final)
     as_good = [run for run in others if final(run) <= final(ours)]
     smallest = min(as_good, key=lambda run: (run["active"], run["non_embedding"]), default=None)
-    return Pair(ours, smallest or min(others, key=final), sorted(others, key=final))
+    theirs = smallest or others[0]
+    plain = (run for run in done if run["entry"] == PLAIN[0] and run["tokens"] == ours["tokens"])
+    rates = sorted({run["learning_rate"] for run in tried if run["entry"] == theirs["entry"]})
+    return Pair(ours, theirs, others, next(plain, None), rates)
 
 
 def sentence(pair: Pair) -> str:
@@ -61,8 +76,15 @@ def sentence(pair: Pair) -> str:
     return (
         f"No Transformer that was trained is as good as {ours}. The nearest, the {theirs} ({sizes}), ends "
         f"{pair.worse:.3f} nats worse ({losses}): one of equal loss would be larger or trained for longer, "
-        f"so the comparison favours the Transformer. Its learning rate was not searched.{beside}"
+        f"so the comparison favours the Transformer. {_rates(pair)}{beside}"
     )
+
+
+def _rates(pair: Pair) -> str:
+    """How many learning rates the Transformer was given."""
+    if len(pair.rates) == 1:
+        return "Its learning rate was not searched."
+    return f"Its learning rate is the best of {', '.join(f'{rate:g}' for rate in pair.rates)}."
 
 
 def tables(measured: Sequence[dict[str, Any]], runs: Sequence[Result]) -> list[str]:
@@ -73,7 +95,8 @@ def tables(measured: Sequence[dict[str, Any]], runs: Sequence[Result]) -> list[s
         return ["Not measured yet."]
     lines = [sentence(pair)]
     for each in measured:
-        lines += ["", *table(each, pair)]
+        if {pair.ours["entry"], pair.theirs["entry"]} <= each["models"].keys():
+            lines += ["", *table(each, pair)]
     return lines
 
 

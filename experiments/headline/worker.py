@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -19,6 +19,7 @@ from time import perf_counter, time
 from typing import Any
 
 import torch
+from copying import parts
 from plan import Try
 from results import compact
 from rules import describe, violations
@@ -26,6 +27,7 @@ from rules import describe, violations
 from ssmoe.api import evaluator
 from ssmoe.config.count import count_parameters, training_flops
 from ssmoe.data.prepare import Prepared
+from ssmoe.model.lm import LM
 from ssmoe.training.folder import read_environment
 from ssmoe.training.journal import Diverged
 from ssmoe.training.loop import train
@@ -112,7 +114,7 @@ def run(made: Try, data: Prepared, path: Path, *, deadline: float = float("inf")
         torch.cuda.reset_peak_memory_stats()
     status, more = "done", {}
     try:
-        train(made.config, folder, data, evaluate=evaluator(made.config, data), reporter=watch)
+        train(made.config, folder, data, evaluate=_with_parts(made, data, watch), reporter=watch)
     except Diverged as error:
         status, more = "diverged", {"error": str(error)}
     except OutOfTime as error:
@@ -132,6 +134,19 @@ def run(made: Try, data: Prepared, path: Path, *, deadline: float = float("inf")
     if torch.cuda.is_available() and status != "failed":
         torch.cuda.empty_cache()
     return status
+
+
+def _with_parts(made: Try, data: Prepared, watch: Watch) -> Callable[[LM], Mapping[str, float]]:
+    """The evaluation; at the end of the run also where the loss lies, of the weights evaluated last."""
+    evaluate = evaluator(made.config, data)
+
+    def scored(model: LM) -> Mapping[str, float]:
+        found = evaluate(model)
+        if len(watch.times) - 1 == made.config.train.steps:
+            watch.head["parts"] = parts(model, data, made.config)
+        return found
+
+    return scored
 
 
 def _head(made: Try) -> dict[str, Any]:

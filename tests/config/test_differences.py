@@ -1,5 +1,7 @@
 """Two runs, key by key."""
 
+import json
+
 from ssmoe.config.differences import differences
 from ssmoe.config.load import preset
 
@@ -23,4 +25,12 @@ def test_layers_are_one_key_in_words() -> None:
     assert found == {
         "model.repeat": ("4", "8"),
         "model.pattern": ("[mamba] [moe jitter=0.1 num_experts=8 d_expert=448]", "[mamba]"),
+    }
+
+
+def test_equal_layers_in_a_row_are_counted() -> None:
+    layers = [{"kind": "mamba"}] * 3 + [{"kind": "attention", "num_heads": 2}, {"kind": "mamba"}]
+    run = preset("mamba-tiny", [f"model.pattern={json.dumps(layers)}"])
+    assert differences(run, preset("mamba-tiny")) == {
+        "model.pattern": ("3 x [mamba] [attention num_heads=2] [mamba]", "[mamba]")
     }

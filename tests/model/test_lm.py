@@ -1,12 +1,20 @@
 """The model's own contract: logits and losses asked for, precision, refusals."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ssmoe.config.layers import AttentionConfig
+from ssmoe.config.load import preset
+from ssmoe.data.packing import Batch
 from ssmoe.model.build import build
+from ssmoe.model.lm import LM
 from ssmoe.ops import Segments
 from ssmoe.ops.reference.cross_entropy import IGNORE
+from ssmoe.training.captured import CapturedStep
+from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from tests.model.zoo import small
 
 IDS = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -85,3 +93,70 @@ def test_a_state_of_another_model_is_refused() -> None:
     state = build(small("mamba", repeat=1)).init_state(3)
     with pytest.raises(ValueError, match="1 layers and the model 2"):
         build(small("mamba"))(IDS, state)
+
+
+def seen_too_early(model: LM, ids: torch.Tensor, t: int) -> tuple[float, float, float]:
+    """What tokens from position t on do to what stands before them: the largest change of a logit in eval
+    mode, and the largest gradient that the loss of earlier targets sends to them in training mode. Last, the
+    change of logits from t on."""
+    other = ids.clone()
+    other[:, t:] = (other[:, t:] + 1) % 61
+    model.eval()
+    with torch.no_grad():
+        change = (model(ids).logits.float() - model(other).logits.float()).abs().amax(dim=(0, 2))
+    inputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: object, x: torch.Tensor) -> None:
+        x.retain_grad()
+        inputs.append(x)
+
+    handle = model.embedding.register_forward_hook(keep)
+    targets = ids.roll(-1, dims=1)
+    targets[:, t:] = IGNORE
+    model.train()(ids, targets=targets).loss.lm.backward()
+    handle.remove()
+    model.zero_grad(set_to_none=True)
+    sent = inputs[0].grad
+    assert sent[:, :t].abs().max() > 0
+    return float(change[:t].max()), float(sent[:, t:].abs().max()), float(change[t:].max())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["mamba", "attention", "hybrid", "moe-fine"])
+def test_no_token_is_seen_before_its_turn(name: str, backend: str) -> None:
+    model = build(small(name), backend=backend)
+    ids = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(0))
+    for t in (1, 17, 39):
+        early, sent, late = seen_too_early(model, ids, t)
+        # another tile of a product may round otherwise, no more
+        assert early < 1e-5
+        assert sent == 0
+        assert late > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pattern", ["mmmmmammmmmammmmm", "mememaememeaememe"])
+def test_no_token_is_seen_before_its_turn_as_the_headline_trains(pattern: str) -> None:
+    """After some replayed steps of Muon in bfloat16, at full width and length."""
+    run = preset("moe-mamba-fine-25m")
+    layers = {layer.kind: layer for layer in run.model.layers} | {"attention": AttentionConfig(num_heads=8)}
+    kinds = {"m": "mamba", "e": "moe", "a": "attention"}
+    chosen = tuple(layers[kinds[letter]] for letter in pattern)
+    config = run.model.model_copy(update={"pattern": chosen, "repeat": 1})
+    model = build(config, backend="triton", device="cuda", dtype=torch.bfloat16).train()
+    step = CapturedStep(
+        model, build_optimizer(parameter_groups(model), run.train, model.ops), run.train, isolate=False
+    )
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        rows = generator.integers(0, 61, (8, 1025))
+        rows[:, 600:900] = rows[:, 100:400]
+        documents = np.zeros((8, 1024), np.int32)
+        step(Batch(rows[:, :-1], rows[:, 1:], documents, documents > 0), 2e-3 * min(1, number / 10))
+    ids = torch.from_numpy(generator.integers(0, 61, (8, 1024))).cuda()
+    found = [seen_too_early(model, ids, t) for t in (1, 129, 500, 1023)]
+    print(pattern, found)
+    assert max(early for early, _, _ in found) == 0
+    assert max(sent for _, sent, _ in found) == 0
+    assert min(late for _, _, late in found) > 0.1

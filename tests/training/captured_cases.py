@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, list[str], bool]] = {
     "dropless": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.capacity_factor=null"], False),
     "documents": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.num_experts=8"], True),
     "jitter": ("moe-mamba-25m", ["model.repeat=2", "model.pattern.moe.jitter=0.1"], False),
-    "fine": ("moe-mamba-fine-25m", ["model.repeat=2"], False),
+    "fine": ("moe-mamba-fine-25m", [], False),
     "later": ("moe-mamba-25m", ["model.repeat=2", *LATER], True),
     "mamba": ("mamba-25m", ["model.repeat=3"], False),
     "recompute": ("mamba-25m", ["model.repeat=3", "train.recompute=true"], True),
