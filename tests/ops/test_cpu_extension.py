@@ -95,14 +95,76 @@ def test_the_library_lies_in_the_package() -> None:
     assert PATH.parent.name == "cpu"
 
 
-def test_a_build_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+def build(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("setuptools")
-    root = Path(__file__).parents[2]
-    command = ["setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    environment = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
+    command = ["setup.py", "-q", "build_ext", "--build-lib", str(out), "--build-temp", str(out / "temp")]
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
+
+
+def compiler(folder: Path, text: str) -> str:
+    """A stand-in for a compiler: says `text` and fails, or with none makes empty files."""
+    path = folder / "compiler"
+    made = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+    path.write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n" if text else f"#!/bin/sh\n{made}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def note(out: Path) -> str:
+    """What doctor will say was the reason, where the library was to be."""
+    path = out / "ssmoe/ops/cpu/_not_built.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_build_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+    done = build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
-    assert "CPU kernels not built" in done.stderr
+    assert "CPU kernels not built (no-such-compiler is not there: install g++" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+    assert note(tmp_path).startswith("no-such-compiler is not there")
+
+
+def test_a_compilers_first_error_is_kept(tmp_path: Path) -> None:
+    broken = compiler(tmp_path, "a.cpp: warning: odd\na.cpp:7: error: no such name\na.cpp:9: error: more")
+    done = build(tmp_path, CC=broken, CXX=broken)
+    assert done.returncode == 0, done.stderr
+    assert note(tmp_path) == f"{broken} failed: a.cpp:7: error: no such name\n"
+
+
+def test_a_build_that_works_clears_the_reason(tmp_path: Path) -> None:
+    build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    works = compiler(tmp_path, "")
+    done = build(tmp_path, CC=works, CXX=works)
+    assert done.returncode == 0, done.stderr
+    assert note(tmp_path) == ""
+    assert (tmp_path / "ssmoe/ops/cpu/_kernels.so").exists()
+    build(
+        tmp_path, CC="no-such-compiler", CXX="no-such-compiler"
+    )  # and one that then fails leaves no old library
+    assert not (tmp_path / "ssmoe/ops/cpu/_kernels.so").exists()
+
+
+def test_a_build_for_no_torch_says_what_to_install(tmp_path: Path) -> None:
+    build(tmp_path, SSMOE_TORCH=str(tmp_path))
+    assert note(tmp_path).startswith("torch 2.11 or newer was not installed")
+
+
+def test_kernels_that_are_required_stop_the_build(tmp_path: Path) -> None:
+    done = build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler", SSMOE_REQUIRE_KERNELS="1")
+    assert done.returncode != 0
+    assert "no-such-compiler is not there" in done.stderr
+
+
+def test_the_reason_of_a_missing_library_reaches_the_user(tmp_path: Path) -> None:
+    (tmp_path / "_not_built.txt").write_text("g++ failed: error: odd\n")
+    code = "from pathlib import Path; from ssmoe.ops import extension as e; "
+    code += f"e.PATH = Path({str(tmp_path / '_kernels.so')!r}); print(e.missing())"
+    told = python(code).stdout
+    assert told.startswith("the CPU kernels were not built (g++ failed: error: odd); mend that")
+    assert "pip install --force-reinstall --no-deps --no-cache-dir ssmoe" in told
