@@ -1,5 +1,7 @@
 """Builds the CPU kernels of csrc/ where a compiler and torch are at hand; without them the package installs
-as pure Python and runs on the reference backend.
+as pure Python and runs on the reference backend. What went wrong is kept beside where they would be, since
+pip shows nothing of a build that went on; `ssmoe doctor` reads it. SSMOE_REQUIRE_KERNELS=1 makes it an error,
+SSMOE_TORCH names the folder of the torch to build for.
 
 The kernels are one shared library, loaded by `torch.ops.load_library`: it names neither Python nor a torch
 version (libtorch's stable ABI, torch >= 2.11), so one build serves every Python.
@@ -8,6 +10,7 @@ version (libtorch's stable ABI, torch >= 2.11), so one build serves every Python
 import importlib.util
 import os
 import platform
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-WARNINGS = ["-Wall", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+REQUIRED = bool(os.environ.get("SSMOE_REQUIRE_KERNELS"))
+REPORT = "_not_built.txt"  # src/ssmoe/ops/extension.py reads it
+WARNINGS = ["-Wall", "-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 COMMON = [
     "-std=c++17",
     "-O3",
@@ -42,12 +47,27 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 def torch_folder() -> Path | None:
     """torch's folder; in pip's isolated build environment that of the environment being installed into."""
-    if folder := os.environ.get("SSMOE_TORCH"):
-        return Path(folder)
     spec = importlib.util.find_spec("torch")
     roots = [Path(spec.origin).parent] if spec and spec.origin else []
     roots += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    if folder := os.environ.get("SSMOE_TORCH"):
+        roots = [Path(folder)]
     return next((root for root in roots if (root / "include/torch/csrc/stable/library.h").exists()), None)
+
+
+def run(command: list[str], **_: object) -> None:
+    """Run a compiler; raise RuntimeError with the first error it names, and pass on all that it says."""
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    except FileNotFoundError:
+        raise RuntimeError(f"{command[0]} is not there: install g++ or clang, or name one in CXX") from None
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = done.stderr.splitlines()
+        told = [line for line in lines if "error" in line.lower() or "undefined" in line] or lines[-1:]
+        raise RuntimeError(
+            f"{command[0]} failed: {''.join(told[:1]).strip() or f'exit code {done.returncode}'}"
+        )
 
 
 class BuildKernels(build_ext):
@@ -57,18 +77,42 @@ class BuildKernels(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        folder = torch_folder()
+        folder, reason = torch_folder(), ""
+        self.compiler.call = self.compiler.spawn = run  # newer and older setuptools
         try:
             if self.compiler.compiler_type != "unix":
-                raise RuntimeError(f"the {self.compiler.compiler_type} compiler is not supported")
+                raise RuntimeError(
+                    f"the {self.compiler.compiler_type} compiler is not supported, g++ and clang are"
+                )
             if folder is None:
-                raise RuntimeError("torch is not installed here yet")
+                raise RuntimeError(
+                    "torch 2.11 or newer was not installed: install it first, or set SSMOE_TORCH"
+                )
             self.link(ext, folder)
         except Exception as error:  # a package without kernels is complete; say so and go on
-            if os.environ.get("SSMOE_REQUIRE_KERNELS"):
+            if REQUIRED:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error)
             sys.stderr.write(f"ssmoe: CPU kernels not built ({reason}); running on the reference backend\n")
+        self.report(Path(self.get_ext_fullpath(ext.name)), reason)
+
+    def report(self, target: Path, reason: str) -> None:
+        """Keep why a library is missing beside its place, and no older library there: it would lack ops."""
+        note = target.with_name(REPORT)
+        if reason:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            note.write_text(reason + "\n")
+        else:
+            note.unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """For --inplace and editable installs: setuptools knows of the library, not of the report."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            built = (Path(self.build_lib) / name).with_name(REPORT)
+            self.report(HERE / "src" / name, built.read_text().strip() if built.exists() else "")
 
     def link(self, ext: Extension, torch: Path) -> None:
         out, include = self.build_temp, [str(HERE / "csrc"), str(torch / "include")]
@@ -104,6 +148,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("ssmoe.ops.cpu._kernels", sources=[], optional=True)],
+    ext_modules=[Extension("ssmoe.ops.cpu._kernels", sources=[], optional=not REQUIRED)],
     cmdclass={"build_ext": BuildKernels},
 )

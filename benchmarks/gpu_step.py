@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from later import LATER
 from torch import Tensor
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
@@ -32,21 +33,6 @@ from ssmoe.training.step import inputs_of, train_step
 
 DROPLESS = "model.pattern.moe.capacity_factor=null"
 EXPERTS = "model.pattern.moe.num_experts=32"
-LATER = [
-    f"model.pattern.moe.{change}"
-    for change in (
-        "num_experts=42",
-        "d_expert=1024",
-        "granularity=8",
-        "capacity_factor=null",
-        "num_shared_experts=1",
-        "activation=swiglu",
-        "score=sigmoid",
-        "normalise_weights=true",
-        "balance=bias",
-    )
-]
-"""336 SwiGLU experts, top-8, one shared, loss-free balancing."""
 MODELS: dict[str, tuple[str, list[str]]] = {
     "moe-32": ("moe-mamba-25m", [EXPERTS, DROPLESS]),
     "moe-128": ("moe-mamba-25m", [EXPERTS, DROPLESS, "model.pattern.moe.granularity=4"]),

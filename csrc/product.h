@@ -122,7 +122,8 @@ SSMOE_INLINE void step(const Pair* left, const Pair* right, int64_t right_step, 
   __m512bh vectors[N];
   SSMOE_EACH_TILE_VECTOR vectors[j] = (__m512bh)_mm512_load_si512(right + j * right_step);
   SSMOE_EACH_TILE_ROW {
-    const __m512bh both = (__m512bh)_mm512_set1_epi32(int(left[i].bits));
+    // set1_epi32 here runs clang 16 out of its stack
+    const __m512bh both = (__m512bh)_mm512_broadcastd_epi32(_mm_cvtsi32_si128(int(left[i].bits)));
     SSMOE_EACH_TILE_VECTOR sums[i][j] = (Vec<float>)_mm512_dpbf16_ps((__m512)sums[i][j], both, vectors[j]);
   }
 }

@@ -11,7 +11,7 @@ namespace {
 void with_torch(const Tensor& a, const Tensor& b, const Tensor& out) {
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -23,7 +23,7 @@ void with_onednn(const Tensor& a, const Tensor& b_transposed, const Tensor& out)
                           torch::stable::detail::from(std::string("none")),
                           torch::stable::detail::from(std::vector<std::optional<double>>()),
                           torch::stable::detail::from(std::optional<std::string>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
   Tensor result = torch::stable::detail::to<Tensor>(stack[0]), target = out;
   torch::stable::copy_(target, result);
 }

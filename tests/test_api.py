@@ -98,3 +98,8 @@ def test_paths_with_brackets_are_printed_as_they_are(tiny_run, tmp_path):
     with (tmp_path / "log").open("w") as file:
         train(tiny_run(), tmp_path / "[bold]x[", console=Console(file=file, width=30))
     assert f"report: {tmp_path}/[bold]x[/report.html" in (tmp_path / "log").read_text()
+
+
+def test_train_takes_a_configuration(tmp_path):
+    with pytest.raises(TypeError, match=r"not str: ssmoe.preset\(NAME\) is one"):
+        train("mamba-tiny", tmp_path)

@@ -44,6 +44,8 @@ def train(
     goes, None for nowhere. Raises ValueError for a folder or configuration that does not fit, before
     anything is written; Interrupted after Ctrl-C; `Diverged` for a loss that is not a number.
     """
+    if not hasattr(run, "train"):
+        raise TypeError(f"train takes a RunConfig, not {type(run).__name__}: ssmoe.preset(NAME) is one")
     folder = Path("runs") / run.name if folder is None else Path(folder)
     console = console or Console(quiet=True)
     check_folder(folder, run, resume=resume, overwrite=overwrite)

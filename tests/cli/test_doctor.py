@@ -9,7 +9,13 @@ from tests.check.test_doctor import OPS
 def test_a_healthy_machine(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for words in ("versions  python", "device    cpu", "auto is", "reference selective_scan: ok", "healthy"):
+    for words in (
+        "versions  python",
+        "device    cpu",
+        "auto is",
+        f"reference: {len(OPS)} of {len(OPS)} ops ok",
+        "healthy",
+    ):
         assert words in shown
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -27,7 +33,8 @@ def test_a_broken_kernel_is_exit_1(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "load", lambda name: ops._replace(expert_mlp=wrong))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    assert "expert_mlp: FAILED" in shown
+    assert "reference expert_mlp: FAILED (largest relative error nan" in shown
+    assert f"reference: {len(OPS) - 1} of {len(OPS)} ops ok (nearest its limit: mamba_step" in shown
     assert "NOT healthy" in shown
     assert main(["doctor", "--json"]) == 1
     found = json.loads(

@@ -31,6 +31,23 @@ def test_a_saved_text_is_continued(trained, tmp_path, capsys):
     assert (tmp_path / "b").read_bytes() == path.read_bytes()
 
 
+def test_saved_texts_are_mixed_and_found_if_asked_for(fails, trained, tmp_path, capsys):
+    folder = tmp_path / "library"
+    folder.mkdir()
+    paths = [str(folder / f"{text}.safetensors") for text in ("state", "other")]
+    for path, text in zip(paths, ("state", "other"), strict=True):
+        assert main(["state", "save", str(trained), path, "--text", text, "--mixable"]) == 0
+    assert "in 6 tokens, to be mixed or found" in capsys.readouterr().out
+    out = str(tmp_path / "mixed")
+    assert main(["state", "mix", str(trained), out, *paths]) == 0
+    assert "mean of 2 states, 12 tokens in all" in capsys.readouterr().out
+    generate(trained, capsys, "--state-in", out, "--prompt", "a", "--max-new-tokens", 2)
+    assert main(["state", "retrieve", str(trained), str(folder), "--text", "other", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == {"name": "other", "similarity": pytest.approx(1)}
+    main(["state", "save", str(trained), paths[0], "--text", "state"])
+    fails("state", "mix", trained, out, *paths, says=("without steps", "--mixable or --task"))
+
+
 def test_inspect(trained, tmp_path, capsys):
     path = tmp_path / "a.safetensors"
     main(["state", "save", str(trained), str(path), "--text", "state"])

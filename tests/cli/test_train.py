@@ -153,6 +153,8 @@ def test_bad_input_writes_nothing(fails, tiny_file, tmp_path):
     empty.write_text("")
     cases = [
         (("nowhere.toml",), ("no such file: nowhere.toml",)),
+        (("runs/nowhere", "--resume"), ("runs/nowhere is not a run folder: there is no such folder",)),
+        ((tmp_path,), (f"{tmp_path} is not a run folder: it has no config.json",)),
         (("moe-mamba-tiyn",), ("unknown preset 'moe-mamba-tiyn'; did you mean moe-mamba-tiny?",)),
         ((tiny_file, "train.stpes=3"), ("unknown key 'train.stpes'; did you mean train.steps?",)),
         ((tiny_file, "train.steps=0"), ("train.steps",)),
@@ -170,6 +172,10 @@ def test_bad_input_writes_nothing(fails, tiny_file, tmp_path):
     for argv, says in cases:
         fails("train", *argv, "--out", out, says=says)
         assert not out.exists()
+
+
+def test_a_preset_is_all_that_train_needs(fails):
+    fails("train", says=("are required: preset; see `ssmoe train --help`",), code=2)
 
 
 def test_places_that_cannot_be_written(fails, tiny_file, tmp_path):
@@ -197,7 +203,7 @@ def test_an_existing_folder_stays_as_it_is(fails, trained, tiny_file, tmp_path):
         trained,
         "train.steps=9",
         "--resume",
-        says=("started with another train.steps", "--overwrite"),
+        says=("started with another train.steps", "--overwrite", f"train.init_from={trained}"),
     )
     fails("train", trained, "model.vocab_size=200", "--overwrite", says=("set model.vocab_size=257",))
     fails("train", trained, "data.context=100000", "--overwrite", says=("set data.context",))

@@ -93,3 +93,9 @@ def test_every_variant_trains_200_steps_and_generates_or_says_why_not(name: str)
             "mot-masked-tiny",
             "moe-mamba-expert-choice-tiny",
         }
+
+
+@pytest.mark.parametrize("config", ["mamba-tiny", preset("mamba-tiny")])
+def test_what_is_no_model_config_is_refused(config: object) -> None:
+    with pytest.raises(TypeError, match=rf"not {type(config).__name__}: ssmoe.preset\(NAME\).model is one"):
+        build(config)  # pyright: ignore[reportArgumentType]

@@ -82,11 +82,20 @@ def test_a_model_cast_to_bfloat16_still_runs() -> None:
         (torch.tensor([[3, -1]]), "token id -1"),
         (torch.zeros(2, 0, dtype=torch.int64), r"shape \(2, 0\)"),
         (torch.zeros(2, dtype=torch.int64), r"shape \(2,\)"),
+        (torch.zeros(2, 3), "ids are torch.float32"),
     ],
 )
 def test_ids_that_cannot_be_read_are_refused(ids: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(small("mamba"))(ids)
+
+
+def test_what_forward_is_asked_for_must_fit() -> None:
+    model = build(small("mamba"))
+    with pytest.raises(ValueError, match="logits='first' is not one of: all, last"):
+        model(IDS, logits="first")
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 3\), ids \(2, 4\)"):
+        model(torch.zeros(2, 4, dtype=torch.int64), targets=torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_a_state_of_another_model_is_refused() -> None:

@@ -1,11 +1,15 @@
 """The Mamba mixer as a module of its own, its precision and its initial values."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ssmoe
 from ssmoe.model.mixers.mamba import Mamba
+from ssmoe.ops import missing
 
 
 def test_is_public_and_has_the_published_shapes() -> None:
@@ -49,3 +53,31 @@ def test_initial_values_are_the_papers() -> None:
     assert 0.001 * 0.999 <= float(steps.min()) < 0.005
     assert 0.05 < float(steps.max()) <= 0.1 * 1.001
     assert float(block.delta_proj.weight.detach().abs().max()) <= block.dt_rank**-0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 0}, "d_model=0: give at least 1"),
+        ({"d_model": 8, "d_state": -1}, "d_state: .*greater than 0"),
+        ({"d_model": 8, "dt_rank": "half"}, "dt_rank"),
+        ({"d_model": 8, "dt_min": 0.2}, "dt_min=0.2 is above dt_max=0.1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mamba(**options)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 7), (1, 2, 5, 8)])
+def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected \(batch, length, 8\)"):
+        Mamba(8)(torch.zeros(shape))
+
+
+@pytest.mark.skipif(missing("cpu") is not None, reason="the CPU kernels were not built")
+def test_a_layer_moved_to_a_gpu_says_how_to_get_its_kernels() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 8, device="cuda")
+        with pytest.raises(ValueError, match=r"x is on cuda .* ops=ssmoe.ops.load\('auto', 'cuda'\)"):
+            Mamba(8)(x)

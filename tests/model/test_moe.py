@@ -1,6 +1,7 @@
 """The mixture of experts as a module of its own."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,26 @@ def test_batch_dependence_is_declared() -> None:
 def test_too_many_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="top_k=3 is more than num_experts=2"):
         MoE(4, num_experts=2, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 0, "num_experts": 2}, "d_model=0: give at least 1"),
+        ({"d_model": 4, "num_experts": 0}, "num_experts: .*greater than 0"),
+        ({"d_model": 4, "num_experts": 2, "score": "hard"}, "score: .*'softmax' or 'sigmoid'"),
+        ({"d_model": 4, "num_experts": 2, "d_expert": 6, "granularity": 4}, "granularity"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoE(**options)
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    for shape in ((2, 5, 3), (5, 4)):
+        with pytest.raises(ValueError, match=r"expected \(batch, length, 4\)"):
+            MoE(4, num_experts=2)(torch.zeros(shape))
 
 
 def test_granularity_one_is_the_plain_layer_bit_for_bit() -> None:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from ssmoe.ops.reference.muon_step import muon_flops, muon_step, orthogonalise
+from ssmoe.ops.reference.muon_step import muon_step, orthogonalise
 from ssmoe.training.muon import JORDAN, POLAR
 
 BOTH = pytest.mark.parametrize("iteration", [JORDAN, POLAR], ids=["jordan", "polar"])
@@ -59,14 +58,6 @@ def test_the_range_that_is_claimed(iteration, smallest, lowest, highest):
 @BOTH
 def test_zeros_stay_zeros(iteration):
     assert torch.equal(orthogonalise(torch.zeros(2, 3, 4), iteration), torch.zeros(2, 3, 4))
-
-
-@BOTH
-def test_flops_are_those_that_torch_counts(iteration):
-    for shape in ((3, 16, 40), (3, 40, 16)):
-        with FlopCounterMode(display=False) as counter:
-            orthogonalise(torch.randn(shape), iteration)
-        assert counter.get_total_flops() == muon_flops(*shape, iteration)
 
 
 @BOTH

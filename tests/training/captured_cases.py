@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from benchmarks.later import LATER
 
 import ssmoe
 from ssmoe.config.load import RunConfig
@@ -12,22 +13,6 @@ from ssmoe.training.arrival import Arrival
 from ssmoe.training.captured import CapturedStep
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.step import StepResult, train_step
-
-LATER = [
-    f"model.pattern.moe.{change}"
-    for change in (
-        "num_experts=42",
-        "d_expert=1024",
-        "granularity=8",
-        "capacity_factor=null",
-        "num_shared_experts=1",
-        "activation=swiglu",
-        "score=sigmoid",
-        "normalise_weights=true",
-        "balance=bias",
-    )
-]
-"""336 SwiGLU experts, top-8, one shared, loss-free balancing."""
 
 # preset, changes, documents kept apart
 CASES: dict[str, tuple[str, list[str], bool]] = {

@@ -116,6 +116,9 @@ def test_damaged_files_are_named(folder):
     (folder / CONFIG).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"config\.json is not the configuration of a run \(train\.steps"):
         read_run(folder)
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match=r"is not the configuration of a run \(Invalid JSON"):
+        read_run(folder)
 
 
 def test_devices():

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from ssmoe.data.prepare import prepare
+from ssmoe.ops import extension
 from ssmoe.training import loop as module
 from ssmoe.training.checkpoint import list_checkpoints, load
+from ssmoe.training.console import Silent
 from ssmoe.training.loop import Diverged, train
 from ssmoe.training.metrics import TIMES, read_metrics
 from ssmoe.training.schedule import learning_rate
@@ -48,6 +50,25 @@ def test_lines_checkpoints_and_falling_loss(tiny_run, tmp_path):
     rates = [r["learning_rate"] for r in records if r["mode"] == "train"]
     assert rates == [learning_rate(run.train, step) for step in range(30)]
     assert all(r["loss"] == r["lm_loss"] + r["balance"] + r["z"] for r in records if r["mode"] == "train")
+
+
+class Heard(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
+
+
+def test_a_slow_backend_is_told_unless_it_was_asked_for(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "missing", lambda: "the CPU kernels were not built (why)")
+    for name, expected in (
+        ("auto", ["slow, on the reference backend: the CPU kernels were not built (why)"]),
+        ("reference", []),
+    ):
+        heard, run = Heard(), tiny_run(f"train.backend={name}")
+        train(run, tmp_path / name, prepare(run.data), evaluate=evaluate, reporter=heard)
+        assert [line for line in heard.lines if "slow" in line] == expected
 
 
 def test_a_run_is_repeatable_and_depends_on_its_seeds(tiny_run, tmp_path):

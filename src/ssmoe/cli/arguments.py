@@ -54,6 +54,9 @@ def read_run_config(name: str, overrides: list[str]) -> tuple[RunConfig, Path | 
     folder = Path(name)
     if name not in preset_names() and (folder / "config.json").is_file():
         return load_run(str(folder / "config.json"), overrides), folder
+    if name not in preset_names() and folder.suffix not in {".toml", ".json"} and "/" in name:
+        what = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{name} is not a run folder: {what}; `ssmoe presets` lists presets")
     return load_run(name, overrides), None
 
 

@@ -62,6 +62,10 @@ class _Parser(argparse.ArgumentParser):
     """Wrong usage is one line here; argparse would print the whole synopsis before it."""
 
     def error(self, message: str) -> NoReturn:
+        # parse_intermixed_args counts what may be left away among the missing
+        optional = [action.metavar for action in self._actions if action.nargs == "*"]
+        for name in optional:
+            message = message.removesuffix(f", {name}")
         print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 

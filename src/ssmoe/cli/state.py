@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", help="save, retrieve: read examples of this task, a .json of input and output"
     )
+    parser.add_argument(
+        "--mixable", action="store_true", help="save: as mix and retrieve need it, as with --task"
+    )
     parser.add_argument("--shots", type=int, default=32, help="examples of --task (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="which examples of --task (default: 0)")
     parser.add_argument("--method", default="mean", help="mix: mean, sum, norm-kept, decay or any-order")
@@ -64,10 +67,11 @@ def _save(arguments: argparse.Namespace) -> int:
     from ssmoe.generation.engine import read
     from ssmoe.soup.library import save_memory
 
-    if arguments.task is not None:
+    if arguments.task is not None or arguments.mixable:
         memory = _capture(model, tokenizer, text)
         save_memory(memory, out, model=model, tokenizer=tokenizer)
-        print(f"{out}: {arguments.shots} examples of {arguments.task} in {memory.tokens} tokens")
+        what = "the text" if arguments.task is None else f"{arguments.shots} examples of {arguments.task}"
+        print(f"{out}: {what} in {memory.tokens} tokens, to be mixed or found")
         return 0
     found = read(model, [[tokenizer.end_id, *tokenizer.encode(text)]])
     continuation.save(found, out, model=model, tokenizer=tokenizer)

@@ -199,11 +199,6 @@ class MambaExpertsConfig(RoutingConfig):
     routing: Literal["separate", "shared"] = "separate"
     mamba: MambaConfig = MambaConfig()
 
-    @property
-    def num_routers(self) -> int:
-        """One, or one for each projection."""
-        return 1 if self.routing == "shared" else len(self.projections)
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         split_experts(self.num_experts, self.d_expert, self.top_k, 1)

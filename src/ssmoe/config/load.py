@@ -125,7 +125,7 @@ def _run_config(values: dict[str, Any], overrides: Sequence[str], source: str) -
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{source}: {_describe(error)}") from error
+        raise ValueError(f"{source}: {describe(error)}") from error
 
 
 def _parse(text: str) -> Any:
@@ -215,7 +215,7 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError) -> str:
     """The first problem of a pydantic error in one line; a misspelt key comes before a missing one."""
     first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])

@@ -47,6 +47,10 @@ def build(
     backend: "auto" or a name of `ssmoe.ops.BACKENDS`, fixed here for the model's life. device: None is the
     CPU; "meta" builds shapes without memory. dtype: the compute dtype, None for the parameters' float32.
     """
+    if not hasattr(config, "layers"):
+        raise TypeError(
+            f"build takes a ModelConfig, not {type(config).__name__}: ssmoe.preset(NAME).model is one"
+        )
     device = torch.device("cpu" if device is None else device)
     ops = load(backend, "cpu" if device.type == "meta" else device.type)
     with torch.device("meta"):

@@ -10,9 +10,11 @@ width, h heads, c capacity.
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from ssmoe.ops import Segments
+from ssmoe.config.load import describe
+from ssmoe.ops import Ops, Segments
 
 LayerState = tuple[Any, ...]
 """A NamedTuple of tensors with the batch first, or () for a layer without state."""
@@ -66,3 +68,24 @@ class Layer(Protocol):
         capacity: tokens of room where a layer stores tokens.
         """
         ...
+
+
+def check_input(x: Tensor, d_model: int, ops: Ops) -> None:
+    """Raise ValueError for an x that a layer of width `d_model` with the kernels `ops` does not take."""
+    if x.ndim != 3 or x.shape[2] != d_model:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length, {d_model})")
+    if ops.name == "cpu" and x.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"x is on {x.device.type} and the layer has the kernels of a CPU: build the model with device="
+            f"{x.device.type!r}, or give a plain layer ops=ssmoe.ops.load('auto', {x.device.type!r})"
+        )
+
+
+def check_options(kind: type[BaseModel], d_model: int, **options: object) -> None:
+    """Raise ValueError for options of a plain layer that its kind of configuration refuses."""
+    if d_model < 1:
+        raise ValueError(f"d_model={d_model}: give at least 1")
+    try:
+        kind.model_validate(options)
+    except ValidationError as error:
+        raise ValueError(describe(error)) from error

@@ -71,7 +71,8 @@ class LM(nn.Module):
         not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
         in_place (one position, inference): the new state is written over `state`, so that a CUDA graph can
         run again and again; attention then has the room that `init_state` was asked for, and no more.
-        Raises ValueError for ids outside the vocabulary (checked on the CPU; a GPU stops with an assertion).
+        Raises ValueError for ids that are no integers or outside the vocabulary (checked on the CPU; a GPU
+        stops with an assertion), and for targets of another shape.
         """
         if segments is not None:
             if segments.ids.shape != ids.shape or segments.starts.shape != ids.shape:
@@ -79,6 +80,12 @@ class LM(nn.Module):
                     f"segments of {tuple(segments.ids.shape)} for ids of {tuple(ids.shape)}: slice both alike"
                 )
             ids = ids.masked_fill(~segments.real, 0)
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits={logits!r} is not one of: all, last")
+        if targets is not None and targets.shape != ids.shape:
+            raise ValueError(
+                f"targets has shape {tuple(targets.shape)}, ids {tuple(ids.shape)}: give one each"
+            )
         self._check(ids, state)
         if in_place and (
             state is None or ids.shape[1] != 1 or segments is not None or torch.is_grad_enabled()
@@ -127,6 +134,8 @@ class LM(nn.Module):
     def _check(self, ids: Tensor, state: State | None) -> None:
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids has shape {tuple(ids.shape)}, expected (batch, length) with length >= 1")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids are {ids.dtype}: token numbers are int64 or int32")
         if state is not None and len(state) != len(self.layers):
             raise ValueError(
                 f"the state has {len(state)} layers and the model {len(self.layers)}: another model's?"

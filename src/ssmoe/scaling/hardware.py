@@ -33,4 +33,4 @@ def gpu(name: str) -> Gpu:
             return value
     near = get_close_matches(name.upper(), GPUS, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown GPU {name!r}{hint} Known: {', '.join(GPUS)}; for another give --flops")
+    raise ValueError(f"unknown GPU {name!r}{hint or '.'} Known: {', '.join(GPUS)}; for another give --flops")

@@ -30,7 +30,10 @@ def load_memory(path: str | Path, *, model: LM, tokenizer: Tokenizer, model_id: 
     device = model.embedding.weight.device
     steps = {name: tensor.to(device, copy=True) for name, tensor in found.extra.items()}
     if not steps:
-        raise ValueError(f"{path} is a state without steps, which cannot be mixed: save it for a library")
+        raise ValueError(
+            f"{path} is a state without steps, which cannot be mixed: save it with `ssmoe state save` and "
+            "--mixable or --task"
+        )
     return Memory(
         found.state,
         tuple(steps.get(f"steps.{i}") for i in range(len(found.state))),

@@ -148,8 +148,9 @@ def read_run(folder: Path) -> RunConfig:
         return RunConfig.model_validate_json(path.read_text())
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{path} is not the configuration of a run ({where}: {problem['msg']})") from error
+        where = "".join(f"{part}." for part in problem["loc"]).rstrip(".")
+        what = f"{where}: {problem['msg']}" if where else problem["msg"]
+        raise ValueError(f"{path} is not the configuration of a run ({what})") from error
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def _check_same(run: RunConfig, folder: Path) -> None:
     if changed:
         raise ValueError(
             f"{folder} was started with another {changed[0]}: resume it with "
-            f"`ssmoe train {folder} --resume`, or train anew with --overwrite or another --out"
+            f"`ssmoe train {folder} --resume`, or train anew with --overwrite or another --out, from its "
+            f"weights with train.init_from={folder}"
         )
 
 

@@ -19,6 +19,7 @@ from ssmoe.data.tokenizer import Tokenizer
 from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
+from ssmoe.ops import missing
 from ssmoe.training.average import Average
 from ssmoe.training.captured import CapturedStep, why_not
 from ssmoe.training.checkpoint import (
@@ -108,6 +109,8 @@ def train(
             reporter.message(f"resuming {folder} after step {progress.step}")
         else:
             create_folder(folder, config, model.backend, data=_describe_data(data))
+        if not resume and config.train.backend == "auto" and model.backend == "reference":
+            reporter.message(f"slow, on the reference backend: {missing('cpu')}")
         for line in groups.describe(config.train):
             reporter.message(line)
         with (

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ssmoe.config.model import Activation, Balance, BiasUpdate, Score, split_experts
+from ssmoe.config.model import Activation, Balance, BiasUpdate, MoEConfig, Score, split_experts
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.router import Router
 from ssmoe.model.init import init_weights
-from ssmoe.model.layer import LayerOut
+from ssmoe.model.layer import LayerOut, check_input, check_options
 from ssmoe.model.norm import LayerNorm
 from ssmoe.ops import Ops, Segments, load
 
@@ -75,6 +75,13 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         d_expert = 4 * d_model if d_expert is None else d_expert
+        check_options(
+            MoEConfig, d_model, num_experts=num_experts, d_expert=d_expert, top_k=top_k,
+            granularity=granularity, num_shared_experts=num_shared_experts, activation=activation,
+            capacity_factor=capacity_factor, score=score, normalise_weights=normalise_weights,
+            weight_scale=weight_scale, balance=balance, balance_coefficient=balance_coefficient,
+            bias_update=bias_update, bias_rate=bias_rate, z_coefficient=z_coefficient, jitter=jitter,
+        )  # fmt: skip
         bank, width, num_choices = split_experts(num_experts, d_expert, top_k, granularity)
         self.batch_dependent = capacity_factor is not None
         self.router = Router(
@@ -108,6 +115,7 @@ class MoE(nn.Module):
     ) -> LayerOut:
         """Each real token through its experts; a dropped one gives zero, before norm and sharing."""
         del state
+        check_input(x, self.router.weight.shape[1], self.experts.ops)
         routing = self.router(x, segments)
         x = x if routing.x is None else routing.x
         y = self.experts(x.reshape(-1, x.shape[-1]), routing.expert, routing.weight).view_as(x)

@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmoe.config.layers import MambaConfig
 from ssmoe.model.init import init_weights
-from ssmoe.model.layer import LayerOut
+from ssmoe.model.layer import LayerOut, check_input, check_options
 from ssmoe.model.mixers.scan import SSMParameters, scan
 from ssmoe.model.norm import LayerNorm, Linear, RMSNorm, use_products
 from ssmoe.ops import Ops, Segments, load
@@ -58,6 +59,10 @@ class Mamba(nn.Module):
         ops: Ops | None = None,
     ) -> None:
         super().__init__()
+        check_options(
+            MambaConfig, d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank,
+            dt_min=dt_min, dt_max=dt_max,
+        )  # fmt: skip
         self.ops = ops or load("auto")
         self.d_inner = d_inner = max(1, round(expand * d_model))
         self.d_state, self.d_conv = d_state, d_conv
@@ -75,6 +80,7 @@ class Mamba(nn.Module):
         self, x: Tensor, state: MambaState | None = None, segments: Segments | None = None
     ) -> LayerOut:
         """Mix along l; `state` None is `init_state`."""
+        check_input(x, self.in_proj.weight.shape[1], self.ops)
         conv, ssm = (None, None) if state is None else state
         x, z = self.ops.split_linear(x, self.in_proj.weight, (self.d_inner, self.d_inner))  # (b, l, d_inner)
         x, conv = self.ops.causal_conv1d(

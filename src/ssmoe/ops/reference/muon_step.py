@@ -80,9 +80,3 @@ def orthogonalise(x: Tensor, iteration: Iteration) -> Tensor:
 
 def _gram(x: Tensor, tall: bool) -> Tensor:
     return x.mT @ x if tall else x @ x.mT
-
-
-def muon_flops(n: int, rows: int, columns: int, iteration: Iteration) -> int:
-    """Of `orthogonalise`, a multiply-add of its products as two."""
-    small, large = min(rows, columns), max(rows, columns)
-    return len(iteration.coefficients) * n * 2 * (2 * small**2 * large + small**3)
