@@ -138,6 +138,8 @@ static void passed(Word* at, unsigned round) {
 }
 static void send(Word* to, Word word) { aligned(to, 8), *to = word; }
 static Word look(const Word* at) { return aligned(at, 8), *at; }
+struct W2;
+static W2 look2(const Word* at);
 static unsigned pack(float low, float high) {
     unsigned words[2];
     memcpy(&words[0], &low, 4);
@@ -158,6 +160,8 @@ static unsigned __float_as_uint(float v) {
 }
 
 #include SOURCE
+
+static W2 look2(const Word* at) { return aligned(at, 16), *(const W2*)at; }
 
 static void enter_fiber() {
     steps(*(const Arguments*)parameters);

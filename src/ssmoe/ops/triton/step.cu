@@ -29,7 +29,13 @@ struct alignas(16) U4 {
 struct alignas(8) F2 {
     float v[2];
 };
+struct alignas(16) W2 {
+    u64 v[2];
+};
 
+#ifndef FREE
+#define FREE 0
+#endif
 #define UNROLL _Pragma("unroll")
 constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams
 
@@ -88,6 +94,12 @@ __device__ __forceinline__ u64 look(const u64* at) {
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
     return word;
 }
+// two words, each as it is at some time
+__device__ __forceinline__ W2 look2(const u64* at) {
+    W2 w;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(w.v[0]), "=l"(w.v[1]) : "l"(at) : "memory");
+    return w;
+}
 // two numbers in bfloat16, to the nearest
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 r;
@@ -129,10 +141,12 @@ constexpr int END = AT_NORMS + 8 * ROWS * WARPS;
 static_assert(END == SHARED_BYTES, "step_cuda.py counts the same");
 
 // What blocks exchange, words of 64 bits
-constexpr int AT_X = 2;                      // [ROWS][D]
-constexpr int AT_Y = AT_X + ROWS * D;        // [ROWS][C / 2]
-constexpr int AT_TOTALS = AT_Y + ROWS * C / 2;   // [ROWS][P]
-constexpr int AT_PARTS = AT_TOTALS + ROWS * P;   // [ROWS][P][G]
+constexpr int AT_X = 2;                               // [COPIES][ROWS][D]
+constexpr int AT_Y = AT_X + COPIES * ROWS * D;        // [COPIES][ROWS][C / 2]
+constexpr int AT_TOTALS = AT_Y + COPIES * ROWS * C / 2;   // [COPIES][ROWS][P]
+constexpr int AT_PARTS = AT_TOTALS + COPIES * ROWS * P;   // [ROWS][P / 4][G][4]
+constexpr int JOBS = ROWS * P / 4;
+static_assert(P % 4 == 0 && (COPIES == 1 || COPIES == 2 || COPIES == 4 || COPIES == 8), "copies");
 
 struct Layer {
     const float* norm;
@@ -171,7 +185,7 @@ __device__ __forceinline__ u32 flag_of(u64 word) { return (u32)(word >> 32); }
 
 // `seen`, or what is there once its flag is
 __device__ __forceinline__ u32 read(const u64* at, u64 seen, u32 flag) {
-    while (flag_of(seen) != flag) {
+    while (!FREE && flag_of(seen) != flag) {
         NAP();
         seen = look(at);
     }
@@ -199,10 +213,15 @@ struct Ring {
 };
 
 // One warp's part: the block's weights in the order in which they are multiplied.
-__device__ __forceinline__ void bring(Ring& ring, int lane, int rows, u32 bytes, int stride, const char* first,
+// At most WINDOW stages are under way: what else the block reads would wait behind them.
+__device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int lane, int rows, u32 bytes, int stride, const char* first,
                                       i64 step, int jump, i64 far) {
     // row i comes from first + i step, from row `jump` on from `far` bytes further
     if (ring.round > 0) passed(&ring.empty[ring.slot], ring.round - 1);
+    if (sent++ >= WINDOW) {
+        passed(&behind.full[behind.slot], behind.round);
+        behind.next();
+    }
     if (lane == 0) expect(&ring.full[ring.slot], rows * bytes);
     WARP_BARRIER();
     char* to = ring.memory + ring.slot * SLOT;
@@ -211,20 +230,22 @@ __device__ __forceinline__ void bring(Ring& ring, int lane, int rows, u32 bytes,
     ring.next();
 }
 __device__ __forceinline__ void stream(const Arguments& a, Ring ring, int lane) {
+    Ring behind = ring;
+    int sent = 0;
     for (int l = 0; l < (int)a.layers; l++) {
         const Layer& layer = a.layer[l];
         const char* in = (const char*)(layer.in_proj + (i64)blockIdx.x * CC * D);
         for (int t = 0; t < TI; t++) {
             int begin = t * RI;
             for (int q = 0; q < QI; q++)
-                bring(ring, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D, CC - begin,
+                bring(ring, behind, sent, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D, CC - begin,
                       2 * (i64)(C - CC) * D);
         }
-        bring(ring, lane, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)blockIdx.x * CC * R), 0, 1, 0);
+        bring(ring, behind, sent, lane, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)blockIdx.x * CC * R), 0, 1, 0);
         const char* out = (const char*)(layer.out_proj + (i64)blockIdx.x * DO * C);
         for (int t = 0; t < TO; t++)
             for (int q = 0; q < QO; q++)
-                bring(ring, lane, RO, 2 * KO, ROW_O, out + 2 * ((i64)t * RO * C + q * KO), 2 * C, RO, 0);
+                bring(ring, behind, sent, lane, RO, 2 * KO, ROW_O, out + 2 * ((i64)t * RO * C + q * KO), 2 * C, RO, 0);
     }
 }
 
@@ -289,6 +310,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     float* norms = (float*)(memory + AT_NORMS);
     u64* words = a.words;
     const u32 epoch = (u32)look(words);
+    // the copy of what all blocks read that this one reads: fewer blocks meet at one place
+    const int copy = block % COPIES;
+    const u64 *own_x = words + AT_X + copy * ROWS * D, *own_y = words + AT_Y + copy * ROWS * (C / 2),
+              *own_totals = words + AT_TOTALS + copy * ROWS * P;
     const float eps = (float)a.eps;
 #ifdef STAMPED
     i64* stamps = (i64*)(words + AT_PARTS + ROWS * P * G);
@@ -356,11 +381,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
         } else {
             u64 seen[ROWS][XV];
             UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++)
-                if (tid + i * THREADS < D) seen[r][i] = look(words + AT_X + r * D + tid + i * THREADS);
+                if (tid + i * THREADS < D) seen[r][i] = look(own_x + r * D + tid + i * THREADS);
             UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
                 x[r][i] = 0.0f;
                 if (tid + i * THREADS < D)
-                    x[r][i] = __uint_as_float(read(words + AT_X + r * D + tid + i * THREADS, seen[r][i], flag - 1));
+                    x[r][i] = __uint_as_float(read(own_x + r * D + tid + i * THREADS, seen[r][i], flag - 1));
             }
         }
         STAMP(1)
@@ -434,28 +459,32 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             UNROLL for (int r = 0; r < ROWS; r++) {
                 UNROLL for (int mask = XS / 2; mask; mask /= 2) s[r] += SWAP(s[r], mask);
                 if (narrows && tid % XS == 0)
-                    send(words + AT_PARTS + (i64)(r * P + tid / XS) * G + block, word(__float_as_uint(s[r]), flag));
+                    send(words + AT_PARTS + ((r * P + tid / XS) / 4 * G + block) * 4 + tid / XS % 4,
+                         word(__float_as_uint(s[r]), flag));
             }
         }
         STAMP(4)
-        // the sum over blocks of this block's share of x_proj's outputs
-        for (int o = block + G * warp; o < P * ROWS; o += G * WARPS) {
+        // the sums over blocks of this block's share of x_proj's outputs, four at a time
+        for (int job = block + G * warp; job < JOBS; job += G * WARPS) {
             constexpr int V = (G + 31) / 32;
-            const u64* at = words + AT_PARTS + (i64)o * G;
-            u64 seen[V];
-            UNROLL for (int i = 0; i < V; i++)
-                if (lane + 32 * i < G) seen[i] = look(at + lane + 32 * i);
-            float s = 0.0f;
-            UNROLL for (int i = 0; i < V; i++)
-                if (lane + 32 * i < G) s += __uint_as_float(read(at + lane + 32 * i, seen[i], flag));
-            s = sum_of_warp(s);
-            if (lane == 0) send(words + AT_TOTALS + o, word(__float_as_uint(s), flag));
+            const u64* at = words + AT_PARTS + job * G * 4;
+            W2 seen[V][2];
+            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 2; j++)
+                if (lane + 32 * i < G) seen[i][j] = look2(at + (lane + 32 * i) * 4 + 2 * j);
+            float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 4; j++)
+                if (lane + 32 * i < G)
+                    s[j] += __uint_as_float(read(at + (lane + 32 * i) * 4 + j, seen[i][j / 2].v[j % 2], flag));
+            UNROLL for (int j = 0; j < 4; j++) s[j] = sum_of_warp(s[j]);
+            float all = lane % 4 < 2 ? (lane % 4 ? s[1] : s[0]) : (lane % 4 == 2 ? s[2] : s[3]);
+            if (lane < 4 * COPIES)
+                send(words + AT_TOTALS + lane / 4 * ROWS * P + job * 4 + lane % 4, word(__float_as_uint(all), flag));
         }
         STAMP(5)
         UNROLL for (int i = 0; i < (P * ROWS + THREADS - 1) / THREADS; i++) {
             int o = tid + i * THREADS;
             if (o < P * ROWS)
-                low[o] = __uint_as_float(read(words + AT_TOTALS + o, look(words + AT_TOTALS + o), flag));
+                low[o] = __uint_as_float(read(own_totals + o, look(own_totals + o), flag));
         }
         BARRIER();
         STAMP(6)
@@ -493,8 +522,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                 UNROLL for (int mask = 4; mask; mask /= 2) y[r] += SWAP(y[r], mask);
                 if (scans) y[r] = (y[r] + skip * inner[r * CC + s_at]) * silu(gate[r * CC + s_at]);
                 float other = SWAP(y[r], 8);
-                if (scans && lane % 16 == 0)
-                    send(words + AT_Y + r * (C / 2) + (block * CC + s_at) / 2, word(pack(y[r], other), flag));
+                if (scans && lane % 16 < COPIES)
+                    send(words + AT_Y + (s_lane * ROWS + r) * (C / 2) + (block * CC + s_at) / 2,
+                         word(pack(y[r], other), flag));
             }
             if (scans) {
                 UNROLL for (int r = 0; r < ROWS; r++)
@@ -503,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
         }
         STAMP(7)
         UNROLL for (int r = 0; r < ROWS; r++) {
-            const u64* at = words + AT_Y + r * (C / 2);
+            const u64* at = own_y + r * (C / 2);
             u64 seen[YV];
             UNROLL for (int i = 0; i < YV; i++)
                 if (tid + i * THREADS < C / 2) seen[i] = look(at + tid + i * THREADS);
@@ -523,7 +553,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             if (XBF) mine = rounded(mine);
             int k = block * DO + o_at;
             if (l + 1 < layers) {
-                send(words + AT_X + o_row * D + k, word(__float_as_uint(mine), flag));
+                UNROLL for (int i = 0; i < COPIES; i++)
+                    send(words + AT_X + (i * ROWS + o_row) * D + k, word(__float_as_uint(mine), flag));
             } else if (XBF) {
                 ((bf16*)a.out)[(i64)o_row * D + k].bits = (unsigned short)pack(mine, 0.0f);
             } else {

@@ -39,6 +39,8 @@ class Cut(NamedTuple):
     out_rows: int
     out_columns: int
     shares: int
+    window: int = 2
+    copies: int = 8
     naps: int = 0
     most_stages: int = 64
 
@@ -47,7 +49,19 @@ def takes(x: Tensor, layers: Sequence[Layer], convs: Sequence[Tensor], ssms: Seq
     """Whether the kernel takes such tensors, of layers of one shape; what sizes it takes is up to `cut`."""
     if not (x.is_cuda and convs[0].dtype == torch.bfloat16 and _present(x.device.index)):
         return False
-    for norm, norm_bias, in_proj, conv, shift, x_proj, delta_proj, A_log, skip, delta_bias, out_proj in layers:
+    for (
+        norm,
+        norm_bias,
+        in_proj,
+        conv,
+        shift,
+        x_proj,
+        delta_proj,
+        A_log,
+        skip,
+        delta_bias,
+        out_proj,
+    ) in layers:
         if not all(_fits(w, torch.bfloat16) for w in (in_proj, x_proj, delta_proj, out_proj)):
             return False
         if not all(_fits(w, torch.float32) for w in (norm, conv, shift, A_log, skip, delta_bias)):
@@ -75,7 +89,18 @@ def sizes_of(layer: Layer) -> Sizes:
     assert conv is not None
     assert delta_proj is not None
     assert A_log is not None
-    return Sizes(in_proj.shape[1], *delta_proj.shape, A_log.shape[1], conv.shape[1] - 1)
+    c, r = delta_proj.shape
+    return Sizes(in_proj.shape[1], c, r, A_log.shape[1], conv.shape[1] - 1)
+
+
+def cut_for(x: Tensor, layer: Layer) -> Cut | None:
+    """The cut of such layers for x's GPU."""
+    return cut(sizes_of(layer), _processors(x.device))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # pyright: ignore
 
 
 @cache
@@ -100,7 +125,9 @@ def layout(sizes: Sizes, found: Cut, rows: int, most_shared: int) -> tuple[int, 
     d, c, r, n, _ = sizes
     own, outs = c // found.blocks, d // found.blocks
     slot = max(
-        found.in_rows * (2 * found.in_columns + 16), found.out_rows * (2 * found.out_columns + 16), 2 * own * r
+        found.in_rows * (2 * found.in_columns + 16),
+        found.out_rows * (2 * found.out_columns + 16),
+        2 * own * r,
     )
     rest = rows * (2 * max(c, d) + 16) + -(-4 * max(2 * own, outs) * rows * (WARPS + 1) // 16) * 16
     rest += 8 * rows * own + 4 * rows * (r + 2 * n) + 8 * rows * WARPS
@@ -116,7 +143,7 @@ def macros(
     values = {
         "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "ROWS": rows, "G": found.blocks, "XBF": int(bfloat16),
         "LAYERNORM": int(layernorm), "MAXL": layers, "RI": found.in_rows, "KI": found.in_columns,
-        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "XS": found.shares, "NAPS": found.naps,
+        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "XS": found.shares, "WINDOW": min(found.window, stages), "COPIES": found.copies, "NAPS": found.naps,
         "SHARED_BYTES": shared,
     }  # fmt: skip
     return tuple((key, str(value)) for key, value in values.items())
@@ -157,7 +184,7 @@ def steps(
     """
     (b, d), sizes = x.shape, sizes_of(layers[0])
     p = sizes.r + 2 * sizes.n
-    words = exchange(x, 2 + MOST_ROWS * (d + sizes.c // 2 + p * (1 + found.blocks)) + 64)
+    words = exchange(x, 2 + MOST_ROWS * (found.copies * (d + sizes.c // 2 + p) + p * found.blocks) + 64)
     most_shared = nvrtc.most_shared(x.device.index) if x.is_cuda else 232448
     with on_device(x):
         for first in range(0, len(layers), MOST_LAYERS):
