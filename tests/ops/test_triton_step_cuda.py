@@ -128,7 +128,7 @@ def test_the_presets_fit_an_h200(d: int, rows: int) -> None:
     found = step_cuda.cut(sizes, 132)
     assert found is not None
     assert found.blocks == 128
-    stages, shared = step_cuda.layout(sizes, found, rows, MEMORY)
+    stages, shared = step_cuda.layout(sizes, found, rows, True, MEMORY)
     assert stages >= 4
     assert shared <= MEMORY
 

@@ -37,7 +37,8 @@ struct alignas(16) W2 {
 #define FREE 0
 #endif
 #define UNROLL _Pragma("unroll")
-constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams
+#define ROLLED _Pragma("unroll 1")
+constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams, and one adds up and gathers
 
 #ifndef EMULATED
 #define SHARED_MEMORY(name) extern __shared__ float4 name##_[]; char* name = reinterpret_cast<char*>(name##_)
@@ -68,8 +69,29 @@ __device__ __forceinline__ void passed(u64* barrier, u32 parity) {
                  ::"r"(shared_address(barrier)), "r"(parity & 1) : "memory");
 }
 __device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
+#if HINT
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
+    return;
+#endif
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// copies by a thread, which arrive before `await_groups<LATER>` ends but for those of its last LATER groups
+template <int BYTES>
+__device__ __forceinline__ void copy_later(void* to, const void* from) {
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES)
+                     : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+__device__ __forceinline__ void await_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 __device__ __forceinline__ void matrices4(u32* to, const void* at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -115,7 +137,7 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 #endif
 
 constexpr int P = R + 2 * N, CC = C / G, DO = D / G;
-constexpr int TI = 2 * CC / RI, QI = D / KI, TO = DO / RO, QO = C / KO;
+constexpr int TI = CC / RI, QI = D / KI, TO = DO / RO, QO = C / KO;
 constexpr int ROW_I = 2 * KI + 16, ROW_O = 2 * KO + 16;  // bytes from row to row of a tile: eight rows meet no bank twice
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int SLOT = larger(larger(RI * ROW_I, RO * ROW_O), 2 * CC * R);
@@ -123,21 +145,31 @@ constexpr int STRIDE = 2 * larger(C, D) + 16;            // bytes from row to ro
 constexpr int SUMS = WARPS + 1;
 constexpr int OUTPUTS = larger(2 * CC, DO);
 
-static_assert(C % G == 0 && D % G == 0 && CC % 4 == 0 && 2 * CC % RI == 0 && DO % RO == 0, "whole tiles");
+static_assert(C % G == 0 && D % G == 0 && CC % 4 == 0 && CC % RI == 0 && DO % RO == 0, "whole tiles");
 static_assert(D % KI == 0 && C % KO == 0 && KI % (16 * WARPS) == 0 && KO % (16 * WARPS) == 0, "whole chunks");
 static_assert(SLOT % 16 == 0 && R % 8 == 0 && 2 * CC * R % 16 == 0, "whole copies");
 static_assert(N == 16 && 8 * CC <= THREADS && P * XS <= THREADS && CC % (4 * XS) == 0, "threads");
-static_assert(ROWS <= 8 && 2 * CC * ROWS <= THREADS && DO * ROWS <= THREADS && P * ROWS <= 2 * THREADS, "rows");
+static_assert(ROWS <= 8 && CC * ROWS <= THREADS && DO * ROWS <= THREADS, "rows");
 
 // Shared memory, bytes
 constexpr int AT_BARRIERS = STAGES * SLOT;                 // u64 [2][STAGES]: a slot is full; it is empty
 constexpr int AT_FACTOR = (AT_BARRIERS + 16 * STAGES + 15) / 16 * 16;  // bf16 [ROWS][STRIDE / 2]
 constexpr int AT_SUMS = AT_FACTOR + ROWS * STRIDE;         // float [OUTPUTS][ROWS][SUMS], by warp
 constexpr int AT_INNER = AT_SUMS + (4 * OUTPUTS * ROWS * SUMS + 15) / 16 * 16;  // float [ROWS][CC]
-constexpr int AT_GATE = AT_INNER + 4 * ROWS * CC;          // float [ROWS][CC]
-constexpr int AT_LOW = AT_GATE + 4 * ROWS * CC;            // float [ROWS][P]
+constexpr int AT_LOW = AT_INNER + 4 * ROWS * CC;            // float [ROWS][P]
 constexpr int AT_NORMS = AT_LOW + 4 * ROWS * P;            // float [2][ROWS][WARPS]
-constexpr int END = AT_NORMS + 8 * ROWS * WARPS;
+// what a layer reads but once, asked for during the layer before
+constexpr int AT_WEIGHT = AT_NORMS + 8 * ROWS * WARPS;     // float [1 or 2][D], the norm's
+constexpr int AT_XPROJ = AT_WEIGHT + 4 * D * (1 + LAYERNORM);  // bf16 [P][CC]
+constexpr int AT_TAPS = (AT_XPROJ + 2 * P * CC + 15) / 16 * 16;  // float [CC][TAPS + 1]
+constexpr int AT_SHIFT = AT_TAPS + 4 * CC * (TAPS + 1);    // float [CC] each
+constexpr int AT_SKIP = AT_SHIFT + 4 * CC;
+constexpr int AT_BIAS = AT_SKIP + 4 * CC;
+constexpr int AT_A = AT_BIAS + 4 * CC;                     // float [CC][N]
+constexpr int AT_STATE = AT_A + 4 * CC * N;                // float [ROWS][CC][N]
+constexpr int AT_PAST = AT_STATE + 4 * ROWS * CC * N;      // bf16 [ROWS][CC][TAPS]
+constexpr int AT_NARROW = AT_PAST + (2 * ROWS * CC * TAPS + 15) / 16 * 16;     // u64 [2], barriers: x_proj's parts are sent; its sums are in low
+constexpr int END = AT_NARROW + 16;
 static_assert(END == SHARED_BYTES, "step_cuda.py counts the same");
 
 // What blocks exchange, words of 64 bits
@@ -235,7 +267,7 @@ __device__ __forceinline__ void stream(const Arguments& a, Ring ring, int lane) 
     for (int l = 0; l < (int)a.layers; l++) {
         const Layer& layer = a.layer[l];
         const char* in = (const char*)(layer.in_proj + (i64)blockIdx.x * CC * D);
-        for (int t = 0; t < TI; t++) {
+        for (int t = 0; t < 2 * TI; t++) {
             int begin = t * RI;
             for (int q = 0; q < QI; q++)
                 bring(ring, behind, sent, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D, CC - begin,
@@ -289,12 +321,49 @@ __device__ __forceinline__ float total(const float* sums) {
     return s;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid_constant__ Arguments a) {
+// One warp's part: it adds up x_proj's parts, four outputs of all blocks at a time, the work divided among the blocks,
+// and gathers all outputs.
+__device__ __forceinline__ void gather(u64* words, const u64* own_totals, float* low, u64* narrow_sent, u64* low_here,
+                                       u32 epoch, int layers, int block, int lane) {
+    for (int l = 0; l < layers; l++) {
+        const u32 flag = epoch + 1 + l;
+        // the others send theirs at about the same time
+        passed(narrow_sent, l);
+        for (int job = block; job < JOBS; job += G) {
+            constexpr int V = (G + 31) / 32;
+            const u64* at = words + AT_PARTS + job * G * 4;
+            W2 seen[V][2];
+            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 2; j++)
+                if (lane + 32 * i < G) seen[i][j] = look2(at + (lane + 32 * i) * 4 + 2 * j);
+            float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 4; j++)
+                if (lane + 32 * i < G)
+                    s[j] += __uint_as_float(read(at + (lane + 32 * i) * 4 + j, seen[i][j / 2].v[j % 2], flag));
+            UNROLL for (int j = 0; j < 4; j++) s[j] = sum_of_warp(s[j]);
+            float mine = lane % 4 < 2 ? (lane % 4 ? s[1] : s[0]) : (lane % 4 == 2 ? s[2] : s[3]);
+            if (lane < 4 * COPIES)
+                send(words + AT_TOTALS + lane / 4 * ROWS * P + job * 4 + lane % 4, word(__float_as_uint(mine), flag));
+        }
+        constexpr int V = (P * ROWS + 31) / 32;
+        u64 seen[V];
+        UNROLL for (int i = 0; i < V; i++)
+            if (lane + 32 * i < P * ROWS) seen[i] = look(own_totals + lane + 32 * i);
+        UNROLL for (int i = 0; i < V; i++)
+            if (lane + 32 * i < P * ROWS)
+                low[lane + 32 * i] = __uint_as_float(read(own_totals + lane + 32 * i, seen[i], flag));
+        WARP_BARRIER();
+        if (lane == 0) arrive(low_here);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid_constant__ Arguments a) {
     SHARED_MEMORY(memory);
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, block = blockIdx.x, layers = (int)a.layers;
     Ring ring = {memory, (u64*)(memory + AT_BARRIERS), (u64*)(memory + AT_BARRIERS) + STAGES, 0, 0};
+    u64 *narrow_sent = (u64*)(memory + AT_NARROW), *low_here = narrow_sent + 1;
     if (tid == 0) {
         for (int s = 0; s < STAGES; s++) open_barrier(&ring.full[s], 1), open_barrier(&ring.empty[s], WARPS);
+        open_barrier(narrow_sent, 1), open_barrier(low_here, 1);
         barriers_opened();
     }
     WHOLE_BARRIER();
@@ -305,7 +374,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     char* factor = memory + AT_FACTOR;
     float* sums = (float*)(memory + AT_SUMS);
     float* inner = (float*)(memory + AT_INNER);
-    float* gate = (float*)(memory + AT_GATE);
     float* low = (float*)(memory + AT_LOW);
     float* norms = (float*)(memory + AT_NORMS);
     u64* words = a.words;
@@ -315,13 +383,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     const u64 *own_x = words + AT_X + copy * ROWS * D, *own_y = words + AT_Y + copy * ROWS * (C / 2),
               *own_totals = words + AT_TOTALS + copy * ROWS * P;
     const float eps = (float)a.eps;
+    if (warp == WARPS + 1) {
+        gather(words, own_totals, low, narrow_sent, low_here, epoch, layers, block, lane);
+        return;
+    }
 #ifdef STAMPED
     i64* stamps = (i64*)(words + AT_PARTS + ROWS * P * G);
 #endif
     constexpr int XV = (D + THREADS - 1) / THREADS, YV = (C / 2 + THREADS - 1) / THREADS;
-    // who does what: outputs of in_proj, of x_proj, states, outputs of out_proj
-    const bool enters = tid < 2 * CC * ROWS, convolves = tid < CC * ROWS;
-    const int c_row = tid / CC % ROWS, c_at = tid % CC;
+    // who does what: channels, outputs of x_proj, states, outputs of out_proj
+    const bool convolves = tid < CC * ROWS;
+    const int c_row = tid / CC, c_at = tid % CC;
     const bool narrows = tid < P * XS;
     const bool scans = tid < 8 * CC;
     const int s_at = tid / 8, s_lane = tid % 8;
@@ -333,36 +405,33 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
         mine = XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
     }
 
-    float norm[XV], norm_bias[XV];
-    U2 narrow[CC / XS / 4];
-    float tap[TAPS + 1], shift = 0.0f;
-    unsigned short past[TAPS];
-    F2 A = {{0.0f, 0.0f}}, h[ROWS];
-    float skip = 0.0f, bias = 0.0f;
-    // what a layer reads that depends on no other block
+    const float* weight = (const float*)(memory + AT_WEIGHT);
+    const bf16* narrow = (const bf16*)(memory + AT_XPROJ) + tid * (CC / XS);
+    const float* taps = (const float*)(memory + AT_TAPS) + c_at * (TAPS + 1);
+    const unsigned short* past = (const unsigned short*)(memory + AT_PAST) + (c_row * CC + c_at) * TAPS;
+    auto bring_all = [&](int at, const void* from, int bytes) {
+        ROLLED for (int i = 16 * tid; i < bytes; i += 16 * THREADS) copy_later<16>(memory + at + i, (const char*)from + i);
+    };
     auto ask = [&](const Layer& layer) {
-        UNROLL for (int i = 0; i < XV; i++) {
-            int k = tid + i * THREADS;
-            norm[i] = k < D ? layer.norm[k] : 0.0f;
-            norm_bias[i] = LAYERNORM && k < D ? layer.norm_bias[k] : 0.0f;
+        bring_all(AT_WEIGHT, layer.norm, 4 * D);
+        if (LAYERNORM) bring_all(AT_WEIGHT + 4 * D, layer.norm_bias, 4 * D);
+        end_group();
+        ROLLED for (int i = tid; i < P * (CC / 4); i += THREADS) {
+            int p = i / (CC / 4), e = i % (CC / 4) * 4;
+            copy_later<8>(memory + AT_XPROJ + 2 * (p * CC + e), layer.x_proj + (i64)p * C + block * CC + e);
         }
-        if (narrows) {
-            const bf16* at = layer.x_proj + (i64)(tid / XS) * C + block * CC + tid % XS * (CC / XS);
-            UNROLL for (int i = 0; i < CC / XS / 4; i++) narrow[i] = *(const U2*)(at + 4 * i);
+        bring_all(AT_TAPS, layer.taps + block * CC * (TAPS + 1), 4 * CC * (TAPS + 1));
+        bring_all(AT_SHIFT, layer.shift + block * CC, 4 * CC);
+        bring_all(AT_SKIP, layer.skip + block * CC, 4 * CC);
+        bring_all(AT_BIAS, layer.bias + block * CC, 4 * CC);
+        bring_all(AT_A, layer.A_log + block * CC * N, 4 * CC * N);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            i64 c = (i64)r * C + block * CC;
+            bring_all(AT_STATE + 4 * r * CC * N, layer.ssm + c * N, 4 * CC * N);
+            ROLLED for (int i = 8 * tid; i < 2 * CC * TAPS; i += 8 * THREADS)
+                copy_later<8>(memory + AT_PAST + 2 * r * CC * TAPS + i, (const char*)(layer.conv + c * TAPS) + i);
         }
-        if (convolves) {
-            int c = block * CC + c_at;
-            UNROLL for (int j = 0; j <= TAPS; j++) tap[j] = layer.taps[c * (TAPS + 1) + j];
-            UNROLL for (int j = 0; j < TAPS; j++) past[j] = layer.conv[((i64)c_row * C + c) * TAPS + j].bits;
-            shift = layer.shift[c];
-        }
-        if (scans) {
-            i64 c = block * CC + s_at;
-            A = *(const F2*)(layer.A_log + c * N + 2 * s_lane);
-            UNROLL for (int r = 0; r < ROWS; r++)
-                h[r] = *(const F2*)(layer.ssm + ((i64)r * C + c) * N + 2 * s_lane);
-            skip = layer.skip[c], bias = layer.bias[c];
-        }
+        end_group();
     };
     ask(a.layer[0]);
 
@@ -379,15 +448,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                 x[r][i] = k >= D ? 0.0f : XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
             }
         } else {
-            u64 seen[ROWS][XV];
-            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++)
-                if (tid + i * THREADS < D) seen[r][i] = look(own_x + r * D + tid + i * THREADS);
-            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
-                x[r][i] = 0.0f;
-                if (tid + i * THREADS < D)
-                    x[r][i] = __uint_as_float(read(own_x + r * D + tid + i * THREADS, seen[r][i], flag - 1));
+            constexpr int TWO = ROWS < 2 ? 1 : 2;
+            UNROLL for (int q = 0; q < ROWS; q += TWO) {
+                u64 seen[TWO][XV];
+                UNROLL for (int r = q; r < q + TWO && r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++)
+                    if (tid + i * THREADS < D) seen[r - q][i] = look(own_x + r * D + tid + i * THREADS);
+                UNROLL for (int r = q; r < q + TWO && r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
+                    x[r][i] = 0.0f;
+                    if (tid + i * THREADS < D)
+                        x[r][i] = __uint_as_float(read(own_x + r * D + tid + i * THREADS, seen[r - q][i], flag - 1));
+                }
             }
         }
+        await_groups<1>();
         STAMP(1)
         if (LAYERNORM) {
             UNROLL for (int r = 0; r < ROWS; r++) {
@@ -414,32 +487,28 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             float scale = 1.0f / sqrtf(total(norms + r * WARPS) / D + eps);
             UNROLL for (int i = 0; i < XV; i++) {
                 int k = tid + i * THREADS;
-                u32 bits = pack(x[r][i] * scale * norm[i] + norm_bias[i], 0.0f);
-                if (k < D) *(unsigned short*)(factor + r * STRIDE + 2 * k) = (unsigned short)bits;
+                if (k >= D) break;
+                u32 bits = pack(x[r][i] * scale * weight[k] + (LAYERNORM ? weight[D + k] : 0.0f), 0.0f);
+                *(unsigned short*)(factor + r * STRIDE + 2 * k) = (unsigned short)bits;
             }
         }
         BARRIER();
         STAMP(2)
         multiply_all<TI, RI, QI, KI>(ring, factor, sums, warp, lane);
         STAMP(3)
+        await_groups<0>();
         BARRIER();
 
         // the convolution of the block's channels
-        if (enters) {
-            int place = convolves ? c_at : CC + c_at;
-            float value = total(sums + (place * ROWS + c_row) * SUMS);
-            if (convolves) {
-                u32 fresh = pack(value, 0.0f) & 0xffff;
-                float s = shift;
-                UNROLL for (int j = 0; j < TAPS; j++) s += from_bits(past[j]) * tap[j];
-                s += from_bits(fresh) * tap[TAPS];
-                bf16* state = layer.out_conv + ((i64)c_row * C + block * CC + c_at) * TAPS;
-                UNROLL for (int j = 0; j < TAPS; j++)
-                    state[j].bits = j + 1 < TAPS ? past[j + 1 < TAPS ? j + 1 : j] : (unsigned short)fresh;
-                inner[c_row * CC + c_at] = silu(s);
-            } else {
-                gate[c_row * CC + c_at] = value;
-            }
+        if (convolves) {
+            u32 fresh = pack(total(sums + (c_at * ROWS + c_row) * SUMS), 0.0f) & 0xffff;
+            float s = ((const float*)(memory + AT_SHIFT))[c_at];
+            UNROLL for (int j = 0; j < TAPS; j++) s += from_bits(past[j]) * taps[j];
+            s += from_bits(fresh) * taps[TAPS];
+            bf16* state = layer.out_conv + ((i64)c_row * C + block * CC + c_at) * TAPS;
+            UNROLL for (int j = 0; j < TAPS; j++)
+                state[j].bits = j + 1 < TAPS ? past[j + 1 < TAPS ? j + 1 : j] : (unsigned short)fresh;
+            inner[c_row * CC + c_at] = silu(s);
         }
         BARRIER();
         // what they give to x_proj
@@ -449,11 +518,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             if (narrows) {
                 const float* at = inner + tid % XS * (CC / XS);
                 UNROLL for (int i = 0; i < CC / XS / 4; i++) UNROLL for (int r = 0; r < ROWS; r++) {
+                    U2 w = *(const U2*)(narrow + 4 * i);
                     const float* v = at + r * CC + 4 * i;
-                    s[r] += low_half(narrow[i].v[0]) * v[0];
-                    s[r] += high_half(narrow[i].v[0]) * v[1];
-                    s[r] += low_half(narrow[i].v[1]) * v[2];
-                    s[r] += high_half(narrow[i].v[1]) * v[3];
+                    s[r] += low_half(w.v[0]) * v[0];
+                    s[r] += high_half(w.v[0]) * v[1];
+                    s[r] += low_half(w.v[1]) * v[2];
+                    s[r] += high_half(w.v[1]) * v[3];
                 }
             }
             UNROLL for (int r = 0; r < ROWS; r++) {
@@ -463,37 +533,25 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                          word(__float_as_uint(s[r]), flag));
             }
         }
+        if (tid == 0) arrive(narrow_sent);
         STAMP(4)
-        // the sums over blocks of this block's share of x_proj's outputs, four at a time
-        for (int job = block + G * warp; job < JOBS; job += G * WARPS) {
-            constexpr int V = (G + 31) / 32;
-            const u64* at = words + AT_PARTS + job * G * 4;
-            W2 seen[V][2];
-            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 2; j++)
-                if (lane + 32 * i < G) seen[i][j] = look2(at + (lane + 32 * i) * 4 + 2 * j);
-            float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 4; j++)
-                if (lane + 32 * i < G)
-                    s[j] += __uint_as_float(read(at + (lane + 32 * i) * 4 + j, seen[i][j / 2].v[j % 2], flag));
-            UNROLL for (int j = 0; j < 4; j++) s[j] = sum_of_warp(s[j]);
-            float all = lane % 4 < 2 ? (lane % 4 ? s[1] : s[0]) : (lane % 4 == 2 ? s[2] : s[3]);
-            if (lane < 4 * COPIES)
-                send(words + AT_TOTALS + lane / 4 * ROWS * P + job * 4 + lane % 4, word(__float_as_uint(all), flag));
-        }
+        // the gates, while x_proj's parts are under way
+        multiply_all<TI, RI, QI, KI>(ring, factor, sums + CC * ROWS * SUMS, warp, lane);
         STAMP(5)
-        UNROLL for (int i = 0; i < (P * ROWS + THREADS - 1) / THREADS; i++) {
-            int o = tid + i * THREADS;
-            if (o < P * ROWS)
-                low[o] = __uint_as_float(read(own_totals + o, look(own_totals + o), flag));
-        }
         BARRIER();
+        passed(low_here, l);
         STAMP(6)
         // delta, the states and the gated output, eight threads a channel
         passed(&ring.full[ring.slot], ring.round);
         {
             float delta[ROWS], y[ROWS];
             UNROLL for (int r = 0; r < ROWS; r++) delta[r] = y[r] = 0.0f;
+            F2 A = {{0.0f, 0.0f}}, h[ROWS];
+            float skip = 0.0f, bias = 0.0f;
             if (scans) {
+                A = ((const F2*)(memory + AT_A))[tid];
+                UNROLL for (int r = 0; r < ROWS; r++) h[r] = ((const F2*)(memory + AT_STATE))[r * CC * N / 2 + tid];
+                skip = ((const float*)(memory + AT_SKIP))[s_at], bias = ((const float*)(memory + AT_BIAS))[s_at];
                 const char* at = ring.memory + ring.slot * SLOT + 2 * s_at * R;
                 UNROLL for (int v = 0; v < (R / 8 + 7) / 8; v++) {
                     int k = v * 64 + s_lane * 8;
@@ -520,7 +578,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                     }
                 }
                 UNROLL for (int mask = 4; mask; mask /= 2) y[r] += SWAP(y[r], mask);
-                if (scans) y[r] = (y[r] + skip * inner[r * CC + s_at]) * silu(gate[r * CC + s_at]);
+                if (scans) y[r] = (y[r] + skip * inner[r * CC + s_at]) * silu(total(sums + ((CC + s_at) * ROWS + r) * SUMS));
                 float other = SWAP(y[r], 8);
                 if (scans && lane % 16 < COPIES)
                     send(words + AT_Y + (s_lane * ROWS + r) * (C / 2) + (block * CC + s_at) / 2,

@@ -14,7 +14,7 @@ from ssmoe.ops.triton.launch import on_device
 
 SOURCE = Path(__file__).with_name("step.cu")
 WARPS = 16
-THREADS = 32 * WARPS + 32
+THREADS = 32 * WARPS + 64
 MOST_ROWS = 4
 MOST_LAYERS = 64
 """Layers of a launch, whose pointers are its parameters; more layers are several launches."""
@@ -43,6 +43,8 @@ class Cut(NamedTuple):
     copies: int = 8
     naps: int = 0
     most_stages: int = 64
+    free: int = 0
+    hint: int = 0
 
 
 def takes(x: Tensor, layers: Sequence[Layer], convs: Sequence[Tensor], ssms: Sequence[Tensor]) -> bool:
@@ -112,17 +114,17 @@ def cut(sizes: Sizes, processors: int) -> Cut | None:
     if not blocks or n != 16 or r % 8 or not 1 <= taps <= 7 or d % step or c % step:
         return None
     own = c // blocks
-    if 8 * own > 32 * WARPS or 2 * own * MOST_ROWS > 32 * WARPS or p > 32 * WARPS or own * r % 8:
+    if 8 * own > 32 * WARPS or own * MOST_ROWS > 32 * WARPS or p > 32 * WARPS or own * r % 8:
         return None
     columns = [next(k for k in (2 * step, step) if m % k == 0) for m in (d, c)]
-    rows = [next(k for k in range(24, 0, -1) if m % k == 0) for m in (2 * own, d // blocks)]
+    rows = [next(k for k in range(24, 0, -1) if m % k == 0) for m in (own, d // blocks)]
     shares = next(k for k in (4, 2, 1) if own % (4 * k) == 0 and p * k <= 32 * WARPS)
     return Cut(blocks, rows[0], columns[0], rows[1], columns[1], shares)
 
 
-def layout(sizes: Sizes, found: Cut, rows: int, most_shared: int) -> tuple[int, int]:
+def layout(sizes: Sizes, found: Cut, rows: int, layernorm: bool, most_shared: int) -> tuple[int, int]:
     """(stages, bytes) of shared memory: as many stages as fit."""
-    d, c, r, n, _ = sizes
+    d, c, r, n, taps = sizes
     own, outs = c // found.blocks, d // found.blocks
     slot = max(
         found.in_rows * (2 * found.in_columns + 16),
@@ -130,7 +132,9 @@ def layout(sizes: Sizes, found: Cut, rows: int, most_shared: int) -> tuple[int, 
         2 * own * r,
     )
     rest = rows * (2 * max(c, d) + 16) + -(-4 * max(2 * own, outs) * rows * (WARPS + 1) // 16) * 16
-    rest += 8 * rows * own + 4 * rows * (r + 2 * n) + 8 * rows * WARPS
+    rest += 4 * rows * own + 4 * rows * (r + 2 * n) + 8 * rows * WARPS + 16
+    rest += 4 * d * (1 + layernorm) + -(-2 * (r + 2 * n) * own // 16) * 16 + 4 * own * (taps + 4 + n)
+    rest += 4 * rows * own * n + -(-2 * rows * own * taps // 16) * 16
     stages = min((most_shared - rest) // (slot + 16), found.most_stages)
     return stages, stages * (slot + 16) + rest
 
@@ -139,11 +143,11 @@ def macros(
     sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layernorm: bool, layers: int, most_shared: int
 ) -> nvrtc.Macros:
     d, c, r, n, taps = sizes
-    stages, shared = layout(sizes, found, rows, most_shared)
+    stages, shared = layout(sizes, found, rows, layernorm, most_shared)
     values = {
         "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "ROWS": rows, "G": found.blocks, "XBF": int(bfloat16),
         "LAYERNORM": int(layernorm), "MAXL": layers, "RI": found.in_rows, "KI": found.in_columns,
-        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "XS": found.shares, "WINDOW": min(found.window, stages), "COPIES": found.copies, "NAPS": found.naps,
+        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "XS": found.shares, "WINDOW": min(found.window, stages), "COPIES": found.copies, "NAPS": found.naps, "FREE": found.free, "HINT": found.hint,
         "SHARED_BYTES": shared,
     }  # fmt: skip
     return tuple((key, str(value)) for key, value in values.items())
