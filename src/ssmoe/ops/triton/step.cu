@@ -1,0 +1,626 @@
+// One token of a few rows through equal Mamba sub-layers, x + mixer(norm(x)) each, all layers in one launch.
+//
+// G blocks stay on the GPU, one a multiprocessor. A block owns C / G channels (their rows of in_proj, columns of
+// x_proj, rows of delta_proj, states) and D / G outputs of out_proj. One warp streams the block's weights, layer
+// after layer, into a ring of shared memory; weights depend on nothing, so the stream goes on while the blocks
+// exchange results. The other warps multiply what has come, 16 x 16 weights a matrix instruction, rows of the batch
+// as its columns.
+//
+// Blocks exchange numbers as 64-bit words of a number and a flag, this launch's and layer's: a reader that sees the
+// flag has the number, so no barrier of the grid is needed. The order of every sum is fixed and no sum depends on the
+// number of rows.
+//
+// Compiled at run time; step_cuda.py sets the macros D C R N TAPS ROWS G XBF LAYERNORM MAXL RI KI RO KO STAGES XS.
+// RI, RO: rows of a tile of in_proj and out_proj; KI, KO: its columns. XS: threads that share an output of x_proj.
+// XBF: x is bfloat16. MAXL: layers a launch.
+
+typedef unsigned u32;
+typedef long long i64;
+typedef unsigned long long u64;
+struct bf16 {
+    unsigned short bits;
+};
+struct alignas(8) U2 {
+    u32 v[2];
+};
+struct alignas(16) U4 {
+    u32 v[4];
+};
+struct alignas(8) F2 {
+    float v[2];
+};
+struct alignas(16) W2 {
+    u64 v[2];
+};
+
+#ifndef FREE
+#define FREE 0
+#endif
+#define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams, and one adds up and gathers
+
+#ifndef EMULATED
+#define SHARED_MEMORY(name) extern __shared__ float4 name##_[]; char* name = reinterpret_cast<char*>(name##_)
+#define SWAP(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
+// all threads but those of the streaming warp
+#define BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory")
+#define WHOLE_BARRIER() __syncthreads()
+#define WARP_BARRIER() __syncwarp()
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void open_barrier(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barriers_opened() {
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// waits until the barrier's phase of this parity is over
+__device__ __forceinline__ void passed(u64* barrier, u32 parity) {
+    asm volatile("{ .reg .pred p;\n WAIT%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra WAIT%=;\n }"
+                 ::"r"(shared_address(barrier)), "r"(parity & 1) : "memory");
+}
+__device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
+#if HINT
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
+    return;
+#endif
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// copies by a thread, which arrive before `await_groups<LATER>` ends but for those of its last LATER groups
+template <int BYTES>
+__device__ __forceinline__ void copy_later(void* to, const void* from) {
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES)
+                     : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+__device__ __forceinline__ void await_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+__device__ __forceinline__ void matrices4(u32* to, const void* at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(at)) : "memory");
+}
+__device__ __forceinline__ void matrices2(u32* to, const void* at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1]) : "r"(shared_address(at)) : "memory");
+}
+// d += a b: 16 x 16 by 16 x 8
+__device__ __forceinline__ void multiply(float* d, const u32* a, const u32* b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+                 " {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void send(u64* to, u64 word) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+__device__ __forceinline__ u64 look(const u64* at) {
+    u64 word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
+    return word;
+}
+// two words, each as it is at some time
+__device__ __forceinline__ W2 look2(const u64* at) {
+    W2 w;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(w.v[0]), "=l"(w.v[1]) : "l"(at) : "memory");
+    return w;
+}
+// two numbers in bfloat16, to the nearest
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+#define EXP(v) __expf(v)
+#if NAPS > 0
+#define NAP() __nanosleep(NAPS)
+#else
+#define NAP()
+#endif
+#endif
+
+constexpr int P = R + 2 * N, CC = C / G, DO = D / G;
+constexpr int TI = CC / RI, QI = D / KI, TO = DO / RO, QO = C / KO;
+constexpr int ROW_I = 2 * KI + 16, ROW_O = 2 * KO + 16;  // bytes from row to row of a tile: eight rows meet no bank twice
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int SLOT = larger(larger(RI * ROW_I, RO * ROW_O), 2 * CC * R);
+constexpr int STRIDE = 2 * larger(C, D) + 16;            // bytes from row to row of the factor
+constexpr int SUMS = WARPS + 1;
+constexpr int OUTPUTS = larger(2 * CC, DO);
+
+static_assert(C % G == 0 && D % G == 0 && CC % 4 == 0 && CC % RI == 0 && DO % RO == 0, "whole tiles");
+static_assert(D % KI == 0 && C % KO == 0 && KI % (16 * WARPS) == 0 && KO % (16 * WARPS) == 0, "whole chunks");
+static_assert(SLOT % 16 == 0 && R % 8 == 0 && 2 * CC * R % 16 == 0, "whole copies");
+static_assert(N == 16 && 8 * CC <= THREADS && P * XS <= THREADS && CC % (4 * XS) == 0, "threads");
+static_assert(ROWS <= 8 && CC * ROWS <= THREADS && DO * ROWS <= THREADS, "rows");
+
+// Shared memory, bytes
+constexpr int AT_BARRIERS = STAGES * SLOT;                 // u64 [2][STAGES]: a slot is full; it is empty
+constexpr int AT_FACTOR = (AT_BARRIERS + 16 * STAGES + 15) / 16 * 16;  // bf16 [ROWS][STRIDE / 2]
+constexpr int AT_SUMS = AT_FACTOR + ROWS * STRIDE;         // float [OUTPUTS][ROWS][SUMS], by warp
+constexpr int AT_INNER = AT_SUMS + (4 * OUTPUTS * ROWS * SUMS + 15) / 16 * 16;  // float [ROWS][CC]
+constexpr int AT_LOW = AT_INNER + 4 * ROWS * CC;            // float [ROWS][P]
+constexpr int AT_NORMS = AT_LOW + 4 * ROWS * P;            // float [2][ROWS][WARPS]
+// what a layer reads but once, asked for during the layer before
+constexpr int AT_WEIGHT = AT_NORMS + 8 * ROWS * WARPS;     // float [1 or 2][D], the norm's
+constexpr int AT_XPROJ = AT_WEIGHT + 4 * D * (1 + LAYERNORM);  // bf16 [P][CC]
+constexpr int AT_TAPS = (AT_XPROJ + 2 * P * CC + 15) / 16 * 16;  // float [CC][TAPS + 1]
+constexpr int AT_SHIFT = AT_TAPS + 4 * CC * (TAPS + 1);    // float [CC] each
+constexpr int AT_SKIP = AT_SHIFT + 4 * CC;
+constexpr int AT_BIAS = AT_SKIP + 4 * CC;
+constexpr int AT_A = AT_BIAS + 4 * CC;                     // float [CC][N]
+constexpr int AT_STATE = AT_A + 4 * CC * N;                // float [ROWS][CC][N]
+constexpr int AT_PAST = AT_STATE + 4 * ROWS * CC * N;      // bf16 [ROWS][CC][TAPS]
+constexpr int AT_NARROW = AT_PAST + (2 * ROWS * CC * TAPS + 15) / 16 * 16;     // u64 [2], barriers: x_proj's parts are sent; its sums are in low
+constexpr int END = AT_NARROW + 16;
+static_assert(END == SHARED_BYTES, "step_cuda.py counts the same");
+
+// What blocks exchange, words of 64 bits
+constexpr int AT_X = 2;                               // [COPIES][ROWS][D]
+constexpr int AT_Y = AT_X + COPIES * ROWS * D;        // [COPIES][ROWS][C / 2]
+constexpr int AT_TOTALS = AT_Y + COPIES * ROWS * C / 2;   // [COPIES][ROWS][P]
+constexpr int AT_PARTS = AT_TOTALS + COPIES * ROWS * P;   // [ROWS][P / 4][G][4]
+constexpr int JOBS = ROWS * P / 4;
+static_assert(P % 4 == 0 && (COPIES == 1 || COPIES == 2 || COPIES == 4 || COPIES == 8), "copies");
+
+struct Layer {
+    const float* norm;
+    const float* norm_bias;
+    const bf16* in_proj;
+    const float* taps;
+    const float* shift;
+    const bf16* x_proj;
+    const bf16* delta_proj;
+    const float* A_log;
+    const float* skip;
+    const float* bias;
+    const bf16* out_proj;
+    const bf16* conv;
+    bf16* out_conv;
+    const float* ssm;
+    float* out_ssm;
+};
+struct Arguments {
+    const void* x;
+    void* out;
+    u64* words;
+    i64 layers;
+    double eps;
+    Layer layer[MAXL];
+};
+
+__device__ __forceinline__ float from_bits(u32 b) { return __uint_as_float(b << 16); }
+__device__ __forceinline__ float low_half(u32 b) { return __uint_as_float(b << 16); }
+__device__ __forceinline__ float high_half(u32 b) { return __uint_as_float(b & 0xffff0000u); }
+__device__ __forceinline__ float rounded(float v) { return low_half(pack(v, 0.0f)); }
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + EXP(-v)); }
+__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
+__device__ __forceinline__ u64 word(u32 bits, u32 flag) { return (u64)flag << 32 | bits; }
+__device__ __forceinline__ u32 flag_of(u64 word) { return (u32)(word >> 32); }
+
+// `seen`, or what is there once its flag is
+__device__ __forceinline__ u32 read(const u64* at, u64 seen, u32 flag) {
+    while (!FREE && flag_of(seen) != flag) {
+        NAP();
+        seen = look(at);
+    }
+    return (u32)seen;
+}
+__device__ __forceinline__ float sum_of_warp(float v) {
+    UNROLL for (int mask = 16; mask; mask /= 2) v += SWAP(v, mask);
+    return v;
+}
+
+#ifdef STAMPED
+#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == STAMPED && l == layers - 2) stamps[i] = clock64();
+#else
+#define STAMP(i)
+#endif
+
+struct Ring {
+    char* memory;
+    u64* full;
+    u64* empty;
+    u32 slot, round;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) slot = 0, round++;
+    }
+};
+
+// One warp's part: the block's weights in the order in which they are multiplied.
+// At most WINDOW stages are under way: what else the block reads would wait behind them.
+__device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int lane, int rows, u32 bytes, int stride, const char* first,
+                                      i64 step, int jump, i64 far) {
+    // row i comes from first + i step, from row `jump` on from `far` bytes further
+    if (ring.round > 0) passed(&ring.empty[ring.slot], ring.round - 1);
+    if (sent++ >= WINDOW) {
+        passed(&behind.full[behind.slot], behind.round);
+        behind.next();
+    }
+    if (lane == 0) expect(&ring.full[ring.slot], rows * bytes);
+    WARP_BARRIER();
+    char* to = ring.memory + ring.slot * SLOT;
+    for (int i = lane; i < rows; i += 32)
+        copy_by_engine(to + i * stride, first + i * step + (i >= jump ? far : 0), bytes, &ring.full[ring.slot]);
+    ring.next();
+}
+__device__ __forceinline__ void stream(const Arguments& a, Ring ring, int lane) {
+    Ring behind = ring;
+    int sent = 0;
+    for (int l = 0; l < (int)a.layers; l++) {
+        const Layer& layer = a.layer[l];
+        const char* in = (const char*)(layer.in_proj + (i64)blockIdx.x * CC * D);
+        for (int t = 0; t < 2 * TI; t++) {
+            int begin = t * RI;
+            for (int q = 0; q < QI; q++)
+                bring(ring, behind, sent, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D, CC - begin,
+                      2 * (i64)(C - CC) * D);
+        }
+        bring(ring, behind, sent, lane, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)blockIdx.x * CC * R), 0, 1, 0);
+        const char* out = (const char*)(layer.out_proj + (i64)blockIdx.x * DO * C);
+        for (int t = 0; t < TO; t++)
+            for (int q = 0; q < QO; q++)
+                bring(ring, behind, sent, lane, RO, 2 * KO, ROW_O, out + 2 * ((i64)t * RO * C + q * KO), 2 * C, RO, 0);
+    }
+}
+
+// The other warps: TILES tiles of RT rows, each CHUNKS chunks of K columns, a warp 1 / WARPS of the columns.
+template <int TILES, int RT, int CHUNKS, int K>
+__device__ __forceinline__ void multiply_all(Ring& ring, const char* factor, float* sums, int warp, int lane) {
+    constexpr int MT = (RT + 15) / 16, STEPS = K / (16 * WARPS), ROW = 2 * K + 16;
+    const char* right = factor + min(lane % 8, ROWS - 1) * STRIDE + 2 * (warp * 16 * STEPS + lane / 8 % 2 * 8);
+    int place[MT];
+    UNROLL for (int m = 0; m < MT; m++)
+        place[m] = min(16 * m + lane % 16, RT - 1) * ROW + 2 * (warp * 16 * STEPS + lane / 16 * 8);
+    for (int t = 0; t < TILES; t++) {
+        float d[MT][4];
+        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int i = 0; i < 4; i++) d[m][i] = 0.0f;
+        UNROLL for (int q = 0; q < CHUNKS; q++) {
+            passed(&ring.full[ring.slot], ring.round);
+            const char* left = ring.memory + ring.slot * SLOT;
+            UNROLL for (int s = 0; s < STEPS; s++) {
+                u32 b[2];
+                matrices2(b, right + 2 * (q * K + 16 * s));
+                UNROLL for (int m = 0; m < MT; m++) {
+                    u32 w[4];
+                    matrices4(w, left + place[m] + 32 * s);
+                    multiply(d[m], w, b);
+                }
+            }
+            WARP_BARRIER();
+            if (lane == 0) arrive(&ring.empty[ring.slot]);
+            ring.next();
+        }
+        int row = lane % 4 * 2;
+        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int i = 0; i < 4; i++) {
+            int o = 16 * m + lane / 4 + i / 2 * 8;
+            if (o < RT && row + i % 2 < ROWS) sums[((t * RT + o) * ROWS + row + i % 2) * SUMS + warp] = d[m][i];
+        }
+    }
+}
+__device__ __forceinline__ float total(const float* sums) {
+    float s = 0.0f;
+    UNROLL for (int w = 0; w < WARPS; w++) s += sums[w];
+    return s;
+}
+
+// One warp's part: it adds up x_proj's parts, four outputs of all blocks at a time, the work divided among the blocks,
+// and gathers all outputs.
+__device__ __forceinline__ void gather(u64* words, const u64* own_totals, float* low, u64* narrow_sent, u64* low_here,
+                                       u32 epoch, int layers, int block, int lane) {
+    for (int l = 0; l < layers; l++) {
+        const u32 flag = epoch + 1 + l;
+        // the others send theirs at about the same time
+        passed(narrow_sent, l);
+        for (int job = block; job < JOBS; job += G) {
+            constexpr int V = (G + 31) / 32;
+            const u64* at = words + AT_PARTS + job * G * 4;
+            W2 seen[V][2];
+            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 2; j++)
+                if (lane + 32 * i < G) seen[i][j] = look2(at + (lane + 32 * i) * 4 + 2 * j);
+            float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 4; j++)
+                if (lane + 32 * i < G)
+                    s[j] += __uint_as_float(read(at + (lane + 32 * i) * 4 + j, seen[i][j / 2].v[j % 2], flag));
+            UNROLL for (int j = 0; j < 4; j++) s[j] = sum_of_warp(s[j]);
+            float mine = lane % 4 < 2 ? (lane % 4 ? s[1] : s[0]) : (lane % 4 == 2 ? s[2] : s[3]);
+            if (lane < 4 * COPIES)
+                send(words + AT_TOTALS + lane / 4 * ROWS * P + job * 4 + lane % 4, word(__float_as_uint(mine), flag));
+        }
+        constexpr int V = (P * ROWS + 31) / 32;
+        u64 seen[V];
+        UNROLL for (int i = 0; i < V; i++)
+            if (lane + 32 * i < P * ROWS) seen[i] = look(own_totals + lane + 32 * i);
+        UNROLL for (int i = 0; i < V; i++)
+            if (lane + 32 * i < P * ROWS)
+                low[lane + 32 * i] = __uint_as_float(read(own_totals + lane + 32 * i, seen[i], flag));
+        WARP_BARRIER();
+        if (lane == 0) arrive(low_here);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid_constant__ Arguments a) {
+    SHARED_MEMORY(memory);
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, block = blockIdx.x, layers = (int)a.layers;
+    Ring ring = {memory, (u64*)(memory + AT_BARRIERS), (u64*)(memory + AT_BARRIERS) + STAGES, 0, 0};
+    u64 *narrow_sent = (u64*)(memory + AT_NARROW), *low_here = narrow_sent + 1;
+    if (tid == 0) {
+        for (int s = 0; s < STAGES; s++) open_barrier(&ring.full[s], 1), open_barrier(&ring.empty[s], WARPS);
+        open_barrier(narrow_sent, 1), open_barrier(low_here, 1);
+        barriers_opened();
+    }
+    WHOLE_BARRIER();
+    if (warp == WARPS) {
+        stream(a, ring, lane);
+        return;
+    }
+    char* factor = memory + AT_FACTOR;
+    float* sums = (float*)(memory + AT_SUMS);
+    float* inner = (float*)(memory + AT_INNER);
+    float* low = (float*)(memory + AT_LOW);
+    float* norms = (float*)(memory + AT_NORMS);
+    u64* words = a.words;
+    const u32 epoch = (u32)look(words);
+    // the copy of what all blocks read that this one reads: fewer blocks meet at one place
+    const int copy = block % COPIES;
+    const u64 *own_x = words + AT_X + copy * ROWS * D, *own_y = words + AT_Y + copy * ROWS * (C / 2),
+              *own_totals = words + AT_TOTALS + copy * ROWS * P;
+    const float eps = (float)a.eps;
+    if (warp == WARPS + 1) {
+        gather(words, own_totals, low, narrow_sent, low_here, epoch, layers, block, lane);
+        return;
+    }
+#ifdef STAMPED
+    i64* stamps = (i64*)(words + AT_PARTS + ROWS * P * G);
+#endif
+    constexpr int XV = (D + THREADS - 1) / THREADS, YV = (C / 2 + THREADS - 1) / THREADS;
+    // who does what: channels, outputs of x_proj, states, outputs of out_proj
+    const bool convolves = tid < CC * ROWS;
+    const int c_row = tid / CC, c_at = tid % CC;
+    const bool narrows = tid < P * XS;
+    const bool scans = tid < 8 * CC;
+    const int s_at = tid / 8, s_lane = tid % 8;
+    const bool leaves = tid < DO * ROWS;
+    const int o_row = tid / DO, o_at = tid % DO;
+    float mine = 0.0f;  // the residual stream at this thread's output
+    if (leaves) {
+        i64 at = (i64)o_row * D + block * DO + o_at;
+        mine = XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
+    }
+
+    const float* weight = (const float*)(memory + AT_WEIGHT);
+    const bf16* narrow = (const bf16*)(memory + AT_XPROJ) + tid * (CC / XS);
+    const float* taps = (const float*)(memory + AT_TAPS) + c_at * (TAPS + 1);
+    const unsigned short* past = (const unsigned short*)(memory + AT_PAST) + (c_row * CC + c_at) * TAPS;
+    auto bring_all = [&](int at, const void* from, int bytes) {
+        ROLLED for (int i = 16 * tid; i < bytes; i += 16 * THREADS) copy_later<16>(memory + at + i, (const char*)from + i);
+    };
+    auto ask = [&](const Layer& layer) {
+        bring_all(AT_WEIGHT, layer.norm, 4 * D);
+        if (LAYERNORM) bring_all(AT_WEIGHT + 4 * D, layer.norm_bias, 4 * D);
+        end_group();
+        ROLLED for (int i = tid; i < P * (CC / 4); i += THREADS) {
+            int p = i / (CC / 4), e = i % (CC / 4) * 4;
+            copy_later<8>(memory + AT_XPROJ + 2 * (p * CC + e), layer.x_proj + (i64)p * C + block * CC + e);
+        }
+        bring_all(AT_TAPS, layer.taps + block * CC * (TAPS + 1), 4 * CC * (TAPS + 1));
+        bring_all(AT_SHIFT, layer.shift + block * CC, 4 * CC);
+        bring_all(AT_SKIP, layer.skip + block * CC, 4 * CC);
+        bring_all(AT_BIAS, layer.bias + block * CC, 4 * CC);
+        bring_all(AT_A, layer.A_log + block * CC * N, 4 * CC * N);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            i64 c = (i64)r * C + block * CC;
+            bring_all(AT_STATE + 4 * r * CC * N, layer.ssm + c * N, 4 * CC * N);
+            ROLLED for (int i = 8 * tid; i < 2 * CC * TAPS; i += 8 * THREADS)
+                copy_later<8>(memory + AT_PAST + 2 * r * CC * TAPS + i, (const char*)(layer.conv + c * TAPS) + i);
+        }
+        end_group();
+    };
+    ask(a.layer[0]);
+
+    for (int l = 0; l < layers; l++) {
+        const Layer& layer = a.layer[l];
+        const u32 flag = epoch + 1 + l;
+        STAMP(0)
+        // the norm of x, which all blocks made
+        float x[ROWS][XV];
+        if (l == 0) {
+            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
+                int k = tid + i * THREADS;
+                i64 at = (i64)r * D + k;
+                x[r][i] = k >= D ? 0.0f : XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
+            }
+        } else {
+            constexpr int TWO = ROWS < 2 ? 1 : 2;
+            UNROLL for (int q = 0; q < ROWS; q += TWO) {
+                u64 seen[TWO][XV];
+                UNROLL for (int r = q; r < q + TWO && r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++)
+                    if (tid + i * THREADS < D) seen[r - q][i] = look(own_x + r * D + tid + i * THREADS);
+                UNROLL for (int r = q; r < q + TWO && r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
+                    x[r][i] = 0.0f;
+                    if (tid + i * THREADS < D)
+                        x[r][i] = __uint_as_float(read(own_x + r * D + tid + i * THREADS, seen[r - q][i], flag - 1));
+                }
+            }
+        }
+        await_groups<1>();
+        STAMP(1)
+        if (LAYERNORM) {
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                float s = 0.0f;
+                UNROLL for (int i = 0; i < XV; i++) s += x[r][i];
+                s = sum_of_warp(s);
+                if (lane == 0) norms[(ROWS + r) * WARPS + warp] = s;
+            }
+            BARRIER();
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                float mean = total(norms + (ROWS + r) * WARPS) / D;
+                UNROLL for (int i = 0; i < XV; i++)
+                    if (tid + i * THREADS < D) x[r][i] -= mean;
+            }
+        }
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            float s = 0.0f;
+            UNROLL for (int i = 0; i < XV; i++) s += x[r][i] * x[r][i];
+            s = sum_of_warp(s);
+            if (lane == 0) norms[r * WARPS + warp] = s;
+        }
+        BARRIER();
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            float scale = 1.0f / sqrtf(total(norms + r * WARPS) / D + eps);
+            UNROLL for (int i = 0; i < XV; i++) {
+                int k = tid + i * THREADS;
+                if (k >= D) break;
+                u32 bits = pack(x[r][i] * scale * weight[k] + (LAYERNORM ? weight[D + k] : 0.0f), 0.0f);
+                *(unsigned short*)(factor + r * STRIDE + 2 * k) = (unsigned short)bits;
+            }
+        }
+        BARRIER();
+        STAMP(2)
+        multiply_all<TI, RI, QI, KI>(ring, factor, sums, warp, lane);
+        STAMP(3)
+        await_groups<0>();
+        BARRIER();
+
+        // the convolution of the block's channels
+        if (convolves) {
+            u32 fresh = pack(total(sums + (c_at * ROWS + c_row) * SUMS), 0.0f) & 0xffff;
+            float s = ((const float*)(memory + AT_SHIFT))[c_at];
+            UNROLL for (int j = 0; j < TAPS; j++) s += from_bits(past[j]) * taps[j];
+            s += from_bits(fresh) * taps[TAPS];
+            bf16* state = layer.out_conv + ((i64)c_row * C + block * CC + c_at) * TAPS;
+            UNROLL for (int j = 0; j < TAPS; j++)
+                state[j].bits = j + 1 < TAPS ? past[j + 1 < TAPS ? j + 1 : j] : (unsigned short)fresh;
+            inner[c_row * CC + c_at] = silu(s);
+        }
+        BARRIER();
+        // what they give to x_proj
+        {
+            float s[ROWS];
+            UNROLL for (int r = 0; r < ROWS; r++) s[r] = 0.0f;
+            if (narrows) {
+                const float* at = inner + tid % XS * (CC / XS);
+                UNROLL for (int i = 0; i < CC / XS / 4; i++) UNROLL for (int r = 0; r < ROWS; r++) {
+                    U2 w = *(const U2*)(narrow + 4 * i);
+                    const float* v = at + r * CC + 4 * i;
+                    s[r] += low_half(w.v[0]) * v[0];
+                    s[r] += high_half(w.v[0]) * v[1];
+                    s[r] += low_half(w.v[1]) * v[2];
+                    s[r] += high_half(w.v[1]) * v[3];
+                }
+            }
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                UNROLL for (int mask = XS / 2; mask; mask /= 2) s[r] += SWAP(s[r], mask);
+                if (narrows && tid % XS == 0)
+                    send(words + AT_PARTS + ((r * P + tid / XS) / 4 * G + block) * 4 + tid / XS % 4,
+                         word(__float_as_uint(s[r]), flag));
+            }
+        }
+        if (tid == 0) arrive(narrow_sent);
+        STAMP(4)
+        // the gates, while x_proj's parts are under way
+        multiply_all<TI, RI, QI, KI>(ring, factor, sums + CC * ROWS * SUMS, warp, lane);
+        STAMP(5)
+        BARRIER();
+        passed(low_here, l);
+        STAMP(6)
+        // delta, the states and the gated output, eight threads a channel
+        passed(&ring.full[ring.slot], ring.round);
+        {
+            float delta[ROWS], y[ROWS];
+            UNROLL for (int r = 0; r < ROWS; r++) delta[r] = y[r] = 0.0f;
+            F2 A = {{0.0f, 0.0f}}, h[ROWS];
+            float skip = 0.0f, bias = 0.0f;
+            if (scans) {
+                A = ((const F2*)(memory + AT_A))[tid];
+                UNROLL for (int r = 0; r < ROWS; r++) h[r] = ((const F2*)(memory + AT_STATE))[r * CC * N / 2 + tid];
+                skip = ((const float*)(memory + AT_SKIP))[s_at], bias = ((const float*)(memory + AT_BIAS))[s_at];
+                const char* at = ring.memory + ring.slot * SLOT + 2 * s_at * R;
+                UNROLL for (int v = 0; v < (R / 8 + 7) / 8; v++) {
+                    int k = v * 64 + s_lane * 8;
+                    if (k < R) {
+                        U4 w = *(const U4*)(at + 2 * k);
+                        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int j = 0; j < 4; j++) {
+                            delta[r] += low_half(w.v[j]) * low[r * P + k + 2 * j];
+                            delta[r] += high_half(w.v[j]) * low[r * P + k + 2 * j + 1];
+                        }
+                    }
+                }
+            }
+            WARP_BARRIER();
+            if (lane == 0) arrive(&ring.empty[ring.slot]);
+            ring.next();
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                UNROLL for (int mask = 4; mask; mask /= 2) delta[r] += SWAP(delta[r], mask);
+                if (scans) {
+                    float d = softplus(delta[r] + bias), value = inner[r * CC + s_at];
+                    const float* B = low + r * P + R + 2 * s_lane;
+                    UNROLL for (int j = 0; j < 2; j++) {
+                        h[r].v[j] = expf(-d * expf(A.v[j])) * h[r].v[j] + d * value * B[j];
+                        y[r] += h[r].v[j] * B[N + j];
+                    }
+                }
+                UNROLL for (int mask = 4; mask; mask /= 2) y[r] += SWAP(y[r], mask);
+                if (scans) y[r] = (y[r] + skip * inner[r * CC + s_at]) * silu(total(sums + ((CC + s_at) * ROWS + r) * SUMS));
+                float other = SWAP(y[r], 8);
+                if (scans && lane % 16 < COPIES)
+                    send(words + AT_Y + (s_lane * ROWS + r) * (C / 2) + (block * CC + s_at) / 2,
+                         word(pack(y[r], other), flag));
+            }
+            if (scans) {
+                UNROLL for (int r = 0; r < ROWS; r++)
+                    *(F2*)(layer.out_ssm + ((i64)r * C + block * CC + s_at) * N + 2 * s_lane) = h[r];
+            }
+        }
+        STAMP(7)
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const u64* at = own_y + r * (C / 2);
+            u64 seen[YV];
+            UNROLL for (int i = 0; i < YV; i++)
+                if (tid + i * THREADS < C / 2) seen[i] = look(at + tid + i * THREADS);
+            UNROLL for (int i = 0; i < YV; i++) {
+                int k = tid + i * THREADS;
+                if (k < C / 2) *(u32*)(factor + r * STRIDE + 4 * k) = read(at + k, seen[i], flag);
+            }
+        }
+        BARRIER();
+        STAMP(8)
+        if (l + 1 < layers) ask(a.layer[l + 1]);
+        multiply_all<TO, RO, QO, KO>(ring, factor, sums, warp, lane);
+        STAMP(9)
+        BARRIER();
+        if (leaves) {
+            mine += total(sums + (o_at * ROWS + o_row) * SUMS);
+            if (XBF) mine = rounded(mine);
+            int k = block * DO + o_at;
+            if (l + 1 < layers) {
+                UNROLL for (int i = 0; i < COPIES; i++)
+                    send(words + AT_X + (i * ROWS + o_row) * D + k, word(__float_as_uint(mine), flag));
+            } else if (XBF) {
+                ((bf16*)a.out)[(i64)o_row * D + k].bits = (unsigned short)pack(mine, 0.0f);
+            } else {
+                ((float*)a.out)[(i64)o_row * D + k] = mine;
+            }
+        }
+        STAMP(10)
+    }
+    // every block has read the epoch: this one could not have come so far otherwise
+    if (block == 0 && tid == 0) send(words, epoch + layers);
+}
