@@ -130,9 +130,14 @@ def test_attention_on_one_side_alone_breaks_the_rules() -> None:
         "attention layers: 0 here and 16 in the Mamba: give both sides some, or neither"
     ]
     assert "16 here and 0" in rules.pair_violations(with_it, without)[0]
-    even = [("mamba", with_it), ("moe-mamba", with_it), ("mamba", without)]
+    longer, faster = (
+        with_it.model_copy(update={"train": with_it.train.model_copy(update=change)})
+        for change in ({"steps": 7}, {"learning_rate": 0.5})
+    )
+    even = [("mamba", with_it), ("moe-mamba", with_it), ("mamba", without), ("mamba", longer)]
     assert rules.budget_violations(even) == []
-    assert "mamba 2, moe-mamba 1" in rules.budget_violations([*even, ("mamba", with_it)])[0]
+    assert "mamba 2, moe-mamba 1" in rules.budget_violations([*even, ("mamba", faster)])[0]
+    assert "moe-mamba 0, mamba 1" in rules.budget_violations([("moe-mamba", without), ("mamba", with_it)])[0]
 
 
 def test_what_may_differ_is_told() -> None:
