@@ -22,6 +22,7 @@ import copying  # noqa: E402
 import corpus  # noqa: E402
 import page  # noqa: E402
 import plan  # noqa: E402
+import prose  # noqa: E402
 import results  # noqa: E402
 import rules  # noqa: E402
 import run as runner  # noqa: E402
@@ -130,9 +131,14 @@ def test_attention_on_one_side_alone_breaks_the_rules() -> None:
         "attention layers: 0 here and 16 in the Mamba: give both sides some, or neither"
     ]
     assert "16 here and 0" in rules.pair_violations(with_it, without)[0]
-    even = [("mamba", with_it), ("moe-mamba", with_it), ("mamba", without)]
+    longer, faster = (
+        with_it.model_copy(update={"train": with_it.train.model_copy(update=change)})
+        for change in ({"steps": 7}, {"learning_rate": 0.5})
+    )
+    even = [("mamba", with_it), ("moe-mamba", with_it), ("mamba", without), ("mamba", longer)]
     assert rules.budget_violations(even) == []
-    assert "mamba 2, moe-mamba 1" in rules.budget_violations([*even, ("mamba", with_it)])[0]
+    assert "mamba 2, moe-mamba 1" in rules.budget_violations([*even, ("mamba", faster)])[0]
+    assert "moe-mamba 0, mamba 1" in rules.budget_violations([("moe-mamba", without), ("mamba", with_it)])[0]
 
 
 def test_what_may_differ_is_told() -> None:
@@ -304,6 +310,14 @@ def test_the_pair_without_attention_is_told_beside_the_headline() -> None:
     assert len(page.headline(runs)) == 1
 
 
+def test_the_page_owns_up_to_runs_at_the_wrong_rate() -> None:
+    runs = [
+        made(f"r{i}", stage="search-4", learning_rate=rate) for i, rate in enumerate((0.008, 0.001, 0.0005))
+    ]
+    assert prose.slow_text(runs[:1]) == ""
+    assert "2 runs of `search-4` had the rates of the bare presets, 0.001 and 0.0005" in prose.slow_text(runs)
+
+
 def test_the_page_tells_where_attention_gains() -> None:
     names = ("mamba", "mamba-attention")
     parts = {"0-128 repeated": [1.25, 10], "0-128 new": [3.0, 90]}
@@ -316,6 +330,6 @@ def test_the_page_tells_where_attention_gains() -> None:
 
 def test_the_shipped_presets_are_the_final_runs() -> None:
     made = {one.name: one for one in plan.Stage(HEADLINE / "stages" / "final.toml").tries}
-    for name, shipped in (("open-s0", "moe-mamba-fine-25m"), ("mamba-s0", "mamba-tuned-25m")):
+    for name, shipped in ((page.FINE, "moe-mamba-fine-25m"), (page.MAMBA, "mamba-tuned-25m")):
         lengths = ["data.tokenizer=bpe:50257", "train.keep_checkpoints=0", "train.checkpoint_every=1000"]
-        assert differences(preset(shipped, lengths), made[name].config) == {}
+        assert differences(preset(shipped, lengths), made[f"{name}-s0"].config) == {}

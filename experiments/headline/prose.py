@@ -8,13 +8,14 @@ from results import Match, Result, final, match
 PAPERS_RATIO = 2.35
 """Of arXiv 2401.04081, with 100 M active parameters and 31 billion tokens."""
 UNTRIED = {
-    "other learning rates of either side with the last recipe": "slower",
     "Mixture of Tokens": "mixture-of-tokens",
     "more than 256 experts": "most",
     "experts after every other Mamba layer": "every-other",
     "experts in the upper half": "upper-half",
+    "attention with heads of 256": "widest",
+    "attention in later layers": "late",
 }
-"""What the third search is about, and the entry that tries it."""
+"""What the stage files ask for and nobody may have run yet, and the entry that tries it."""
 PARTS = {
     "Mamba": "search-4/mamba",
     "Mamba with attention": "search-4/mamba-attention",
@@ -105,7 +106,9 @@ def muon_text(runs: Sequence[Result]) -> str:
 
 def screens_text(runs: Sequence[Result]) -> str:
     """How many runs each side had in each search, how far a short run may mislead, and what nobody tried."""
-    counts = [stage_text(runs, stage) for stage in ("search", "search-2", "search-3", "search-4")]
+    counts = [
+        stage_text(runs, stage) for stage in ("search", *(f"search-{number}" for number in range(2, 7)))
+    ]
     known = by_name(runs)
     tried = {run["entry"] for run in runs if run["status"] == "done"}
     left = [what for what, entry in UNTRIED.items() if entry not in tried]
@@ -121,6 +124,19 @@ def screens_text(runs: Sequence[Result]) -> str:
         f"{short[0]['tokens'] / 1e6:.0f} M tokens and {gaps[1]:.3f} at {long[0]['tokens'] / 1e6:.0f} M, "
         f"where their routers put {confidence:.2f} of the weight on one expert."
         + (f" Not tried: {', '.join(left)}." if left else "")
+        + slow_text(runs)
+    )
+
+
+def slow_text(runs: Sequence[Result]) -> str:
+    """What went wrong in the fourth search: rates far below those of its recipe."""
+    slow = [run for run in runs if run["stage"] == "search-4" and run["learning_rate"] < 0.004]
+    if not slow:
+        return ""
+    rates = " and ".join(f"{rate:g}" for rate in sorted({run["learning_rate"] for run in slow}, reverse=True))
+    return (
+        f" By a mistake in its stage file {len(slow)} runs of `search-4` had the rates of the bare presets, "
+        f"{rates}: they compare among themselves only."
     )
 
 

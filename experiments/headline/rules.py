@@ -48,15 +48,22 @@ def pair_violations(run: RunConfig, mamba: RunConfig) -> list[str]:
 
 
 def budget_violations(tries: Sequence[tuple[str, RunConfig]]) -> list[str]:
-    """What is uneven in a search: runs with attention, (side, configuration) each, of its two sides."""
-    counts = {
-        side: sum(attention_layers(run) > 0 for mine, run in tries if mine == side)
-        for side in dict.fromkeys(side for side, _ in tries)
+    """What is uneven in a search: tries with attention, (side, configuration) each, of its two sides.
+
+    Runs of one model at one learning rate, such as longer ones or other seeds, are one try.
+    """
+    variants = {
+        side: {
+            f"{run.train.learning_rate} {run.model.model_dump_json()}"
+            for mine, run in tries
+            if mine == side and attention_layers(run)
+        }
+        for side, _ in tries
     }
-    if len(counts) < 2 or len(set(counts.values())) == 1:
+    if len({len(found) for found in variants.values()}) <= 1:
         return []
-    told = ", ".join(f"{side} {count}" for side, count in counts.items())
-    return [f"runs with attention layers: {told}: try it as often for both sides"]
+    told = ", ".join(f"{side} {len(found)}" for side, found in variants.items())
+    return [f"tries with attention layers: {told}: give both sides as many"]
 
 
 def attention_layers(run: RunConfig) -> int:
