@@ -52,6 +52,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
 @pytest.fixture(autouse=True)
 def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "launch", emulated)
+    monkeypatch.setattr(scan_cuda, "_room", lambda _: 128)
     monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
 
 
@@ -81,33 +82,6 @@ def test_parity(dtype: torch.dtype, chunks: int, monkeypatch: pytest.MonkeyPatch
     close(errors("selective_scan", scan_inputs(2, 35, 38, 16, dtype)))
 
 
-MATRIX = Cut(4, 1, 2, 32, 8, 1, matrix=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 99, 40, 16), (2, 75, 38, 16), (1, 1, 1, 16)])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_products_on_matrix_units(
-    chunks: int, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut(monkeypatch, MATRIX, SMALL[1], chunks, 8)
-    close(errors("selective_scan", scan_inputs(*shape, torch.bfloat16)))
-
-
-def test_products_on_matrix_units_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, MATRIX, SMALL[1], 2, 4)
-    inputs = scan_inputs(1, 99, 24, 16, torch.bfloat16)
-    close(errors("selective_scan", inputs, segments=documents(1, 99)))
-
-
-def test_bfloat16_that_fills_a_gpu_takes_the_matrix_units() -> None:
-    x = torch.empty(8, 2048, 1536, dtype=torch.bfloat16, device="meta")
-    assert scan_cuda.forward_cut(8, 1536, 16, x, None).matrix
-    assert not scan_cuda.forward_cut(8, 1536, 16, x, x.float()).matrix
-    assert not scan_cuda.forward_cut(8, 1536, 8, x).matrix
-    assert not scan_cuda.forward_cut(64, 1024, 16, x).matrix
-
-
 @pytest.mark.parametrize("backwards", [0, 1])
 def test_backward_in_turn(backwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, *SMALL, 1, turns=3)
@@ -121,6 +95,16 @@ def test_backward_in_turn(backwards: int, monkeypatch: pytest.MonkeyPatch) -> No
     cut(monkeypatch, *SMALL, 1)
     for name, value in everything(scan, plain, {}).items():
         assert torch.allclose(value, found[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_sums_in_a_launch_of_their_own(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, *SMALL, chunks)
+    inputs = scan_inputs(2, 99, 38, 16, torch.bfloat16)
+    together = everything(scan, inputs, {})
+    monkeypatch.setattr(scan_cuda, "_room", lambda _: 0)
+    for name, value in everything(scan, inputs, {}).items():
+        assert torch.equal(value, together[name]), name
 
 
 @pytest.mark.slow
@@ -219,7 +203,13 @@ def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) 
 
 @pytest.mark.parametrize(
     ("shape", "every"),
-    [((8, 2048, 1536), 8), ((64, 1024, 1024), 16), ((2, 100, 256), 4), ((64, 2048, 4096), 16)],
+    [
+        ((8, 2048, 1536), 4),
+        ((16, 2048, 1536), 8),
+        ((64, 1024, 1024), 16),
+        ((2, 100, 256), 4),
+        ((64, 2048, 4096), 16),
+    ],
 )
 def test_states_are_saved_as_close_as_their_memory_allows(shape: tuple[int, int, int], every: int) -> None:
     x, A = torch.empty(shape, device="meta"), torch.empty(shape[2], 16)
