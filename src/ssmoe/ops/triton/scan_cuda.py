@@ -104,8 +104,11 @@ def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
 
 @cache
 def _room(device: torch.device) -> int:
-    """Blocks that the GPU certainly holds at once, so that they may wait for each other: one a multiprocessor."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """How many blocks may wait for each other: a quarter of the multiprocessors, each of which has one at least.
+
+    So even four such launches side by side never wait for blocks that find no place.
+    """
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) // 4
 
 
 def _backward_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
