@@ -250,7 +250,9 @@ def run_backward(
     partial = torch.empty(groups, b, length, 2 * n, **like)
     parts = 1 if in_turn else chunks
     sums = Sums.empty(x, n, parts, D, delta_bias, initial)
-    states, steps = carries(x, n, chunks)
+    states, steps = carries(x, n, chunks if not in_turn else 1)
+    if in_turn:
+        states = torch.empty(b, d, n, **like)
     blocks = b * groups * (chunks if in_turn else max(1, chunks - 1))
     together = in_turn or (blocks <= MULTIPROCESSORS * cut.min_blocks and groups <= _room(x.device))
     sizes = [2, b * groups, b * chunks] if together else [0, 0, 0]
@@ -271,7 +273,8 @@ def run_backward(
         for phase in (3,) if in_turn else (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, *sums, begun[phase == 2 :], turns, done, dB, dC, length, d, b, chunks, chunk_tiles, phase,
+                dx, ddelta, dz, partial, *sums, begun[phase == 2 :], turns, done, dB, dC,
+                length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
