@@ -1,13 +1,11 @@
 // Runs scan.cu on a CPU: every CUDA thread is a fiber, every barrier and shuffle a switch to the next one.
-// Lanes that meet at different barriers, which would hang or corrupt a GPU, abort. A block that waits for others is
-// laid aside while those after it begin.
+// Lanes that meet at different barriers, which would hang or corrupt a GPU, abort.
 #include <ucontext.h>
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <list>
 #include <vector>
 
 #define EMULATED
@@ -17,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_OTHERS, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
 struct Index {
     unsigned x;
 };
@@ -47,9 +45,13 @@ static float SWAP(float value, int mask) {
     yield(AT_WARP);
     return exchange[side][me ^ mask];
 }
+// blocks run one after the other: what a block waits for was done by those before it, or never will be
 static int take(int* at) { return (*at)++; }
 static void wait_for(const int* at, int count) {
-    while (*at < count) yield(AT_OTHERS);
+    if (*at < count) {
+        fprintf(stderr, "a block waits for one that has a later turn\n");
+        abort();
+    }
 }
 static std::vector<float> factors[2];
 static float tf32(float v) {
@@ -119,13 +121,6 @@ static void wait_copies() {
     pending[threadIdx.x].clear();
 }
 
-struct alignas(16) Memory {
-    char bytes[232448];
-};
-static Memory* memory;
-#undef SHARED
-#define SHARED(type, name) type& name = *reinterpret_cast<type*>(memory)
-
 #include SOURCE
 
 static void enter_fiber() {
@@ -133,14 +128,9 @@ static void enter_fiber() {
     yield(DONE);
 }
 
-static void begin_block(unsigned threads) {
-    fibers = std::vector<Fiber>(threads);
-    memory = new Memory;
-    memset(memory, 0xff, sizeof(Memory));
-    for (auto& side : exchange) side.assign(threads, NAN);
-    for (auto& side : factors) side.assign(6 * threads, NAN);
-    for (Fiber& fiber : fibers) {
-        fiber.stack.resize(1 << 17);
+static void run_block(unsigned threads, bool backwards) {
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber& fiber = fibers[i];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -149,28 +139,8 @@ static void begin_block(unsigned threads) {
         fiber.parity = 0;
         makecontext(&fiber.context, enter_fiber, 0);
     }
-    for (auto& copies : pending) copies.clear();
-}
-
-// Whether a thread waits for what other blocks do, after all that do have been asked again.
-static bool waits() {
-    bool any = false;
-    for (threadIdx.x = 0; threadIdx.x < fibers.size(); threadIdx.x++) {
-        Fiber& fiber = fibers[threadIdx.x];
-        if (fiber.wait == AT_OTHERS) swapcontext(&scheduler, &fiber.context);
-        any |= fiber.wait == AT_OTHERS;
-    }
-    return any;
-}
-
-// Whether the block has ended; if not, it waits for others.
-static bool run_block(bool backwards) {
-    const unsigned threads = fibers.size();
-    for (;;) {
-        if (waits()) return false;
-        unsigned finished = 0;
-        for (Fiber& fiber : fibers)
-            if (fiber.wait == AT_BLOCK) fiber.wait = RUNS;
+    for (unsigned finished = 0; finished < threads;) {
+        finished = 0;
         for (unsigned w = 0; w < threads / 32; w++) {
             unsigned warp = (backwards ? threads / 32 - 1 - w : w) * 32;
             while (fibers[warp].wait == RUNS || fibers[warp].wait == AT_WARP) {
@@ -179,7 +149,7 @@ static bool run_block(bool backwards) {
                     swapcontext(&scheduler, &fibers[threadIdx.x].context);
                 }
                 for (unsigned i = 1; i < 32; i++) {
-                    if (fibers[warp + i].wait != fibers[warp].wait && fibers[warp].wait != AT_OTHERS) {
+                    if (fibers[warp + i].wait != fibers[warp].wait) {
                         fprintf(stderr, "lanes 0 and %u of a warp wait at different barriers\n", i);
                         abort();
                     }
@@ -187,7 +157,8 @@ static bool run_block(bool backwards) {
             }
             finished += fibers[warp].wait == DONE ? 32 : 0;
         }
-        if (finished == threads) return true;
+        for (unsigned i = 0; i < threads; i++)
+            if (fibers[i].wait == AT_BLOCK) fibers[i].wait = RUNS;
     }
 }
 
@@ -200,47 +171,17 @@ static void call(const char* kernel) {
 #endif
 }
 
-struct Aside {
-    std::vector<Fiber> fibers;
-    std::vector<float> exchange[2], factors[2];
-    Memory* memory;
-    Index blockIdx;
-    void swap() {
-        fibers.swap(::fibers);
-        for (int i = 0; i < 2; i++) exchange[i].swap(::exchange[i]), factors[i].swap(::factors[i]);
-        std::swap(memory, ::memory);
-        std::swap(blockIdx, ::blockIdx);
-    }
-};
-
 // `backwards`: the last warp, lane and block first, which no correct kernel can tell
 extern "C" void emulate(const char* kernel, long blocks, unsigned threads, const void* words, int backwards) {
     parameters = words;
     call(kernel);
-    std::list<Aside> aside;
-    for (long block = 0; block < blocks || !aside.empty(); block++) {
-        bool moved = block < blocks;
-        if (moved) {
-            blockIdx.x = (unsigned)(backwards ? blocks - 1 - block : block);
-            begin_block(threads);
-            if (run_block(backwards)) {
-                delete memory;
-            } else {
-                aside.emplace_back();
-                aside.back().swap();
-            }
-        }
-        for (auto one = aside.begin(); one != aside.end();) {
-            one->swap();
-            const bool ended = run_block(backwards);
-            one->swap();
-            moved |= ended;
-            if (ended) delete one->memory;
-            one = ended ? aside.erase(one) : std::next(one);
-        }
-        if (!moved) {
-            fprintf(stderr, "%zu blocks wait for each other\n", aside.size());
-            abort();
-        }
+    fibers.resize(threads);
+    for (Fiber& fiber : fibers) fiber.stack.resize(1 << 17);
+    exchange[0].assign(threads, NAN);
+    exchange[1].assign(threads, NAN);
+    for (auto& side : factors) side.assign(6 * threads, NAN);
+    for (long block = 0; block < blocks; block++) {
+        blockIdx.x = (unsigned)(backwards ? blocks - 1 - block : block);
+        run_block(threads, backwards);
     }
 }

@@ -52,7 +52,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
 @pytest.fixture(autouse=True)
 def on_the_cpu(emulated: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "launch", emulated)
-    monkeypatch.setattr(scan_cuda, "_room", lambda _: 128)
     monkeypatch.setattr(scan_cuda, "covers", lambda x, A: A.shape[-1] in scan_cuda.WIDTHS)
 
 
@@ -95,16 +94,6 @@ def test_backward_in_turn(backwards: int, monkeypatch: pytest.MonkeyPatch) -> No
     cut(monkeypatch, *SMALL, 1)
     for name, value in everything(scan, plain, {}).items():
         assert torch.allclose(value, found[name], rtol=1e-5, atol=1e-6), name
-
-
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_sums_in_a_launch_of_their_own(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, *SMALL, chunks)
-    inputs = scan_inputs(2, 99, 38, 16, torch.bfloat16)
-    together = everything(scan, inputs, {})
-    monkeypatch.setattr(scan_cuda, "_room", lambda _: 0)
-    for name, value in everything(scan, inputs, {}).items():
-        assert torch.equal(value, together[name]), name
 
 
 @pytest.mark.slow
@@ -195,10 +184,21 @@ def test_which_kernels_take_a_scan(
     ("b", "length", "d"), [(1, 1, 1), (8, 2048, 1536), (64, 1024, 1024), (1, 2**17, 1536)]
 )
 def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) -> None:
-    for chosen in (scan_cuda.forward_cut(b, d, 16), scan_cuda.backward_cut(16)):
+    for chosen in (scan_cuda.forward_cut(b, d, 16, 0), scan_cuda.backward_cut(16)):
         chunks = scan_cuda._chunks(chosen, b, length, d)
         assert chunks == 1 or scan_cuda._waves(chosen, b, d) * (chunks - 1) <= 3
         assert chunks == 1 or length >= 8 * chosen.tile * chunks
+
+
+@pytest.mark.parametrize(
+    ("n", "every", "tile"), [(16, 0, 128), (8, 8, 128), (16, 16, 128), (16, 4, 64), (32, 0, 64), (32, 8, 64)]
+)
+def test_tiles_where_one_channel_a_lane_fills_a_gpu(n: int, every: int, tile: int) -> None:
+    cut = scan_cuda.forward_cut(8, 1536, n, every)
+    assert (cut.channels, cut.tile) == (1, tile)
+    assert scan_cuda.forward_cut(64, 1024, n, every) == scan_cuda.FORWARD
+    # B and C twice, within what a block has without asking
+    assert 4 * tile * n * 4 <= 32 * 1024
 
 
 @pytest.mark.parametrize(

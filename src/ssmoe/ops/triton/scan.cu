@@ -618,8 +618,8 @@ struct Arguments {
     float* dskip;
     float* dbias;
     float* dinitial;
-    // counts, zero at first: blocks that have begun; in turn, of every (b, group) the chunks that are done; of every
-    // (b, chunk) the groups that are done, or null where scan_fold comes after
+    // in turn, counts that are zero at first: blocks that have begun; of every (b, group) the chunks that are done; of
+    // every (b, chunk) the groups that are done
     int* begun;
     int* turns;
     int* done;
@@ -878,7 +878,7 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             }
             // the sums of the tile before have been read
             BARRIER();
-            _Pragma("unroll 2") for (int sub = STEPS - 1; sub >= 0; sub--) {
+            _Pragma("unroll 1") for (int sub = STEPS - 1; sub >= 0; sub--) {
                 float h[SUB][CH][S], decay[SUB][CH][S];
                 UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[0][j]);
                 Raw<XT> own_x[SUB / K];
@@ -1039,13 +1039,14 @@ __device__ __forceinline__ void fold(const float* partial, BT* dB, CT* dC, i64 g
 
 // phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
 // 3: all chunks in turn: the last of every channel before any other, each block going on where another left its
-// channels. More channels than fit on the GPU at once then end together, where whole lengths leave it half empty.
+// channels. More channels than fit on the GPU at once then end together, and what the groups of channels have summed
+// of a chunk is folded by the last of them, while it is still near.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Arguments g) {
     SHARED(Shared, shared);
     const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
     if (threadIdx.x == 0) {
-        // in the order in which they begin: who waits for a block with a lower number waits for one that runs
-        const i64 index = g.begun ? take(g.begun) : blockIdx.x;
+        // in the order in which they begin: who waits for a block with an earlier turn waits for one that runs
+        const i64 index = g.phase == 3 ? take(g.begun) : blockIdx.x;
         const i64 rest = index / groups, group = index - rest * groups;
         i64 b = rest, chunk = 0;
         if (g.phase == 3) {
@@ -1069,25 +1070,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         return;
     }
     walk<false>(g, shared, group * BLOCK_CHANNELS, chunk, b);
-    if (!g.done) return;
-    // dB and dC of the chunk: the last of the groups sums them all, or, where none has other work, each its part
-    const bool last = g.phase == 3;
+    if (g.phase < 3) return;
     group = shared.group;
     b = shared.b;
     chunk = shared.chunk;
-    int* done = g.done + b * g.chunks + chunk;
     BARRIER();
     if (threadIdx.x == 0) {
-        if (last) take(g.turns + b * groups + group);
-        shared.before = take(done);
-        if (!last) wait_for(done, (int)groups);
+        take(g.turns + b * groups + group);
+        shared.before = take(g.done + b * g.chunks + chunk);
     }
     BARRIER();
-    if (last && shared.before < groups - 1) return;
+    if (shared.before < groups - 1) return;
     const i64 begin = chunk * g.chunk_tiles * TILE, stop = begin + g.chunk_tiles * TILE;
     const i64 to = (b * g.length + (stop < g.length ? stop : g.length)) * 2 * N;
-    i64 e = (b * g.length + begin) * 2 * N + (last ? 0 : group) * THREADS * 4 + threadIdx.x * 4;
-    for (; e < to; e += (last ? 1 : groups) * THREADS * 4)
+    for (i64 e = (b * g.length + begin) * 2 * N + threadIdx.x * 4; e < to; e += THREADS * 4)
         fold(g.partial, g.dB, g.dC, groups, g.batch * g.length * 2 * N, e);
 }
 

@@ -2,7 +2,6 @@
 # a custom op's fake, its context and its gradient are called by torch with what the op was given
 # pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false
 
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,11 +52,15 @@ def covers(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
 
 
-def forward_cut(b: int, d: int, n: int) -> Cut:
-    """One channel a lane where that makes between half a wave and all of one; wide states in tiles half as long."""
+def forward_cut(b: int, d: int, n: int, saved_every: int) -> Cut:
+    """One channel a lane where that makes between half a wave and all of one.
+
+    Its tiles are half as long for wide states, which need the room, and where many states are saved, which is faster.
+    """
     if not 0.5 <= _waves(FORWARD_SPREAD, b, d) <= 1:
         return FORWARD
-    return FORWARD_SPREAD if n <= 16 else FORWARD_SPREAD._replace(tile=FORWARD_SPREAD.tile // 2)
+    halved = n > 16 or 0 < saved_every < 8
+    return FORWARD_SPREAD._replace(tile=FORWARD_SPREAD.tile // 2) if halved else FORWARD_SPREAD
 
 
 def backward_cut(n: int) -> Cut:
@@ -100,15 +103,6 @@ def _whole_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
     tiles = cdiv(length, cut.tile)
     chunk_tiles = cdiv(tiles, chunks)
     return cdiv(tiles, chunk_tiles), chunk_tiles
-
-
-@cache
-def _room(device: torch.device) -> int:
-    """How many blocks may wait for each other: a quarter of the multiprocessors, each of which has one at least.
-
-    So even four such launches side by side never wait for blocks that find no place.
-    """
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) // 4
 
 
 def _backward_chunks(cut: Cut, length: int, chunks: int) -> tuple[int, int]:
@@ -254,8 +248,7 @@ def run_backward(
     if in_turn:
         states = torch.empty(b, d, n, **like)
     blocks = b * groups * (chunks if in_turn else max(1, chunks - 1))
-    together = in_turn or (blocks <= MULTIPROCESSORS * cut.min_blocks and groups <= _room(x.device))
-    sizes = [2, b * groups, b * chunks] if together else [0, 0, 0]
+    sizes = [1, b * groups, b * chunks] if in_turn else [0, 0, 0]
     begun, turns, done = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device).split(sizes)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
@@ -273,7 +266,7 @@ def run_backward(
         for phase in (3,) if in_turn else (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, *sums, begun[phase == 2 :], turns, done, dB, dC,
+                dx, ddelta, dz, partial, *sums, begun, turns, done, dB, dC,
                 length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
@@ -286,7 +279,7 @@ def run_backward(
                 words,
                 shared,
             )
-        rows = 0 if together else b * length
+        rows = 0 if in_turn else b * length
         totals = [torch.empty((0,) if t is None else t.shape, **like) for t in (A, D, delta_bias)]
         words = _words(partial, dB, dC, *sums[:3], *totals, groups, rows, b * parts, d)
         blocks = cdiv(d * n, 128) + 2 * cdiv(d, 32) + cdiv(rows * 2 * n, 1024)
@@ -316,9 +309,9 @@ def scan_cuda(
     x, delta, z: (b, l, d); A: (d, n), n in WIDTHS; B, C: (b, l, n); flags: (b, l) int8, bit 0 real, bit 1 reset.
     """
     b, length, d = x.shape
-    cut = forward_cut(b, d, A.shape[1])
-    chunks = _chunks(cut, b, length, d)
     every = saved_every(x, A) if save else 0
+    cut = forward_cut(b, d, A.shape[1], every)
+    chunks = _chunks(cut, b, length, d)
     return run_forward(cut, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)
 
 
