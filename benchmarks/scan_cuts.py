@@ -5,7 +5,8 @@
 bfloat16 activations, N = 16, no gate unless asked for (as in `gpu.py`); milliseconds a launch, median over
 CUDA-graph replays.
 A cut is K lanes a channel, CH channels a lane, W warps a block, TILE positions staged, SUB in hand, blocks a
-multiprocessor asked of the compiler, 1 for products on matrix units (forward), and chunks of the length.
+multiprocessor asked of the compiler, and chunks of the length; "in turn": those of a channel one after the
+other, in one launch (backward).
 """
 
 import argparse
@@ -26,8 +27,7 @@ FORWARD = [
     Cut(4, 1, 4, 32, 8, 4), Cut(4, 1, 2, 32, 8, 8), Cut(4, 1, 4, 32, 16, 4), Cut(4, 2, 4, 32, 8, 3),
     Cut(4, 2, 4, 32, 8, 4), Cut(4, 2, 2, 32, 8, 6), Cut(4, 4, 4, 32, 8, 2), Cut(2, 1, 4, 32, 8, 3),
     Cut(2, 2, 4, 32, 8, 2), Cut(1, 1, 4, 32, 8, 3), Cut(1, 1, 2, 32, 8, 6), Cut(8, 1, 4, 32, 8, 6),
-    Cut(8, 2, 4, 32, 8, 4), Cut(4, 1, 4, 64, 16, 4),
-    Cut(4, 1, 4, 32, 8, 3, matrix=True),
+    Cut(8, 2, 4, 32, 8, 4), Cut(4, 1, 4, 64, 16, 3), Cut(4, 1, 4, 128, 16, 3),
 ]  # fmt: skip
 BACKWARD = [
     Cut(4, 2, 4, 16, 4, 3), Cut(4, 2, 4, 16, 4, 4), Cut(4, 2, 2, 16, 4, 6), Cut(4, 4, 4, 16, 4, 2),
@@ -35,7 +35,7 @@ BACKWARD = [
 ]  # fmt: skip
 CHUNKS = {
     ("B8", True): (1, 3), ("B64", True): (1,), ("B1", True): (22, 43),
-    ("B8", False): (1, 3, 4, 6), ("B64", False): (1,), ("B1", False): (33, 49, 97),
+    ("B8", False): (1, 3, 4, 6), ("B64", False): (1, 4), ("B1", False): (33, 49, 97),
 }  # fmt: skip
 
 
@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true")
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument(
-        "--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS[,1] in place of the list"
-    )
+    parser.add_argument("--cuts", nargs="*", default=[], help="K,CH,W,TILE,SUB,BLOCKS in place of the list")
     parser.add_argument("--chunks", nargs="*", type=int, default=[])
     parser.add_argument("--gate", action="store_true", help="with the gate z, as a model's layers have it")
     parser.add_argument(
@@ -71,10 +69,9 @@ def main() -> None:
 
 def macros(cut: Cut, forward: bool, gate: bool, every: int = 0) -> nvrtc.Macros:
     """What `run_forward` and `run_backward` compile for these inputs."""
-    z = {"ZT": "bf16" if gate or (forward and cut.matrix) else "float"}
+    z = {"ZT": "bf16" if gate else "float"}
     types = dict.fromkeys(("XT", "DT"), "bf16") | z | dict.fromkeys(("BT", "CT"), "bf16")
-    packed = {"PACKED": bool(cut.matrix)} if forward else {}
-    common = {"ALIGNED": True, **packed, "SEGMENTS": False, "HAS_Z": gate, **types}
+    common = {"ALIGNED": True, "SEGMENTS": False, "HAS_Z": gate, **types}
     if not forward:
         rows = (torch.empty(0, dtype=torch.bfloat16),) * (4 if gate else 3)
         shared = scan_cuda.backward_shared(cut, 16, True, False, rows)
@@ -151,9 +148,10 @@ def backward(shape: str, cuts: list[Cut], chunks: tuple[int, ...], gate: bool, e
     for every in everies:
         saved = scan_cuda.run_forward(scan_cuda.FORWARD, 17 if b == 1 else 1, *given, None, None, every)[2]
         for cut, c in product(cuts, chunks):
-            name = f"backward {shape:4} {tuple(cut)} chunks {c:3} saved every {every:2}"
+            in_turn = c > 1 and scan_cuda._turns(cut, b, length, d) > 1
+            name = f"backward {shape:4} {tuple(cut)} chunks {c:3}{' in turn' * in_turn} saved every {every:2}"
             try:
-                arguments = (dy, dfinal, *given, None, saved, False, every)
+                arguments = (dy, dfinal, *given, None, saved, False, every, in_turn)
                 out = scan_cuda.run_backward(cut, c, *arguments)
                 wrong = " ".join(f"{apart(out[i], truth[i]):.0e}" for i in kept)
                 del out

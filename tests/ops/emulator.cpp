@@ -73,11 +73,6 @@ static void product(float (&d)[4], const float (&a)[4], float b0, float b1) {
             d[c] += all[6 * (lane / 4 * 4 + k % 4) + c / 2 + k / 4 * 2] *
                     all[6 * ((lane % 4 * 2 + c % 2) * 4 + k % 4) + 4 + k / 4];
 }
-static void product_of(float (&d)[4], float a0, float a1, float b) {
-    const float a[4] = {a0, a1, 0.0f, 0.0f};
-    for (int c = 0; c < 4; c++) d[c] = 0.0f;
-    product(d, a, b, 0.0f);
-}
 static float ex2(float v) { return exp2f(v); }
 static float rcp(float v) { return 1.0f / v; }
 static float __uint_as_float(unsigned v) {

@@ -76,6 +76,15 @@ def test_scan_with_states_saved_apart(
 
 
 @BOTH
+def test_scan_of_more_channels_than_fit_at_once(dtype: torch.dtype) -> None:
+    inputs, segments = scan_inputs(26, 300, 1000, 16, dtype, "cuda"), documents(26, 300, "cuda")
+    within_twice_eager(errors("selective_scan", inputs, segments=segments), dtype)
+    scan = load("triton").selective_scan
+    first, second = (everything(scan, inputs, {"segments": segments}) for _ in range(2))
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+@BOTH
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700, 512), (65, 768), (2, 9, 5120)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, centre: bool) -> None:

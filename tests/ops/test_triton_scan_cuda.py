@@ -81,33 +81,6 @@ def test_parity(dtype: torch.dtype, chunks: int, monkeypatch: pytest.MonkeyPatch
     close(errors("selective_scan", scan_inputs(2, 35, 38, 16, dtype)))
 
 
-MATRIX = Cut(4, 1, 2, 32, 8, 1, matrix=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 99, 40, 16), (2, 75, 38, 16), (1, 1, 1, 16)])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_products_on_matrix_units(
-    chunks: int, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut(monkeypatch, MATRIX, SMALL[1], chunks, 8)
-    close(errors("selective_scan", scan_inputs(*shape, torch.bfloat16)))
-
-
-def test_products_on_matrix_units_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, MATRIX, SMALL[1], 2, 4)
-    inputs = scan_inputs(1, 99, 24, 16, torch.bfloat16)
-    close(errors("selective_scan", inputs, segments=documents(1, 99)))
-
-
-def test_bfloat16_that_fills_a_gpu_takes_the_matrix_units() -> None:
-    x = torch.empty(8, 2048, 1536, dtype=torch.bfloat16, device="meta")
-    assert scan_cuda.forward_cut(8, 1536, 16, x, None).matrix
-    assert not scan_cuda.forward_cut(8, 1536, 16, x, x.float()).matrix
-    assert not scan_cuda.forward_cut(8, 1536, 8, x).matrix
-    assert not scan_cuda.forward_cut(64, 1024, 16, x).matrix
-
-
 @pytest.mark.parametrize("backwards", [0, 1])
 def test_backward_in_turn(backwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, *SMALL, 1, turns=3)
@@ -211,15 +184,32 @@ def test_which_kernels_take_a_scan(
     ("b", "length", "d"), [(1, 1, 1), (8, 2048, 1536), (64, 1024, 1024), (1, 2**17, 1536)]
 )
 def test_every_wave_is_full_or_the_length_is_whole(b: int, length: int, d: int) -> None:
-    for chosen in (scan_cuda.forward_cut(b, d, 16), scan_cuda.backward_cut(16)):
+    for chosen in (scan_cuda.forward_cut(b, d, 16, 0), scan_cuda.backward_cut(16)):
         chunks = scan_cuda._chunks(chosen, b, length, d)
         assert chunks == 1 or scan_cuda._waves(chosen, b, d) * (chunks - 1) <= 3
         assert chunks == 1 or length >= 8 * chosen.tile * chunks
 
 
 @pytest.mark.parametrize(
+    ("n", "every", "tile"), [(16, 0, 128), (8, 8, 128), (16, 16, 128), (16, 4, 64), (32, 0, 64), (32, 8, 64)]
+)
+def test_tiles_where_one_channel_a_lane_fills_a_gpu(n: int, every: int, tile: int) -> None:
+    cut = scan_cuda.forward_cut(8, 1536, n, every)
+    assert (cut.channels, cut.tile) == (1, tile)
+    assert scan_cuda.forward_cut(64, 1024, n, every) == scan_cuda.FORWARD
+    # B and C twice, within what a block has without asking
+    assert 4 * tile * n * 4 <= 32 * 1024
+
+
+@pytest.mark.parametrize(
     ("shape", "every"),
-    [((8, 2048, 1536), 8), ((64, 1024, 1024), 16), ((2, 100, 256), 4), ((64, 2048, 4096), 16)],
+    [
+        ((8, 2048, 1536), 4),
+        ((16, 2048, 1536), 8),
+        ((64, 1024, 1024), 16),
+        ((2, 100, 256), 4),
+        ((64, 2048, 4096), 16),
+    ],
 )
 def test_states_are_saved_as_close_as_their_memory_allows(shape: tuple[int, int, int], every: int) -> None:
     x, A = torch.empty(shape, device="meta"), torch.empty(shape[2], 16)

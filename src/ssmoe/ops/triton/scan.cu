@@ -89,12 +89,6 @@ __device__ __forceinline__ void product(float (&d)[4], const float (&a)[4], floa
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-// d = a b of 16 x 4 and 4 x 8, likewise
-__device__ __forceinline__ void product_of(float (&d)[4], float a0, float a1, float b) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.0f));
-}
 // One more at `at`, and what it was before: who finds a number sees all that was written before it was made.
 __device__ __forceinline__ int take(int* at) {
     int before;
@@ -122,16 +116,13 @@ typedef long long i64;
 
 constexpr int S = N / K;
 constexpr int GROUPS = 32 / K;
-#ifndef MATRIX
-#define MATRIX 0
-#endif
 // Distance of the lanes of one channel. A read of 16 bytes a lane takes two wavefronts of shared memory, not four,
 // when all lanes agree with their next or all with their next but one: at two, B and C agree so and the channels'
-// own numbers too. Matrix products dictate the others: the backward's sums go over neighbouring lanes.
+// own numbers too. The backward's sums over channels are matrix products, which go over four neighbouring lanes.
 #ifdef BACKWARD
 constexpr int KSTRIDE = 4;
 #else
-constexpr int KSTRIDE = MATRIX || K == 1 ? 1 : 2;
+constexpr int KSTRIDE = K == 1 ? 1 : 2;
 #endif
 static_assert(K * KSTRIDE <= 32, "the lanes of a channel are in one warp");
 constexpr int WARP_CHANNELS = GROUPS * CH;
@@ -154,14 +145,6 @@ static_assert(THREADS % N == 0, "a thread stages one state");
 static_assert(TILE % SUB == 0 && SUB % K == 0 && N % K == 0, "tiles are whole");
 
 #define UNROLL _Pragma("unroll")
-
-// Products with B and C on the matrix units, for bfloat16; see the walks
-#if MATRIX && defined(FORWARD)
-static_assert(K == 4 && CH == 1 && N == 16 && SUB == 8, "a warp has eight channels");
-#define IN_PAIRS 1
-#else
-#define IN_PAIRS 0
-#endif
 
 template <class T, int W>
 struct alignas(sizeof(T) * W) Row {
@@ -243,9 +226,6 @@ __device__ __forceinline__ void store_row(T* at, const float (&value)[CH], bool 
     }
 }
 
-// what tf32 leaves away
-__device__ __forceinline__ float lower_bits(float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-
 // W floats from an address aligned to as many
 template <int W>
 __device__ __forceinline__ void read(const float* at, float (&out)[W]) {
@@ -314,26 +294,11 @@ __device__ __forceinline__ Place place(i64 block_channel, i64 b, i64 d) {
     return p;
 }
 
-#if IN_PAIRS
-// A lane has two neighbouring states of every eight.
-__device__ __forceinline__ void write_pairs(float* to, const float (&h)[S]) {
-    UNROLL for (int s = 0; s < S; s += 2) {
-        float both[2] = {h[s], h[s + 1]};
-        write<2>(to + s / 2 * 8, both);
-    }
-}
-#endif
-
 // S states of each of the lane's channels from a (..., d, N) tensor at row `at` of d * N floats
 __device__ __forceinline__ void load_states(const float* from, i64 at, i64 d, const Place& p, float (&h)[CH][S]) {
     UNROLL for (int j = 0; j < CH; j++) {
         if (j < p.left) {
-#if IN_PAIRS
-            const float* row = from + (at * d + p.channel) * N + 2 * p.k;
-            UNROLL for (int s = 0; s < S; s++) h[0][s] = row[s / 2 * 8 + s % 2];
-#else
             read<S>(from + (at * d + p.channel + j) * N + p.k * S, h[j]);
-#endif
         } else {
             UNROLL for (int s = 0; s < S; s++) h[j][s] = 0.0f;
         }
@@ -341,12 +306,8 @@ __device__ __forceinline__ void load_states(const float* from, i64 at, i64 d, co
 }
 
 __device__ __forceinline__ void store_states(float* to, i64 at, i64 d, const Place& p, const float (&h)[CH][S]) {
-#if IN_PAIRS
-    if (p.left > 0) write_pairs(to + (at * d + p.channel) * N + 2 * p.k, h[0]);
-#else
     UNROLL for (int j = 0; j < CH; j++)
         if (j < p.left) write<S>(to + (at * d + p.channel + j) * N + p.k * S, h[j]);
-#endif
 }
 
 __device__ __forceinline__ void load_A(const float* A, i64 d, const Place& p, float (&a)[CH][S]) {
@@ -466,295 +427,6 @@ struct Arguments {
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl;
 };
 
-#if MATRIX
-// Where four positions of a channel lie, and those of a part of it: so that lanes do not meet in a bank.
-__device__ __forceinline__ int step_place(int group, int quarter) { return group ^ (quarter & 1) * 4; }
-__device__ __forceinline__ int part_place(int group, int quarter, int part) {
-    return group * 4 + (part + group / 2 + (quarter & 1) * 2) % 4;
-}
-
-struct alignas(16) Half8 {
-    unsigned w[4];
-};
-
-// Eight numbers on their way to shared memory
-template <bool WHOLE>
-__device__ __forceinline__ void bring(Half8& to, const bf16* at, bool live, i64 left) {
-    if (WHOLE) {
-        copy_later<4>(reinterpret_cast<float*>(to.w), reinterpret_cast<const float*>(at), live && left > 0);
-    } else {
-        UNROLL for (int i = 0; i < 4; i++)
-            to.w[i] = load_half(at + 2 * i, live && 2 * i < left) | load_half(at + 2 * i + 1, live && 2 * i + 1 < left) << 16;
-    }
-}
-
-constexpr int STEPS = TILE / SUB;
-static_assert(STEPS >= 3, "a step is prepared two before its turn");
-constexpr int TASKS = 4 * TILE;  // of eight values of B or C each
-
-struct alignas(16) Shared {
-    // two positions' states n and n + 8 side by side, for every n below eight; four words of room between positions
-    float B[2][TILE / 2][36];
-    float C[2][TILE][4][4];  // of a position, each lane's four states
-    // of a tile's positions, four side by side: log2(e) step or RESET; step x as tf32 parts that add up to it
-    float step[WARPS][TILE / 4][GROUPS][4];
-    float part[WARPS][TILE / 4][GROUPS * 4][4];
-    Half8 x[WARPS][2][TILE], d[WARPS][2][TILE], z[WARPS][HAS_Z ? 2 : 1][HAS_Z ? TILE : 1], y[WARPS][TILE];
-};
-
-__device__ __forceinline__ float value(const Half8* rows, int row, int channel) {
-    return __uint_as_float((unsigned)reinterpret_cast<const unsigned short*>(rows)[row * 8 + channel] << 16);
-}
-
-// B and C of a tile on their way: of a position and 16 states, a thread carries 4 j ... 4 j + 3 and the eighth after each.
-template <bool WITH_C>
-struct Pairs {
-    static constexpr int OWN = (TASKS + THREADS - 1) / THREADS;
-    unsigned w[OWN][4];
-    const Arguments& g;
-    i64 b;
-
-    __device__ __forceinline__ Pairs(const Arguments& g, i64 b) : g(g), b(b) {}
-
-    __device__ __forceinline__ void fetch(i64 t, int rows) {
-        UNROLL for (int i = 0; i < OWN; i++) {
-            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE;
-            const bool is_c = task >= TASKS / 2;
-            const bool live = row < rows && task < TASKS && (WITH_C || !is_c) && is_real(g.flags, SEGMENTS ? b * g.length + t + row : 0);
-            const bf16* at = is_c ? g.C + b * g.scb + (t + row) * g.scl : g.B + b * g.sbb + (t + row) * g.sbl;
-            at += task % 2 * 4;
-            if (PACKED) {
-                load_words<2>(at, live, w[i]);
-                load_words<2>(at + 8, live, w[i] + 2);
-            } else {
-                UNROLL for (int j = 0; j < 4; j++)
-                    w[i][j] = load_half(at + j / 2 * 8 + j % 2 * 2, live) | load_half(at + j / 2 * 8 + j % 2 * 2 + 1, live) << 16;
-            }
-        }
-    }
-
-    __device__ __forceinline__ void put(Shared& shared, int buffer) const {
-        UNROLL for (int i = 0; i < OWN; i++) {
-            const int task = threadIdx.x + i * THREADS, row = task / 2 % TILE, j = task % 2;
-            float low[4], high[4];
-            UNROLL for (int m = 0; m < 4; m++) {
-                low[m] = __uint_as_float(m % 2 ? w[i][m / 2] & 0xffff0000u : w[i][m / 2] << 16);
-                high[m] = __uint_as_float(m % 2 ? w[i][2 + m / 2] & 0xffff0000u : w[i][2 + m / 2] << 16);
-            }
-            if (task < TASKS / 2) {
-                UNROLL for (int m = 0; m < 4; m++) {
-                    const float both[2] = {low[m], high[m]};
-                    write<2>(shared.B[buffer][row / 2] + (4 * j + m) * 4 + row % 2 * 2, both);
-                }
-            } else if (WITH_C && task < TASKS) {
-                UNROLL for (int m = 0; m < 2; m++) {
-                    const float four[4] = {low[2 * m], low[2 * m + 1], high[2 * m], high[2 * m + 1]};
-                    write<4>(shared.C[buffer][row][2 * j + m], four);
-                }
-            }
-        }
-    }
-};
-
-// A warp has eight channels, one to every four lanes, and of each a lane has four of 16 states: 2 k, 2 k + 1, 8 + 2 k
-// and 9 + 2 k, as a product leaves them.
-//
-// What enters the states of two positions, (step x) B: (16 x 4)(4 x 8) in tf32, whose rows are the channels at either
-// position; step x comes in parts along the sum, and tf32 products are exact in float32. The recurrence is float32.
-// y: the rows are the states of two positions (their upper 19 bits), the columns C at eight positions, of which each
-// lane keeps its own two.
-//
-// LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
-template <bool LOCAL>
-__device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 block_channel, i64 chunk, i64 b) {
-    const Place p = place(block_channel, b, g.d);
-    const int lane = threadIdx.x % 32;
-    float a[1][S], h[1][S], bias[1], skip[1], total[1] = {0.0f};
-    load_A(g.A, g.d, p, a);
-    load_channels(g.bias, p, bias);
-    load_channels(g.skip, p, skip);
-    UNROLL for (int s = 0; s < S; s++) h[0][s] = 0.0f;
-    if (!LOCAL) {
-        if (chunk > 0) {
-            enter(g.states, g.steps, g.chunks, g.d, 0, chunk, 1, p, a, h);
-        } else if (g.initial) {
-            load_states(g.initial, b, g.d, p, h);
-        }
-    }
-    const i64 first = chunk * g.chunk_tiles;
-    const i64 tiles = (g.length + TILE - 1) / TILE;
-    const i64 last = first + g.chunk_tiles < tiles ? first + g.chunk_tiles : tiles;
-    const int end = (int)(g.length < last * TILE ? g.length : last * TILE);
-    int t = (int)(first * TILE);  // of the step in hand
-    const int own = 2 * p.k;      // a lane owns two neighbouring positions of every eight
-    const i64 channel = p.channel - p.group, left = g.d - channel;  // the warp's
-    const bf16* x_at = g.x + b * g.sxb + (t + lane) * g.sxl + channel;
-    const bf16* d_at = g.delta + b * g.sdb + (t + lane) * g.sdl + channel;
-    const bf16* z_at = g.z + (HAS_Z ? b * g.szb + (t + lane) * g.szl + channel : 0);
-    bf16* y_at = g.y + (b * g.length + t + lane) * g.d + channel;
-    const signed char* flag_at = g.flags + (SEGMENTS ? b * g.length + own : 0);
-    constexpr int EVERY = CKPT > 0 ? CKPT : SUB;
-    const i64 blocks = (g.length + EVERY - 1) / EVERY;
-    float* saved_at = g.saved + ((b * blocks + t / EVERY) * g.d + p.channel) * N + 2 * p.k;
-
-    // the rows of the tile at t0
-    auto ahead = [&](int t0, int side) {
-        UNROLL for (int row = 0; row < TILE; row += 32) {
-            const bool live = t0 + row + lane < end;
-            bring<ALIGNED>(shared.x[p.warp][side][row + lane], x_at + row * g.sxl, live, left);
-            bring<ALIGNED>(shared.d[p.warp][side][row + lane], d_at + row * g.sdl, live, left);
-            if (HAS_Z && !LOCAL) bring<ALIGNED>(shared.z[p.warp][HAS_Z ? side : 0][HAS_Z ? row + lane : 0], z_at + row * g.szl, live, left);
-        }
-        x_at += TILE * g.sxl;
-        d_at += TILE * g.sdl;
-        if (HAS_Z) z_at += TILE * g.szl;
-    };
-    // A step's two positions of a lane: what the other lanes need
-    struct Ready {
-        float step[2], part[3][2];
-    };
-    unsigned reals = 0;  // whether the lane's positions are real, of the last steps that were prepared
-    // the step at t0, row `row` of a tile
-    auto prepare = [&](int t0, int row, int tile_side) {
-        const Half8* x = shared.x[p.warp][tile_side];
-        const Half8* d = shared.d[p.warp][tile_side];
-        Ready ready;
-        UNROLL for (int i = 0; i < 2; i++) {
-            const bool live = t0 + i + own < end;
-            const signed char flag = SEGMENTS && live ? flag_at[t0 + i] : 0;
-            const bool real = SEGMENTS ? flag & 1 : live;
-            reals = reals << 1 | real;
-            float slope, step = softplus(value(d, row + own + i, p.group) + bias[0], slope);
-            step = real ? step : 0.0f;
-            ready.step[i] = SEGMENTS && real && (flag & 2) ? RESET : step * LOG2E;
-            if (LOCAL) total[0] += ready.step[i];
-            ready.part[0][i] = step * unless_padding(value(x, row + own + i, p.group), real);
-            ready.part[1][i] = lower_bits(ready.part[0][i]);
-            ready.part[2][i] = lower_bits(ready.part[1][i]);
-        }
-        return ready;
-    };
-    const int step_to = step_place(p.group, p.k / 2);
-    const int part_to[3] = {part_place(p.group, p.k / 2, 0), part_place(p.group, p.k / 2, 1), part_place(p.group, p.k / 2, 2)};
-    auto hand_over = [&](const Ready& ready, int row) {
-        const int quarter = row / 4 + p.k / 2;
-        write<2>(shared.step[p.warp][quarter][step_to] + p.k % 2 * 2, ready.step);
-        UNROLL for (int i = 0; i < 3; i++) write<2>(shared.part[p.warp][quarter][part_to[i]] + p.k % 2 * 2, ready.part[i]);
-    };
-    float decay[4][S];
-    auto decays = [&](int quarter, float (&to)[4][S]) {
-        float steps[4];
-        read<4>(shared.step[p.warp][quarter][step_place(p.group, quarter)], steps);
-        UNROLL for (int i = 0; i < 4; i++)
-            UNROLL for (int s = 0; s < S; s++) to[i][s] = ex2(steps[i] * a[0][s]);
-    };
-
-    Pairs<!LOCAL> stage(g, b);
-    stage.fetch(t, end - t);
-    ahead(t, 0);
-    const float zero[2] = {0.0f, 0.0f};
-    UNROLL for (int quarter = p.k / 2; quarter < TILE / 4; quarter += 2)
-        write<2>(shared.part[p.warp][quarter][part_place(p.group, quarter, 3)] + p.k % 2 * 2, zero);
-    wait_copies();
-    WARP_BARRIER();
-    ahead(t + TILE, 1);
-    hand_over(prepare(t, 0, 0), 0);
-    hand_over(prepare(t + SUB, SUB, 0), SUB);
-    stage.put(shared, 0);
-    BARRIER();
-    decays(0, decay);
-    int buffer = 0;
-    for (i64 tile = first; tile < last; tile++) {
-        stage.fetch(t + TILE, end - t - TILE);
-        UNROLL for (int row = 0; row < TILE; row += SUB) {
-            if (row == TILE - 2 * SUB) {
-                wait_copies();
-                WARP_BARRIER();
-            }
-            const Ready ready = prepare(t + 2 * SUB, (row + 2 * SUB) % TILE, row + 2 * SUB < TILE ? buffer : buffer ^ 1);
-            float y[2];
-            UNROLL for (int quarter = row / 4; quarter < row / 4 + 2; quarter++) {
-                float parts[4], cs[4], next[4][S];
-                // of the next four positions: they wait for nothing that is made here
-                decays((quarter + 1) % (TILE / 4), next);
-                read<4>(shared.part[p.warp][quarter][part_place(p.group, quarter, p.k)], parts);
-                if (!LOCAL) read<4>(shared.C[buffer][row + p.group][p.k], cs);
-                UNROLL for (int i = 0; i < 4; i += 2) {
-                    float bs[4], then[2][S];
-                    read<4>(shared.B[buffer][quarter * 2 + i / 2] + p.group * 4, bs);
-                    UNROLL for (int now = 0; now < 2; now++) {
-                        if constexpr (CKPT > 0 && !LOCAL) {
-                            const int at = quarter * 4 + i + now;
-                            if (at % EVERY == 0) {
-                                if (t - row + at < end && p.left > 0) write_pairs(saved_at, h[0]);
-                                saved_at += g.d * N;
-                            }
-                        }
-                        UNROLL for (int s = 0; s < S; s += 2) {
-                            float in[4];
-                            product_of(in, parts[i], parts[i + 1], bs[2 * now + s / 2]);
-                            h[0][s] = fmaf(decay[i + now][s], h[0][s], in[2 * now]);
-                            h[0][s + 1] = fmaf(decay[i + now][s + 1], h[0][s + 1], in[2 * now + 1]);
-                            then[now][s] = h[0][s];
-                            then[now][s + 1] = h[0][s + 1];
-                        }
-                    }
-                    if (!LOCAL) {
-                        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                        UNROLL for (int s = 0; s < S; s += 2) {
-                            const float rows[4] = {then[0][s], then[1][s], then[0][s + 1], then[1][s + 1]};
-                            product(sum, rows, cs[s], cs[s + 1]);
-                        }
-                        const bool mine = p.k == quarter % 2 * 2 + i / 2;
-                        y[0] = mine ? sum[0] : y[0];
-                        y[1] = mine ? sum[3] : y[1];
-                    }
-                }
-                UNROLL for (int i = 0; i < 4; i++)
-                    UNROLL for (int s = 0; s < S; s++) decay[i][s] = next[i][s];
-            }
-            if (!LOCAL) {
-                UNROLL for (int i = 0; i < 2; i++) {
-                    const bool real = reals >> (5 - i) & 1;
-                    y[i] = fmaf(skip[0], unless_padding(value(shared.x[p.warp][buffer], row + own + i, p.group), real), y[i]);
-                    if (HAS_Z) {
-                        const float gate = unless_padding(value(shared.z[p.warp][buffer], row + own + i, p.group), real);
-                        y[i] = y[i] * gate * rcp(1.0f + ex2(-gate * LOG2E));
-                    }
-                }
-                bf16* to = reinterpret_cast<bf16*>(shared.y[p.warp] + row + own) + p.group;
-                const unsigned both = down2(y[0], y[1]);
-                to[0].bits = (unsigned short)both;
-                to[8].bits = (unsigned short)(both >> 16);
-            }
-            hand_over(ready, (row + 2 * SUB) % TILE);
-            t += SUB;
-            WARP_BARRIER();
-        }
-        ahead(t + TILE, buffer);
-        if (!LOCAL) {
-            UNROLL for (int row = 0; row < TILE; row += 32) {
-                if (t - TILE + row + lane < end) {
-                    const Half8 out = shared.y[p.warp][row + lane];
-                    bf16* to = y_at + row * g.d;
-                    if (ALIGNED) {
-                        if (left > 0) *reinterpret_cast<Half8*>(to) = out;
-                    } else {
-                        UNROLL for (int i = 0; i < 8; i++)
-                            if (i < left) to[i].bits = (unsigned short)(out.w[i / 2] >> i % 2 * 16);
-                    }
-                }
-            }
-            y_at += TILE * g.d;
-        }
-        buffer ^= 1;
-        stage.put(shared, buffer);
-        BARRIER();
-    }
-    if (!LOCAL && chunk == g.chunks - 1) store_states(g.last_state, b, g.d, p, h);
-    if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
-}
-#else
 // positions whose numbers are read together
 constexpr int PAIRED = CH == 1 && K > 1 ? 2 : 1;
 // words of their numbers: so many more than the numbers that lanes of different positions meet in no bank
@@ -765,6 +437,7 @@ struct alignas(16) Shared {
     float C[2][TILE * N];
     float pair[WARPS][SUB / PAIRED * LINE];
 };
+static_assert(sizeof(Shared) <= 48 * 1024, "more would have to be asked for");
 
 // LOCAL: only the state that leaves the chunk when zero enters it, and the sum of its steps.
 template <bool LOCAL>
@@ -829,7 +502,8 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
         stage.fetch(end - t - TILE, 1);
         const float* B = shared.B[buffer] + p.k * S;
         const float* C = shared.C[buffer] + p.k * S;
-        _Pragma("unroll 1") for (int sub = 0; sub < TILE / SUB; sub++) {
+        const int subs = end - t < TILE ? (end - t + SUB - 1) / SUB : TILE / SUB;
+        _Pragma("unroll 1") for (int sub = 0; sub < subs; sub++) {
             float xs[ROWS][CH];
             Raw<ZT> zs[ROWS];
             bool real[ROWS];
@@ -902,8 +576,6 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
     if (LOCAL || (g.phase == 1 && chunk == 0)) leave(g.states, g.steps, g.chunks, g.d, chunk, p, h, total);
 }
 
-#endif
-
 // phase 0: no chunks. 1: the first chunk whole and the others but the last LOCAL. 2: all chunks but the first.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Arguments g) {
     __shared__ Shared shared;
@@ -946,8 +618,12 @@ struct Arguments {
     float* dskip;
     float* dbias;
     float* dinitial;
-    int* turns;  // that were given out; of every (b, group), and then of every (b, chunk), those that were taken
-    BT* dB;      // dB and dC where blocks take turns
+    // in turn, counts that are zero at first: blocks that have begun; of every (b, group) the chunks that are done; of
+    // every (b, chunk) the groups that are done
+    int* begun;
+    int* turns;
+    int* done;
+    BT* dB;
     CT* dC;
     i64 length, d, batch, chunks, chunk_tiles, phase;
     i64 sxb, sxl, sdb, sdl, szb, szl, sbb, sbl, scb, scl, syb, syl;
@@ -976,6 +652,7 @@ struct alignas(16) Shared {
     float pair[WARPS][OWNED][32][2 * CH];
     float grad[WARPS][OWNED][32][CH];
     float own[WARPS][OWN][OWNED][32][CH];  // slope, step with segments, the gate's slope
+    int group, b, chunk, before;              // where the block stands, and how many were done before it
     float entry[STEPS][CH][THREADS][S];       // states before the steps of a tile
     Raw<XT> x[OWNED][THREADS], y[OWNED][THREADS];
     Raw<DT> d[OWNED][THREADS];
@@ -1182,19 +859,21 @@ __device__ __forceinline__ void walk(const Arguments& g, Shared& shared, i64 blo
             }
         } else {
             if constexpr (PER > 1) {
-                float h[CH][S];
-                _Pragma("unroll 1") for (int sub = 0; sub < STEPS; sub++) {
-                    if (sub % PER == PER - 1) continue;
-                    if (sub % PER == 0) UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[sub][j][me], h[j]);
-                    UNROLL for (int i = 0; i < SUB; i++) {
-                        float both[2 * CH], bs[S];
-                        read_pair(sub * (SUB / K) + i / K, i % K, both);
-                        read<S>(B + (sub * SUB + i) * N, bs);
-                        UNROLL for (int j = 0; j < CH; j++)
-                            UNROLL for (int s = 0; s < S; s++)
-                                h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], both[CH + j] * bs[s]);
+                _Pragma("unroll 1") for (int from = 0; from < STEPS; from += PER) {
+                    float h[CH][S];
+                    UNROLL for (int j = 0; j < CH; j++) read<S>(shared.entry[from][j][me], h[j]);
+                    UNROLL for (int step = 0; step < PER - 1; step++) {
+                        const int sub = from + step;
+                        UNROLL for (int i = 0; i < SUB; i++) {
+                            float both[2 * CH], bs[S];
+                            read_pair(sub * (SUB / K) + i / K, i % K, both);
+                            read<S>(B + (sub * SUB + i) * N, bs);
+                            UNROLL for (int j = 0; j < CH; j++)
+                                UNROLL for (int s = 0; s < S; s++)
+                                    h[j][s] = fmaf(ex2(both[j] * a[j][s]), h[j][s], both[CH + j] * bs[s]);
+                        }
+                        UNROLL for (int j = 0; j < CH; j++) write<S>(shared.entry[sub + 1][j][me], h[j]);
                     }
-                    UNROLL for (int j = 0; j < CH; j++) write<S>(shared.entry[sub + 1][j][me], h[j]);
                 }
             }
             // the sums of the tile before have been read
@@ -1360,47 +1039,52 @@ __device__ __forceinline__ void fold(const float* partial, BT* dB, CT* dC, i64 g
 
 // phase 0: no chunks. 1: the last chunk whole and the others but the first LOCAL. 2: all chunks but the last.
 // 3: all chunks in turn: the last of every channel before any other, each block going on where another left its
-// channels. More chunks than fit on the GPU at once then end together, where whole lengths leave it half empty.
+// channels. More channels than fit on the GPU at once then end together, and what the groups of channels have summed
+// of a chunk is folded by the last of them, while it is still near.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Arguments g) {
     SHARED(Shared, shared);
     const i64 groups = (g.d + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
-    i64 rest = blockIdx.x / groups, group = blockIdx.x - rest * groups, b = rest, chunk = 0;
-    if (g.phase == 3) {
-        // not the number of the block: who has an earlier turn must have started
-        int* mine = reinterpret_cast<int*>(&shared);
-        if (threadIdx.x == 0) *mine = take(g.turns);
-        BARRIER();
-        const int turn = *mine, each = (int)(groups * g.batch), taken = turn / each, channels = turn - taken * each;
-        b = channels / (int)groups;
-        group = channels - b * groups;
-        chunk = g.chunks - 1 - taken;
-        if (threadIdx.x == 0) wait_for(g.turns + 1 + channels, taken);
-        BARRIER();
-    } else if (g.phase) {
-        const i64 slots = g.chunks - 1;
-        b = rest / slots;
-        chunk = rest - b * slots + (g.phase == 1);
+    if (threadIdx.x == 0) {
+        // in the order in which they begin: who waits for a block with an earlier turn waits for one that runs
+        const i64 index = g.phase == 3 ? take(g.begun) : blockIdx.x;
+        const i64 rest = index / groups, group = index - rest * groups;
+        i64 b = rest, chunk = 0;
+        if (g.phase == 3) {
+            const i64 taken = rest / g.batch;
+            b = rest - taken * g.batch;
+            chunk = g.chunks - 1 - taken;
+            wait_for(g.turns + b * groups + group, (int)taken);
+        } else if (g.phase) {
+            const i64 slots = g.chunks - 1;
+            b = rest / slots;
+            chunk = rest - b * slots + (g.phase == 1);
+        }
+        shared.group = (int)group;
+        shared.b = (int)b;
+        shared.chunk = (int)chunk;
     }
+    BARRIER();
+    i64 group = shared.group, b = shared.b, chunk = shared.chunk;
     if (g.phase == 1 && chunk < g.chunks - 1) {
         walk<true>(g, shared, group * BLOCK_CHANNELS, chunk, b);
-    } else {
-        walk<false>(g, shared, group * BLOCK_CHANNELS, chunk, b);
+        return;
     }
-    if (g.phase == 3) {
-        BARRIER();
-        int* before = reinterpret_cast<int*>(&shared);
-        if (threadIdx.x == 0) {
-            take(g.turns + 1 + b * groups + group);
-            *before = take(g.turns + 1 + g.batch * groups + b * g.chunks + chunk);
-        }
-        BARRIER();
-        if (*before < groups - 1) return;
-        // the last of the groups: all partial sums of these positions are there
-        const i64 begin = chunk * g.chunk_tiles * TILE, stop = begin + g.chunk_tiles * TILE;
-        const i64 from = (b * g.length + begin) * 2 * N, to = (b * g.length + (stop < g.length ? stop : g.length)) * 2 * N;
-        for (i64 e = from + threadIdx.x * 4; e < to; e += THREADS * 4)
-            fold(g.partial, g.dB, g.dC, groups, g.batch * g.length * 2 * N, e);
+    walk<false>(g, shared, group * BLOCK_CHANNELS, chunk, b);
+    if (g.phase < 3) return;
+    group = shared.group;
+    b = shared.b;
+    chunk = shared.chunk;
+    BARRIER();
+    if (threadIdx.x == 0) {
+        take(g.turns + b * groups + group);
+        shared.before = take(g.done + b * g.chunks + chunk);
     }
+    BARRIER();
+    if (shared.before < groups - 1) return;
+    const i64 begin = chunk * g.chunk_tiles * TILE, stop = begin + g.chunk_tiles * TILE;
+    const i64 to = (b * g.length + (stop < g.length ? stop : g.length)) * 2 * N;
+    for (i64 e = (b * g.length + begin) * 2 * N + threadIdx.x * 4; e < to; e += THREADS * 4)
+        fold(g.partial, g.dB, g.dC, groups, g.batch * g.length * 2 * N, e);
 }
 
 struct FoldArguments {

@@ -17,16 +17,12 @@ SOURCE = Path(__file__).with_name("scan.cu")
 WIDTHS = (8, 16, 32)
 """State widths that the kernels are written for; others take the Triton kernels."""
 LONGEST = 2**31 - 2**16
-SAVED = 2**28
+SAVED = 3 * 2**27
 """Bytes of saved states that a call keeps for its backward, rather than making more of them anew there."""
 
 
 class Cut(NamedTuple):
-    """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand.
-
-    matrix: the forward's products with B and C on the matrix units, for bfloat16 and 16 states; y from the upper
-    19 bits of the states, which themselves stay float32.
-    """
+    """How the work is laid out: lanes a channel, channels a lane, warps a block, positions staged and in hand."""
 
     lanes: int
     channels: int
@@ -34,7 +30,6 @@ class Cut(NamedTuple):
     tile: int
     sub: int
     min_blocks: int
-    matrix: bool = False
 
     @property
     def block_channels(self) -> int:
@@ -43,8 +38,7 @@ class Cut(NamedTuple):
 
 FORWARD = Cut(4, 2, 4, 32, 8, 4)
 # one channel a lane where that alone fills the GPU
-FORWARD_SPREAD = Cut(4, 1, 4, 32, 16, 4)
-MATRIX = Cut(4, 1, 4, 32, 8, 3, matrix=True)
+FORWARD_SPREAD = Cut(4, 1, 4, 128, 16, 3)
 BACKWARD = Cut(4, 2, 4, 16, 4, 3)
 LONG = 2560
 TURN = 16
@@ -58,14 +52,15 @@ def covers(x: Tensor, A: Tensor) -> bool:
     return x.is_cuda and A.shape[-1] in WIDTHS and x.shape[1] <= LONGEST and nvrtc.available()
 
 
-def forward_cut(b: int, d: int, n: int, *tensors: Tensor | None) -> Cut:
+def forward_cut(b: int, d: int, n: int, saved_every: int) -> Cut:
     """One channel a lane where that makes between half a wave and all of one.
 
-    tensors: x, delta, B, C and z. All in bfloat16, their products take the matrix units.
+    Its tiles are half as long for wide states, which need the room, and where many states are saved, which is faster.
     """
-    halves = n == 16 and all(t is None or t.dtype == torch.bfloat16 for t in tensors)
-    spread = MATRIX if halves else FORWARD_SPREAD
-    return spread if 0.5 <= _waves(spread, b, d) <= 1 else FORWARD
+    if not 0.5 <= _waves(FORWARD_SPREAD, b, d) <= 1:
+        return FORWARD
+    halved = n > 16 or 0 < saved_every < 8
+    return FORWARD_SPREAD._replace(tile=FORWARD_SPREAD.tile // 2) if halved else FORWARD_SPREAD
 
 
 def backward_cut(n: int) -> Cut:
@@ -138,7 +133,7 @@ def _aligned(w: int, *tensors: Tensor | None) -> bool:
 def _macros(cut: Cut, n: int, **values: object) -> nvrtc.Macros:
     cut_values = {
         "N": n, "K": cut.lanes, "CH": cut.channels, "WARPS": cut.warps, "TILE": cut.tile, "SUB": cut.sub,
-        "MIN_BLOCKS": cut.min_blocks, "MATRIX": cut.matrix,
+        "MIN_BLOCKS": cut.min_blocks,
     }  # fmt: skip
     return tuple((k, str(int(v) if isinstance(v, bool) else v)) for k, v in (cut_values | values).items())
 
@@ -152,7 +147,7 @@ def backward_shared(cut: Cut, n: int, aligned: bool, segments: bool, rows: tuple
     packed = [cdiv(t.element_size() * cut.channels, 4) if aligned else cut.channels for t in rows]
     # without a gate one word a lane stands in its place
     raw = owned * sum(packed) + (0 if len(rows) > 3 else cut.channels)
-    return 4 * (staged + channels * (3 + own) + kept + raw * 32 * cut.warps)
+    return 4 * (4 + staged + channels * (3 + own) + kept + raw * 32 * cut.warps)
 
 
 def _words(*values: Tensor | int | None) -> list[int]:
@@ -196,9 +191,9 @@ def run_forward(
     chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
     states, steps = carries(x, n, chunks)
     macros = _macros(
-        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(8 if cut.matrix else cut.channels, x, delta, z),
-        PACKED=cut.matrix and _aligned(4, B, C), SEGMENTS=flags is not None,
-        HAS_Z=z is not None, XT=_type(x), DT=_type(delta), ZT=_type(x if cut.matrix else z), BT=_type(B), CT=_type(C),
+        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(cut.channels, x, delta, z),
+        SEGMENTS=flags is not None, HAS_Z=z is not None,
+        XT=_type(x), DT=_type(delta), ZT=_type(z), BT=_type(B), CT=_type(C),
     )  # fmt: skip
     kept = [_plain(t) for t in (A, D, delta_bias, initial)]
     with on_device(x):
@@ -249,8 +244,12 @@ def run_backward(
     partial = torch.empty(groups, b, length, 2 * n, **like)
     parts = 1 if in_turn else chunks
     sums = Sums.empty(x, n, parts, D, delta_bias, initial)
-    states, steps = carries(x, n, chunks)
-    turns = torch.zeros(1 + b * (groups + chunks) if in_turn else 0, dtype=torch.int32, device=x.device)
+    states, steps = carries(x, n, chunks if not in_turn else 1)
+    if in_turn:
+        states = torch.empty(b, d, n, **like)
+    blocks = b * groups * (chunks if in_turn else max(1, chunks - 1))
+    sizes = [1, b * groups, b * chunks] if in_turn else [0, 0, 0]
+    begun, turns, done = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device).split(sizes)
     dB = torch.empty(b, length, n, dtype=B.dtype, device=x.device)
     dC = torch.empty(b, length, n, dtype=C.dtype, device=x.device)
     aligned = _aligned(cut.channels, x, delta, z, dy)
@@ -267,14 +266,15 @@ def run_backward(
         for phase in (3,) if in_turn else (1, 2) if chunks > 1 else (0,):
             words = _words(
                 x, delta, kept[0], B, C, kept[1], z, kept[2], flags, saved, dy, kept[3], states, steps,
-                dx, ddelta, dz, partial, *sums, turns, dB, dC, length, d, b, chunks, chunk_tiles, phase,
+                dx, ddelta, dz, partial, *sums, begun, turns, done, dB, dC,
+                length, d, b, chunks, chunk_tiles, phase,
             )  # fmt: skip
             words += _strides(x, delta, z, B, C, dy)
             nvrtc.launch(
                 SOURCE,
                 "scan_backward",
                 macros,
-                b * (chunks if in_turn else max(1, chunks - 1)) * groups,
+                blocks,
                 32 * cut.warps,
                 words,
                 shared,
@@ -309,9 +309,9 @@ def scan_cuda(
     x, delta, z: (b, l, d); A: (d, n), n in WIDTHS; B, C: (b, l, n); flags: (b, l) int8, bit 0 real, bit 1 reset.
     """
     b, length, d = x.shape
-    cut = forward_cut(b, d, A.shape[1], x, delta, B, C, z)
-    chunks = _chunks(cut, b, length, d)
     every = saved_every(x, A) if save else 0
+    cut = forward_cut(b, d, A.shape[1], every)
+    chunks = _chunks(cut, b, length, d)
     return run_forward(cut, chunks, x, delta, A, B, C, D, z, delta_bias, initial, flags, every)
 
 
