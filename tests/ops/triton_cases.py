@@ -114,7 +114,7 @@ def wide_tile_errors(f: int, *, gated: bool) -> Errors:
 
 
 def apart_errors(*, tiled: bool = False) -> Errors:
-    """Experts whose weights' gradients are torch's grouped products, as for wide ones on a GPU; or all tiled."""
+    """Wide experts as on a GPU: weights' gradients by torch's grouped products, or everything in tiles."""
     load("triton")
     module = sys.modules["ssmoe.ops.triton.expert_mlp"]
 
@@ -131,6 +131,7 @@ def apart_errors(*, tiled: bool = False) -> Errors:
         mock.patch.object(torch.nn.functional, "grouped_mm", grouped),
     ):
         inputs = expert_inputs(200, 32 if tiled else 24, 80 if tiled else 70, 4, 1, F32)
+        inputs["weight"][3:5] = 0
         return errors("expert_mlp", inputs, activation="relu")
 
 
