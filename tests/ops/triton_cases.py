@@ -113,8 +113,8 @@ def wide_tile_errors(f: int, *, gated: bool) -> Errors:
         return errors("expert_mlp", inputs, activation="silu" if gated else "relu")
 
 
-def apart_errors() -> Errors:
-    """Experts whose weights' gradients are torch's grouped products, as for wide ones on a GPU."""
+def apart_errors(*, tiled: bool = False) -> Errors:
+    """Wide experts as on a GPU: weights' gradients by torch's grouped products, or everything in tiles."""
     load("triton")
     module = sys.modules["ssmoe.ops.triton.expert_mlp"]
 
@@ -123,11 +123,16 @@ def apart_errors() -> Errors:
         parts = [a[:, i:j] @ b[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
         return torch.stack(parts)
 
+    tiles = module.expert_tiles
     with (
         mock.patch.object(module, "_products_apart", return_value=True),
+        mock.patch.object(tiles, "fits", return_value=tiled),
+        mock.patch.multiple(tiles, ROWS=64 if tiled else 128, COLUMNS=32, DEPTH=16),
         mock.patch.object(torch.nn.functional, "grouped_mm", grouped),
     ):
-        return errors("expert_mlp", expert_inputs(150, 24, 70, 4, 1, F32), activation="relu")
+        inputs = expert_inputs(200, 32 if tiled else 24, 80 if tiled else 70, 4, 1, F32)
+        inputs["weight"][3:5] = 0
+        return errors("expert_mlp", inputs, activation="relu")
 
 
 def norm_errors(
@@ -395,6 +400,7 @@ SMALL: dict[str, Callable[[], Errors]] = {
     ),
     "experts, swiglu, a GPU's tiles": lambda: wide_tile_errors(192, gated=True),
     "experts, relu, products apart": apart_errors,
+    "experts, relu, whole tiles": lambda: apart_errors(tiled=True),
     "experts, relu, a GPU's tiles": lambda: wide_tile_errors(200, gated=False),
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"

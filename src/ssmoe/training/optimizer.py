@@ -140,7 +140,8 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
     rest = [gradient for gradient in gradients if gradient.dtype != torch.bfloat16]
     norms = torch._foreach_norm(narrow, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack([*norms, nn.utils.get_total_norm(rest)]))
+    parts = [*norms, nn.utils.get_total_norm(rest)]
+    return nn.utils.get_total_norm(parts)
 
 
 def keep_gradients_narrow(model: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:

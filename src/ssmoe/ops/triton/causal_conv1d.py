@@ -24,8 +24,8 @@ STREAM_SPREAD = (256, 4, 8, 8)
 """Where the others are too few to fill a GPU, less than FULL."""
 FULL = 1056
 BACKWARD_CHANNELS = 512
-BACKWARD_WARPS = 4
-BACKWARD_BLOCK = (4, 16)
+BACKWARD_WARPS = 8
+BACKWARD_BLOCK = (4, 32)
 
 
 def causal_conv1d(

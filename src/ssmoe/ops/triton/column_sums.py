@@ -13,7 +13,7 @@ from ssmoe.ops.triton.launch import on_device
 
 MOST = 3
 """Tensors that one launch adds up."""
-ROWS, COLUMNS, WARPS = 512, 16, 8
+ROWS, COLUMNS, WARPS = 1024, 8, 8
 
 
 def column_sums(*parts: tuple[Tensor, torch.dtype]) -> list[Tensor]:

@@ -94,9 +94,9 @@ __device__ __forceinline__ void join(float& top, float& total, float top2, float
     top = both;
 }
 
-// the largest logit of what a warp has of a row, the sum of exp(logit - top), and the thread's own largest
+// the largest logit of what a thread has of a row, and the sum of exp(logit - top)
 struct Part {
-    float top, total, own;
+    float top, total;
 };
 
 // whether every thread has a vector k
@@ -140,23 +140,15 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
                 read(shared.ring[stage][k * THREADS + thread], k, left - 8 * k * THREADS, w[k]);
             UNROLL for (int j = 0; j < 4; j++) most = largest2(most, w[k][j]);
         }
-        const float own = fmaxf(fmaxf(low(most), high(most)), LOWEST);
-        Part part = {own, 0.0f, own};
+        Part part = {fmaxf(fmaxf(low(most), high(most)), LOWEST), 0.0f};
         UNROLL for (int k = 0; k < VECTORS; k++) {
             if (whole(k) || k * THREADS + warp * 32 < WIDTH) {
                 float even = 0.0f, odd = 0.0f;
-                unsigned powers[4];
                 UNROLL for (int j = 0; j < 4; j++) {
-                    const float first = ex2((low(w[k][j]) - own) * LOG2E);
-                    const float second = ex2((high(w[k][j]) - own) * LOG2E);
-                    even += first;
-                    odd += second;
-                    powers[j] = down2(first, second);
+                    even += ex2((low(w[k][j]) - part.top) * LOG2E);
+                    odd += ex2((high(w[k][j]) - part.top) * LOG2E);
                 }
                 part.total += even + odd;
-                // each exponential is taken once: what the gradient needs stays here in place of the logits
-                if (whole(k) || k * THREADS + thread < WIDTH)
-                    shared.ring[stage][k * THREADS + thread] = {powers[0], powers[1], powers[2], powers[3]};
             }
         }
         UNROLL for (int m = 16; m >= 1; m /= 2) join(part.top, part.total, SWAP(part.top, m), SWAP(part.total, m));
@@ -170,7 +162,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
     // the other block has begun before anything is told to it
     ARRIVE();
     await<STAGES - 2>();
-    Part next = cluster < g.t ? sum_up(0) : Part{LOWEST, 0.0f, LOWEST};
+    Part next = cluster < g.t ? sum_up(0) : Part{LOWEST, 0.0f};
     i64 next_target = cluster < g.t ? g.targets[cluster] : g.ignore;
     unsigned short next_logit = cluster < g.t ? g.logits[cluster * g.stride + (next_target != g.ignore ? next_target : 0)] : 0;
     WAIT();
@@ -181,7 +173,6 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
         const i64 target = next_target, after = row + g.clusters;
         const bool real = target != g.ignore;
         const unsigned short its = next_logit;
-        const float own = next.own;
         const int coming = (stage + 1) % STAGES;
         fetch(row + (STAGES - 1) * g.clusters, (stage + STAGES - 1) % STAGES);
         if (after < g.t) {
@@ -191,7 +182,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
             next = sum_up(coming);
         }
         WAIT();
-        Part all = {shared.parts[side][lane].x, shared.parts[side][lane].y, own};
+        Part all = {shared.parts[side][lane].x, shared.parts[side][lane].y};
         // before the next row is written over, every thread has read its target's logit there
         if (lane == 0) tell(&shared.parts[side ^ 1][half * WARPS + warp], next.top, next.total);
         ARRIVE();
@@ -205,15 +196,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
         const float at_target = log_p > -0.03f ? series : EXP(log_p) - 1;
         // of a row without a target nothing is left
         const float log2_total = real ? log_total * LOG2E : -LOWEST;
-        const float factor = ex2((own - top) * LOG2E - log2_total);
         UNROLL for (int k = 0; k < VECTORS; k++) {
             if (whole(k) || k * THREADS + thread < WIDTH) {
-                const uint4 powers = shared.ring[stage][k * THREADS + thread];
-                const unsigned w[4] = {powers.x, powers.y, powers.z, powers.w};
+                unsigned w[4];
+                read(shared.ring[stage][k * THREADS + thread], k, left - 8 * k * THREADS, w);
                 float p[8];
                 UNROLL for (int j = 0; j < 4; j++) {
-                    p[2 * j] = low(w[j]) * factor;
-                    p[2 * j + 1] = high(w[j]) * factor;
+                    p[2 * j] = ex2((low(w[j]) - top) * LOG2E - log2_total);
+                    p[2 * j + 1] = ex2((high(w[j]) - top) * LOG2E - log2_total);
                 }
                 if (SUMS) {
                     UNROLL for (int j = 0; j < 8; j++) sums[k][j] += p[j];
@@ -226,10 +216,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) cross_entropy(c
         const i64 column = target - first;
         if (real && column >= 0 && column < 8 * WIDTH && column / 8 % THREADS == thread) {
             g.logits[row * g.stride + target] = (unsigned short)down2(at_target, 0.0f);
-            if (SUMS) {
-                const unsigned short power = reinterpret_cast<const unsigned short*>(shared.ring[stage])[column];
-                g.sums[cluster * g.width + target] += at_target - low(power) * factor;
-            }
+            if (SUMS)
+                g.sums[cluster * g.width + target] += at_target - ex2((low(its) - top) * LOG2E - log2_total);
         }
         stage = coming;
         side ^= 1;

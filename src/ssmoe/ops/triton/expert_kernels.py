@@ -358,7 +358,9 @@ def gather_kernel(
         source + token[:, None] * d + c[None, :], mask=real[:, None] & (c < d)[None, :], other=0.0
     )
     if WEIGHTED:
-        scale = tl.load(weight + assignment, mask=real, other=0.0)
+        # as `expert_tiles.at_least`, by which a sum of these is divided again
+        scale = tl.load(weight + assignment, mask=real, other=1.0)
+        scale = tl.where(tl.abs(scale) < 1e-30, 1e-30, scale)
         value = value.to(tl.float32) * scale[:, None]
     tl.store(out + row[:, None] * d + c[None, :], value.to(out.dtype.element_ty), mask=(c < d)[None, :])
 

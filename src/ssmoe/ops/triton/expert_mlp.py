@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.triton import expert_kernels as kernels
+from ssmoe.ops.triton import expert_tiles
+from ssmoe.ops.triton.expert_routes import Routes, dispatch
 from ssmoe.ops.triton.launch import (
     check_activations,
     check_shape,
@@ -26,7 +28,6 @@ ACTIVATIONS = {
     "relu_squared": kernels.RELU_SQUARED.value,
     "silu": kernels.SILU.value,
 }
-BLOCK = 256
 
 
 def expert_mlp(
@@ -120,60 +121,6 @@ def _tilings(x: Tensor, up: Tensor, top_k: int, *, gated: bool) -> _Tilings:
     )
 
 
-class _Routes(NamedTuple):
-    """Who goes where: `rows` (t * k) of each assignment, `assignments` of each row, `tiles` to experts."""
-
-    rows: Tensor
-    assignments: Tensor
-    tiles: Tensor
-    offsets: Tensor  # (e + 1), the first row of each expert
-
-
-def _dispatch(expert: Tensor, e: int, tile: int, y: Tensor | None = None) -> _Routes:
-    """Where every assignment goes. y (t, d): zeroed where a token's only assignment was dropped."""
-    expert = expert.to(torch.int32).contiguous()
-    count = expert.numel()
-    blocks = triton.cdiv(count, BLOCK)
-    bins = max(triton.next_power_of_2(e + 1), 16)
-    device = expert.device
-    num_tiles = count // tile + min(e, count)
-    counts = torch.empty(bins, blocks, dtype=torch.int32, device=device)
-    rows = torch.empty(count, dtype=torch.int32, device=device)
-    assignments = torch.empty(num_tiles * tile, dtype=torch.int32, device=device)
-    constants = {"E": e, "BINS": bins, "BLOCK": BLOCK, "num_warps": 4}
-    kernels.count_kernel[(blocks,)](expert, counts, count, **constants)
-    totals = torch.empty(bins, dtype=torch.int32, device=device)
-    kernels.before_kernel[(bins,)](counts, totals, blocks, BLOCK=1024, num_warps=4)
-    offsets = torch.empty(e + 1, dtype=torch.int32, device=device)
-    tiles = torch.empty(num_tiles, dtype=torch.int32, device=device)
-    kernels.layout_kernel[(e + 1,)](
-        totals,
-        offsets,
-        tiles,
-        assignments,
-        num_tiles,
-        TILE=tile,
-        E=e,
-        BINS=bins,
-        BLOCK=128,
-        num_warps=1 if bins < 1024 else 4,
-    )
-    cleared = (rows, 0) if y is None else (y, y.shape[1])
-    kernels.place_kernel[(blocks,)](
-        expert,
-        counts,
-        offsets,
-        rows,
-        assignments,
-        cleared[0],
-        count,
-        cleared[1],
-        CLEAR=y is not None,
-        **constants,
-    )
-    return _Routes(rows, assignments, tiles, offsets)
-
-
 def _rows(a, w, out, routes, weight, tiling, *, transposed, mode, gather, activation, top_k, a2=None, w2=None,
           out2=None, wide=None, inner=None, inner2=None, partial=None, weighted=False, gated=False):  # fmt: skip
     """Launch rows_kernel: a (rows or tokens, k) times w[e], which is (n, k), or (k, n) if `transposed`."""
@@ -194,7 +141,7 @@ def _precision(a: Tensor) -> str:
     return "ieee" if a.dtype == torch.float32 else "tf32"
 
 
-def _gather_output(slots: Tensor, routes: _Routes, t: int, top_k: int) -> Tensor:
+def _gather_output(slots: Tensor, routes: Routes, t: int, top_k: int) -> Tensor:
     """Each token's sum over its assignments' slots; one assignment's is the token's own."""
     if top_k == 1:
         return slots
@@ -215,8 +162,8 @@ def _slots(x: Tensor, count: int) -> Tensor:
 @torch.library.custom_op("ssmoe::expert_forward", mutates_args=())
 def expert_forward(
     x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, expert: Tensor, weight: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, up, down and gate in x's dtype, inner values, inner values of the gate, then `_Routes`).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, up, down and gate in x's dtype, inner values, those of the gate, x by row, then `Routes`).
 
     The weights are returned where they had to be cast, else empty; their gradients come in their own dtype.
     """
@@ -228,19 +175,28 @@ def expert_forward(
     gate = None if gate is None else gate.contiguous()
     with on_device(x):
         slots = _slots(x, t * top_k)
-        routes = _dispatch(expert, up.shape[0], tilings.hidden.m, slots if top_k == 1 else None)
+        routes = dispatch(expert, up.shape[0], tilings.hidden.m, slots if top_k == 1 else None)
         shape = (routes.assignments.shape[0], up.shape[1])
         active = torch.empty(shape, dtype=x.dtype, device=x.device)
+        gathered = x.new_empty(0)
+        apart = _products_apart(x, active, top_k, activation, gated=gate is not None)
+        tiled = apart and expert_tiles.fits(x, up, tilings.hidden.m)
         # relu's inner values are needed only where they are positive, and there they are the active ones
         alone = gate is None and activation == "relu"
         inner = active if alone else torch.empty_like(active)
         inner2 = torch.empty_like(active) if gate is not None else x.new_empty(0)
-        _rows(x, up, inner, routes, weight, tilings.hidden, transposed=False, mode=kernels.HIDDEN, gather=True,
-              activation=activation, top_k=top_k, w2=gate, out2=inner2, wide=active, gated=gate is not None)  # fmt: skip
-        _rows(active, down, slots, routes, weight, tilings.output, transposed=False, mode=kernels.OUTPUT, gather=False,
-              activation=activation, top_k=top_k, weighted=True)  # fmt: skip
+        if tiled:
+            # the weights' gradients read the gathered rows once more
+            gathered = _gathered(x, None, routes)
+            expert_tiles.hidden(gathered, up, active, routes)
+            expert_tiles.output(active, down, slots, routes, weight, transposed=False)
+        else:
+            _rows(x, up, inner, routes, weight, tilings.hidden, transposed=False, mode=kernels.HIDDEN, gather=True,
+                  activation=activation, top_k=top_k, w2=gate, out2=inner2, wide=active, gated=gate is not None)  # fmt: skip
+            _rows(active, down, slots, routes, weight, tilings.output, transposed=False, mode=kernels.OUTPUT,
+                  gather=False, activation=activation, top_k=top_k, weighted=True)  # fmt: skip
         y = _gather_output(slots, routes, t, top_k)
-    return y, *narrow, inner, inner2, *routes
+    return y, *narrow, inner, inner2, gathered, *routes
 
 
 def _cast(weight: Tensor | None, x: Tensor) -> Tensor:
@@ -268,6 +224,8 @@ def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
 
     inner = x.new_empty(num_tiles * tile, f)
     inner2 = x.new_empty(inner.shape if gate is not None else (0,))
+    apart = _products_apart(x, inner, top_k, activation, gated=gate is not None)
+    gathered = x.new_empty((inner.shape[0], x.shape[1]) if apart and expert_tiles.fits(x, up, tile) else (0,))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     narrow = tuple(
         x.new_empty(w.shape if w is not None and w.dtype != x.dtype else (0,)) for w in (up, down, gate)
@@ -277,6 +235,7 @@ def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
         *narrow,
         inner,
         inner2,
+        gathered,
         index(count),
         index(num_tiles * tile),
         index(num_tiles),
@@ -287,12 +246,12 @@ def _(x, up, down, gate, expert, weight, activation):  # noqa: ARG001
 @torch.library.custom_op("ssmoe::expert_backward", mutates_args=())
 def expert_backward(
     dy: Tensor, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, weight: Tensor, activation: str,
-    dtype: torch.dtype, inner: Tensor, inner2: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
+    dtype: torch.dtype, inner: Tensor, inner2: Tensor, gathered: Tensor, rows: Tensor, assignments: Tensor, tiles: Tensor, offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, up, down, gate (empty without one), those three in `dtype`, and of weight."""
     t, top_k = weight.shape
     tilings = _tilings(x, up, top_k, gated=gate is not None)
-    routes = _Routes(rows, assignments, tiles, offsets)
+    routes = Routes(rows, assignments, tiles, offsets)
     gated = gate is not None
     dy, x = dy.contiguous(), x.contiguous()
     up, down, weight = up.contiguous(), down.contiguous(), weight.contiguous()
@@ -302,18 +261,23 @@ def expert_backward(
         dgate_inner = torch.empty_like(inner) if gated else None
         apart = _products_apart(x, inner, top_k, activation, gated=gated)
         active = None if apart else torch.empty_like(inner)
-        groups = triton.cdiv(up.shape[1], tilings.slope.n)
-        partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
-        _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
-              activation=activation, top_k=top_k, out2=dgate_inner, wide=active, inner=inner, inner2=inner2,
-              partial=partial, gated=gated)  # fmt: skip
+        weighted = _gathered(dy, weight, routes) if apart else None
+        if gathered.numel():
+            partial = expert_tiles.slope(weighted, down, inner, dinner, routes, weight)
+        else:
+            groups = triton.cdiv(up.shape[1], tilings.slope.n)
+            partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
+            _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
+                  activation=activation, top_k=top_k, out2=dgate_inner, wide=active, inner=inner, inner2=inner2,
+                  partial=partial, gated=gated)  # fmt: skip
         slots = _slots(x, t * top_k)
         _rows(dinner, up, slots, routes, weight, tilings.back, transposed=True, mode=kernels.OUTPUT, gather=False,
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
         if apart:
-            dup = _grouped(dinner, _gathered(x, None, routes), up, dtype, routes)
-            ddown = _grouped(_gathered(dy, weight, routes), inner, down, dtype, routes)
+            rows_of_x = gathered if gathered.numel() else _gathered(x, None, routes)
+            dup = _grouped(dinner, rows_of_x, up, dtype, routes)
+            ddown = _grouped(weighted, inner, down, dtype, routes)
             dgate = x.new_empty(0, dtype=dtype)
         else:
             dup, dgate = _weights(
@@ -322,7 +286,7 @@ def expert_backward(
             ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.empty(t, top_k, dtype=torch.float32, device=x.device)
         kernels.shares_kernel[(triton.cdiv(t * top_k, 256),)](
-            partial, rows, dweight, slots, t * top_k, inner.shape[0], groups, x.shape[1], CLEAR=top_k == 1,
+            partial, rows, dweight, slots, t * top_k, inner.shape[0], partial.shape[0], x.shape[1], CLEAR=top_k == 1,
             BLOCK=256, num_warps=4,
         )  # fmt: skip
     return dx, dup, ddown, dgate, dweight
@@ -336,7 +300,7 @@ def _products_apart(x: Tensor, inner: Tensor, top_k: int, activation: str, *, ga
     return fits and top_k == 1 and f >= 2 * d and activation == "relu" and not gated and x.shape[0] >= 4096
 
 
-def _gathered(x: Tensor, weight: Tensor | None, routes: _Routes) -> Tensor:
+def _gathered(x: Tensor, weight: Tensor | None, routes: Routes) -> Tensor:
     """The token of each row, times the router's weight where one is given; one choice a token."""
     rows, d = routes.assignments.shape[0], x.shape[1]
     out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
@@ -349,7 +313,7 @@ def _gathered(x: Tensor, weight: Tensor | None, routes: _Routes) -> Tensor:
     return out
 
 
-def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: _Routes) -> Tensor:
+def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: Routes) -> Tensor:
     """a^T b over each expert's rows, in `dtype`, shaped as `like`."""
     narrow = torch.nn.functional.grouped_mm(a.t(), b, offs=routes.offsets[1:])
     size = like[0].numel()
@@ -379,7 +343,7 @@ def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a, a2=None):
 
 
 @expert_backward.register_fake
-def _(dy, x, up, down, gate, weight, activation, dtype, inner, inner2, rows, assignments, tiles, offsets):  # noqa: ARG001
+def _(dy, x, up, down, gate, weight, activation, dtype, *kept):  # noqa: ARG001
     def like(t, dtype):
         return torch.empty((0,) if t is None else t.shape, dtype=dtype, device=x.device)
 

@@ -85,11 +85,17 @@ class _CarriedNorm(torch.autograd.Function):
         ctx.save_for_backward(whole, weight, bias)
         ctx.eps, ctx.dtype, ctx.added = eps, x.dtype, add is not None
         ctx.mark_non_differentiable(total)
+        # no zeros as large as the stream for the gradient that its values do not have
+        ctx.set_materialize_grads(False)
         return handle_of(whole), y, total
 
     @staticmethod
     def backward(ctx, dstream, dy, _):
         whole, weight, bias = ctx.saved_tensors
+        dstream, dy = (
+            whole.new_zeros(whole.shape, dtype=torch.bfloat16) if given is None else given
+            for given in (dstream, dy)
+        )
         narrow = torch.bfloat16 if ctx.added else None
         run = direct(norm_backward, whole)
         dx, dadd, sums = run(dstream, dy, whole, weight, ctx.eps, bias is not None, ctx.dtype, narrow)

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssmoe.ops.triton.column_sums import column_sums
-
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of x, delta, A, B, C, D, z, delta_bias and the initial state, empty where there is no input."""
 
@@ -47,13 +45,9 @@ class Sums(NamedTuple):
 
     def totals(self, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of A, D and delta_bias."""
-        wide = torch.float32
-        dA, dD, dbias = column_sums(
-            (self.dA, A.dtype),
-            (self.dskip, wide if D is None else D.dtype),
-            (self.dbias, wide if delta_bias is None else delta_bias.dtype),
-        )
-        return dA, dD, dbias
+        dD = self.dskip if D is None else self.dskip.sum(0).to(D.dtype)
+        dbias = self.dbias if delta_bias is None else self.dbias.sum(0).to(delta_bias.dtype)
+        return self.dA.sum(0).to(A.dtype), dD, dbias
 
 
 def fake_outputs(

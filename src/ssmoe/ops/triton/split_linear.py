@@ -88,11 +88,11 @@ def add_product(stream: Tensor, a: Tensor, b: Tensor) -> Tensor:
     (t, n), k = stream.shape, a.shape[1]
     stream, a, b = stream.contiguous(), row_major(a), b.contiguous()
     out = torch.empty_like(stream)
-    grid = (triton.cdiv(t, 128) * triton.cdiv(n, 128),)
+    grid = (triton.cdiv(t, 128) * triton.cdiv(n, 64),)
     with on_device(stream):
         add_product_kernel[grid](
-            stream, a, b, out, t, n, k, a.stride(0), BM=128, BN=128, BK=max(16, triton.next_power_of_2(k)),
-            CAST=tl.bfloat16 if stream.is_cuda else tl.float32, num_warps=8,
+            stream, a, b, out, t, n, k, a.stride(0), BM=128, BN=64, BK=max(16, triton.next_power_of_2(k)),
+            CAST=tl.bfloat16 if stream.is_cuda else tl.float32, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -21,7 +21,7 @@ def carries(x: Tensor, add: Tensor | None, dtype: torch.dtype) -> bool:
 def handle_of(whole: Tensor) -> Tensor:
     """The upper halves of float32 values: a bfloat16 tensor of their shape in their memory."""
     whole = whole.detach().contiguous()
-    return whole.view(torch.bfloat16).unflatten(-1, (-1, 2))[..., 1]
+    return whole.view(torch.bfloat16).view(*whole.shape, 2)[..., 1]
 
 
 def carried(handle: Tensor, whole: Tensor) -> Tensor:
@@ -37,4 +37,4 @@ def is_carried(x: Tensor) -> bool:
 
 def whole_of(x: Tensor) -> Tensor:
     """The values (..., d) of a stream, float32 and outside autograd."""
-    return getattr(x, "_whole", None) if is_carried(x) else x.detach()
+    return getattr(x, "_whole") if is_carried(x) else x.detach()  # noqa: B009 (not known to a Tensor's type)
