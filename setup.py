@@ -137,8 +137,11 @@ class BuildKernels(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # libtorch is in the process already when the library is loaded
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        # torch's own C++ library, also where a compiler is set up to link statically: two in one process break
+        # streams, so that an error's message is cut or ends the process
+        runtime = [":libstdc++.so.6"] if sys.platform == "linux" else []
         self.compiler.link_shared_object(
-            objects, str(target), libraries=["torch_cpu", "torch", "c10"], library_dirs=[str(torch / "lib")],
+            objects, str(target), libraries=["torch_cpu", "torch", "c10", *runtime], library_dirs=[str(torch / "lib")],
             extra_postargs=undefined, target_lang="c++",
         )  # fmt: skip
 
