@@ -128,7 +128,7 @@ def build(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def compiler(folder: Path, text: str) -> str:
-    """A stand-in for a compiler: says `text` and fails, or with none makes files that hold its last command."""
+    """A stand-in for a compiler: says `text` and fails, or with none writes its command."""
     path = folder / "compiler"
     made = 'all="$*"; while [ "$1" != -o ]; do shift; done; echo "$all" > "$2"'
     path.write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n" if text else f"#!/bin/sh\n{made}\n")
