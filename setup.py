@@ -137,9 +137,12 @@ class BuildKernels(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # libtorch is in the process already when the library is loaded
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        # torch's own C++ library, also where a compiler is set up to link statically: two in one process
+        # break streams, so that an error's message is cut or ends the process
+        runtime = [":libstdc++.so.6"] if sys.platform == "linux" else []
         self.compiler.link_shared_object(
-            objects, str(target), libraries=["torch_cpu", "torch", "c10"], library_dirs=[str(torch / "lib")],
-            extra_postargs=undefined, target_lang="c++",
+            objects, str(target), libraries=["torch_cpu", "torch", "c10", *runtime],
+            library_dirs=[str(torch / "lib")], extra_postargs=undefined, target_lang="c++",
         )  # fmt: skip
 
     def compile(self, job: tuple[list[str], str, list[tuple[str, str]], list[str], list[str]]) -> list[str]:

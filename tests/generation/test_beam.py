@@ -24,21 +24,24 @@ class Letters(ByteTokenizer):
         return "".join(chr(ord("a") + id) for id in ids if id < 6)
 
 
+@pytest.mark.parametrize("penalty", [0, 0.6, 1])
 @pytest.mark.parametrize("name", ["hybrid", "moe-mamba"])
 @torch.no_grad()
-def test_enough_beams_find_what_enumeration_finds(name) -> None:
+def test_enough_beams_find_what_enumeration_finds(name, penalty) -> None:
     model, tokenizer = model_of(name, vocab_size=7), Letters()
-    [found] = beam_search(model, tokenizer, ["ab"], beams=49, n=49, max_new_tokens=3, length_penalty=0)
+    [found] = beam_search(model, tokenizer, ["ab"], beams=49, n=49, max_new_tokens=3, length_penalty=penalty)
     scores = {}
     for tokens in product(range(7), repeat=3):
         cut = tokens[: tokens.index(6) + 1] if 6 in tokens else tokens
         ids = torch.tensor([[6, 0, 1, *cut]])
         logs = model(ids[:, :-1]).logits[0, 2:].log_softmax(-1)
         scores[cut] = float(logs.gather(1, torch.tensor(cut).unsqueeze(1)).sum())
-    best = sorted(scores, key=lambda tokens: -scores[tokens])[:10]
+    best = sorted(scores, key=lambda tokens: -scores[tokens] / len(tokens) ** penalty)[:10]
     assert [h.tokens for h in found[:10]] == best
     for hypothesis in found[:10]:
-        assert hypothesis.log_probability == pytest.approx(scores[hypothesis.tokens], abs=1e-9)
+        total = scores[hypothesis.tokens]
+        assert hypothesis.log_probability == pytest.approx(total, abs=1e-9)
+        assert hypothesis.score == pytest.approx(total / len(hypothesis.tokens) ** penalty, abs=1e-9)
         assert hypothesis.text == tokenizer.decode(hypothesis.tokens)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.generation import continuation
+from ssmoe.generation.engine import Continuation
 from ssmoe.generation.text import generate
 from ssmoe.model.build import build
 from ssmoe.model.weights import save_weights
@@ -56,3 +57,14 @@ def test_save_new_process_load_is_bit_equal_to_never_stopping(tmp_path, name) ->
     assert done.stdout.strip() == str([row[7:] for row in whole.tokens])
     continuation.save(whole.continuation, tmp_path / "whole", model=model, tokenizer=tokenizer)
     assert (tmp_path / "end").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("pending", [257, 258, 2**31])
+def test_a_pending_token_outside_the_vocabulary_is_refused(tmp_path, pending) -> None:
+    model, tokenizer = build(small("mamba", vocab_size=257)), ByteTokenizer()
+    start = Continuation(model.init_state(1), (0,), ((256,),))
+    continuation.save(start, tmp_path / "s", model=model, tokenizer=tokenizer)
+    assert continuation.load(tmp_path / "s", model=model, tokenizer=tokenizer).pending == ((256,),)
+    continuation.save(start._replace(pending=((pending,),)), tmp_path / "s", model=model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=f"pending token {pending}, outside the model's vocabulary"):
+        continuation.load(tmp_path / "s", model=model, tokenizer=tokenizer)

@@ -3,7 +3,7 @@ from math import nan
 import pytest
 import torch
 
-from ssmoe.generation.sampler import Sampling, sample, uniform
+from ssmoe.generation.sampler import Sampling, choose, sample, uniform
 
 LOGITS = torch.tensor([0.1, 3.0, 2.0, -1.0, 1.0, 2.5])
 ORDER = [1, 5, 2, 4, 0, 3]
@@ -70,6 +70,22 @@ def test_a_row_does_not_depend_on_the_others():
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-9])
 def test_cold_is_greedy(temperature):
     assert set(sample(LOGITS.expand(50, -1) + 1e6, list(range(50)), Sampling(temperature))) == {1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_of_equal_logits_the_lower_token_is_taken(dtype):
+    logits = torch.tensor([[1.0, 5.0, 2.0, 5.0], [7.0, 7.0, 7.0, 7.0], [-3.0, -4.0, -3.0, -9.0]], dtype=dtype)
+    assert sample(logits, [0, 1, 2], Sampling(0.0)) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_largest_draw_takes_the_last_token_that_is_left(k):
+    """Sums of probabilities end a rounding error away from 1."""
+    draws = torch.full((500,), 1 - 2.0**-53, dtype=torch.float64)
+    logits = torch.randn(500, 37, generator=torch.Generator().manual_seed(0))
+    found = choose(logits, draws, Sampling(0.7, top_k=k))
+    last = logits.argsort(dim=-1, descending=True)[:, k - 1]
+    assert torch.equal(found, last)
 
 
 @pytest.mark.parametrize(

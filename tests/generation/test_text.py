@@ -79,6 +79,25 @@ def test_the_beginning_of_a_stop_string_that_does_not_come_is_shown():
     assert (done.texts, done.reasons) == ([whole], ["length"])
 
 
+def test_a_stop_string_that_begins_like_itself_is_found():
+    """After "aa" both letters may be the beginning of "aab"."""
+    model, found = writer("ab"), 0
+    for seed in range(8):
+        whole = text_of(model, seed=seed)
+        end = whole.find("aab")
+        found += end >= 0
+        assert text_of(model, seed=seed, stop=["aab"]) == (whole if end < 0 else whole[:end])
+    assert found >= 4
+
+
+def test_of_two_stop_strings_the_first_in_the_text_counts(monkeypatch):
+    whole = text_of(LETTERS, seed=5)
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: "".join(f"<{i}|end>" for i in ids))
+    for stop in (["|end", "end>"], ["end>", "|end"]):
+        done = generate(LETTERS, TOKENIZER, ["x"], max_new_tokens=3, seed=5, stop=stop)
+        assert done.texts == [f"<{ord(whole[0])}"]
+
+
 def test_a_stop_string_may_come_with_other_text_in_one_token(monkeypatch):
     whole = text_of(LETTERS, seed=5)
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: "".join(f"<{i}|end>" for i in ids))

@@ -1,13 +1,17 @@
 """The initialisation tables: statistics, and independence from device and order."""
 
 from math import sqrt
+from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ssmoe.config.model import InitConfig, MambaConfig, ModelConfig, MoEConfig
 from ssmoe.model.build import build
 from ssmoe.model.init import init_weights
+from ssmoe.model.mixers.mamba import Mamba
+from ssmoe.model.mixers.s4d import S4D
 from tests.model.zoo import small
 
 
@@ -71,6 +75,34 @@ def test_mamba_scales_outputs_by_depth() -> None:
     torch.testing.assert_close(deep * 4, shallow)
     embedding = build(small("mamba")).embedding.weight.detach()
     assert abs(float(embedding.std()) / 0.02 - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [("attention", {"o_proj.weight", "down.weight"}), ("moe-fine", {"out_proj.weight", "experts.down"})],
+)
+def test_mamba_scales_the_last_projection_of_every_kind_by_depth(name: str, outputs: set[str]) -> None:
+    shallow, deep = (build(small(name, repeat=n)) for n in (1, 16))
+    seen = set[str]()
+    for key, values in shallow.named_parameters():
+        ends = next((end for end in outputs if key.endswith("." + end)), None)
+        if ends is not None and not key.endswith("shared.down.weight"):
+            seen.add(ends)
+            torch.testing.assert_close(deep.get_parameter(key) * 4, values, msg=key)
+    assert seen == outputs
+
+
+def test_step_sizes_begin_at_a_ten_thousandth_at_least() -> None:
+    steps = F.softplus(Mamba(32, dt_min=1e-7, dt_max=1e-2).ssm.delta_bias.detach())
+    assert float(steps.min()) == pytest.approx(1e-4, rel=1e-3)
+    assert float(steps.max()) > 1e-3
+
+
+@pytest.mark.parametrize("parametrisation", ["real", "complex"])
+def test_the_outputs_of_s4d_have_mean_square_one(parametrisation: Literal["real", "complex"]) -> None:
+    C = S4D(128, d_state=64, parametrisation=parametrisation).get_parameter("ssm.C").detach()
+    squares = C.square().sum(-1) if parametrisation == "complex" else C.square()
+    assert float(squares.mean()) == pytest.approx(1, rel=0.03)
 
 
 def test_values_depend_on_seed_and_name_alone() -> None:

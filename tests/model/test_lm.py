@@ -90,6 +90,25 @@ def test_ids_that_cannot_be_read_are_refused(ids: torch.Tensor, message: str) ->
         build(small("mamba"))(ids)
 
 
+# torch's own, from tracing any autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["mamba", "moe", "attention"])
+def test_a_model_compiles_as_one_graph(name: str) -> None:
+    model = build(small(name))
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses, gradients = [], []
+    for run in (model, compiled):
+        model.zero_grad()
+        loss = run(IDS, targets=IDS).loss.total
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_what_forward_is_asked_for_must_fit() -> None:
     model = build(small("mamba"))
     with pytest.raises(ValueError, match="logits='first' is not one of: all, last"):

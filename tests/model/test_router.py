@@ -222,6 +222,15 @@ def test_jitter_is_off_by_default_and_in_eval_mode() -> None:
     assert torch.equal(plain.train()(x).weight, router(x).weight)
 
 
+def test_jitter_is_even_on_both_sides_of_one() -> None:
+    torch.manual_seed(0)
+    router, x = with_logits(torch.ones(1, 5000, 4), jitter=0.5)
+    found = router.train().logits(x).detach()
+    assert float(found.min()) == pytest.approx(0.5, abs=0.01)
+    assert float(found.max()) == pytest.approx(1.5, abs=0.01)
+    assert float(found.mean()) == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("k", [1, 7, 16, 17, 20])
 def test_many_choices_are_those_of_a_stable_sort(k: int) -> None:
     logits = torch.randint(0, 6, (1, 50, 20), generator=torch.Generator().manual_seed(0)).double()

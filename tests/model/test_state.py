@@ -50,6 +50,17 @@ def test_kinds_are_kept_and_nothing_is_shared() -> None:
     )
 
 
+def test_a_clone_is_equal_and_has_memory_of_its_own() -> None:
+    state = MODEL.init_state(2, capacity=4)
+    copy = states.clone(state)
+    for ours, theirs in zip(copy, state, strict=True):
+        assert type(ours) is type(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+            a.fill_(7)
+            assert not (b == 7).any()
+
+
 def test_detach_cuts_the_graph() -> None:
     state = MODEL(IDS).state
     assert state[0].ssm.requires_grad

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssmoe import ops
 from ssmoe.ops.extension import PATH
@@ -127,9 +128,9 @@ def build(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def compiler(folder: Path, text: str) -> str:
-    """A stand-in for a compiler: says `text` and fails, or with none makes empty files."""
+    """A stand-in for a compiler: says `text` and fails, or with none writes its command."""
     path = folder / "compiler"
-    made = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+    made = 'all="$*"; while [ "$1" != -o ]; do shift; done; echo "$all" > "$2"'
     path.write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n" if text else f"#!/bin/sh\n{made}\n")
     path.chmod(0o755)
     return str(path)
@@ -167,6 +168,20 @@ def test_a_build_that_works_clears_the_reason(tmp_path: Path) -> None:
         tmp_path, CC="no-such-compiler", CXX="no-such-compiler"
     )  # and one that then fails leaves no old library
     assert not (tmp_path / "ssmoe/ops/cpu/_kernels.so").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the name is Linux's")
+def test_the_library_shares_torchs_cpp_library(tmp_path: Path) -> None:
+    works = compiler(tmp_path, "")
+    build(tmp_path, CC=works, CXX=works)
+    linked = (tmp_path / "ssmoe/ops/cpu/_kernels.so").read_text().split()
+    assert linked.index("-ltorch_cpu") < linked.index("-l:libstdc++.so.6")
+
+
+@built
+def test_a_kernels_error_has_all_its_words() -> None:
+    with pytest.raises(RuntimeError, match=r"a product of \(2, 3\) and \(4, 5\)"):
+        torch.ops.ssmoe.product(torch.zeros(2, 3), torch.zeros(4, 5), False)
 
 
 def test_a_build_for_no_torch_says_what_to_install(tmp_path: Path) -> None:

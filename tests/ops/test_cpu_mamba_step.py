@@ -86,7 +86,10 @@ def random_step(shape: Shape, dtype: torch.dtype, residual: torch.dtype, *, bias
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape: Shape, dtype: torch.dtype, residual: torch.dtype, bias: bool, backend: str) -> None:
-    judge(lambda: random_step(shape, dtype, residual, bias=bias), reference, load(backend).mamba_step, dtype)
+    # what one draw loses depends on where its sums cancel, so few draws say little of a single row
+    draws = 3 if shape[0] > 2 else 12
+    op = load(backend).mamba_step
+    judge(lambda: random_step(shape, dtype, residual, bias=bias), reference, op, dtype, draws)
 
 
 @pytest.mark.parametrize("backend", ["reference", *ON_CPU])

@@ -72,12 +72,22 @@ def test_gradients_of_what_is_not_wanted_are_left_out(backend: str) -> None:
     assert weight.grad is not None
 
 
-# torch's own, from tracing any autograd.Function
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# torch's own, from tracing any autograd.Function and from its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_compiles_as_one_graph(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out", "compiler"),
+    [
+        (3, 8, 6, "aot_eager"),
+        (64, 128, 512, "aot_eager"),  # beyond what is left to torch
+        pytest.param(64, 128, 512, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_as_one_graph(backend: str, rows: int, d_in: int, d_out: int, compiler: str) -> None:
     linear = load(backend).linear
-    weight = torch.randn(6, 8, requires_grad=True)
-    x = torch.randn(3, 8)
-    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight), linear(x, weight))
+    arguments = [t.float() for t in draw((rows,), d_in, d_out, bias=True) if t is not None]
+    torch.compiler.reset()
+    expected = run(linear, *arguments)
+    found = run(torch.compile(linear, fullgraph=True, backend=compiler), *arguments)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

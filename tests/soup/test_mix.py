@@ -29,6 +29,17 @@ def test_means_and_sums() -> None:
     torch.testing.assert_close(scan("mean", weights=[2, 1, 0, 1]), weighted)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mixture_has_read_all_or_their_mean(method) -> None:
+    """Its steps are what a text that follows finds decayed: of all texts where all of them are in it."""
+    mixed = mix(MODEL, MEMORIES, method)
+    steps = torch.stack([memory.steps[2] for memory in MEMORIES])
+    expected = steps.sum(0) if method in ("sum", "decay", "any-order") else steps.mean(0)
+    torch.testing.assert_close(mixed.steps[2], expected)
+    assert mixed.steps[1] is None
+    assert mixed.tokens == 5 + 9 + 3 + 7
+
+
 def test_the_norm_is_kept() -> None:
     norms = scan("norm-kept").flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, STATES.flatten(2).norm(dim=-1).mean(0))

@@ -28,6 +28,13 @@ def test_cosines_of_the_chosen_layers() -> None:
     assert nearest(query, LIBRARY, [2]) == [1, 0, 2]
 
 
+def test_of_equal_memories_the_earlier_one_comes_first() -> None:
+    other = memory([0, 1.0], [0, 1.0])
+    library = [memory([1.0, 0], [1.0, 0]) if i % 3 else other for i in range(60)]
+    expected = [i for i in range(60) if i % 3] + [i for i in range(60) if not i % 3]
+    assert nearest(memory([1.0, 0], [1.0, 0]), library) == expected
+
+
 def test_what_all_memories_share_is_left_out() -> None:
     shared = [memory([9.0, 1], [1.0, 0]), memory([9.0, -1], [1.0, 0]), memory([9.0, 0.5], [1.0, 0])]
     query = memory([9.0, -3], [0, 1.0])

@@ -88,6 +88,17 @@ def test_time_between_settling_and_the_next_step_is_no_training(journal, monkeyp
     assert [r["tokens_per_second"] for r in lines.records] == [16.0, 8.0]
 
 
+def test_launching_the_next_step_is_part_of_the_one_under_way(journal, monkeypatch):
+    clock = iter([0.0, 1.0, 5.0, 6.0, 100.0])
+    monkeypatch.setattr("ssmoe.training.journal.perf_counter", lambda: next(clock))
+    book, lines = journal(at_once=False)
+    for step in (1, 2):
+        book.begin()
+        book.add(taken(step), result())
+    book.settle()
+    assert [r["seconds"] for r in lines.records] == [14.0, 15.0]
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_is_no_number_is_never_written(journal, tmp_path, at_once):
     book, _ = journal(at_once=at_once, saved=1)

@@ -7,7 +7,16 @@ import torch
 from ssmoe.config.model import MambaConfig, ModelConfig, MoEConfig
 from ssmoe.model.build import build
 from ssmoe.model.feedforwards.router import Router
-from ssmoe.training.metrics import METRICS, MetricsFile, read_metrics, router_summary, truncate_metrics
+from ssmoe.model.layer import RouterStats
+from ssmoe.training.metrics import (
+    METRICS,
+    MetricsFile,
+    read_metrics,
+    router_summary,
+    step_record,
+    truncate_metrics,
+)
+from ssmoe.training.step import StepResult
 
 CONFIG = ModelConfig(
     vocab_size=31,
@@ -36,6 +45,23 @@ def recount(router, x):
                 loads[expert] += 1
     tokens = b * length
     return loads, dropped, entropy / tokens / log(router.num_experts), confidence / tokens
+
+
+def test_the_loss_of_a_step_is_all_that_was_minimised():
+    result = StepResult(*(torch.tensor(value) for value in (2.0, 0.25, 0.5, 1.5)), {}, None)
+    found = step_record(3, 96, result, 0.01, 7.0004, 123.46)
+    assert (found["loss"], found["lm_loss"], found["balance"], found["z"]) == (2.75, 2.0, 0.25, 0.5)
+    assert (found["grad_norm"], found["learning_rate"], found["seconds"]) == (1.5, 0.01, 7.0)
+    assert (found["step"], found["tokens"], found["tokens_per_second"]) == (3, 96, 123.5)
+
+
+def test_the_entropy_of_several_routers_is_relative_to_their_experts():
+    loads, zero = torch.tensor([[3, 1, 0, 0, 4], [2, 2, 2, 1, 1]]), torch.zeros(())
+    even = RouterStats(zero, zero, loads, torch.tensor(4), torch.tensor(0.7), torch.tensor(log(5)))
+    found = router_summary({1: even})
+    assert found == pytest.approx(
+        {"max_over_mean": 4 / 1.6, "dead": 2, "dropped": 0.25, "entropy": 1.0, "confidence": 0.7}
+    )
 
 
 def test_router_summary_equals_a_recount():

@@ -57,6 +57,27 @@ def test_a_bank_is_its_experts_and_a_fused_projection_its_parts():
     torch.testing.assert_close(fused.detach(), torch.cat([m.detach() for m in parts]))
 
 
+def test_the_op_is_told_each_groups_own_numbers():
+    """And autograd of a change that the op made unseen."""
+    found, seen = parameters((4, 6), (4, 6), (4, 6)), []
+    optimizer = Muon(
+        [
+            {"params": found[:1], "parts": 1, "momentum": 0.5, "weight_decay": 0.3},
+            {"params": found[1:2], "parts": 1, "weight_decay": 0.0, "lr": 0.2},
+            {"params": found[2:], "parts": 1},
+        ],
+        lr=0.1,
+        momentum=0.9,
+        update=lambda *_, **options: seen.append((options["mu"], options["decay"], options["rate"])),
+    )
+    before = [parameter._version for parameter in found]
+    differentiate(found[:2], 0)
+    optimizer.step()
+    assert seen == [(0.5, 0.3, 0.1), (0.9, 0.0, 0.2)]
+    changed = [parameter._version > old for parameter, old in zip(found, before, strict=True)]
+    assert changed == [True, True, False]
+
+
 def test_a_group_has_a_momentum_of_its_own():
     ours, theirs = parameters((4, 6), (4, 6)), parameters((4, 6), (4, 6))
     both = Muon(

@@ -71,8 +71,8 @@ class LM(nn.Module):
         not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
         in_place (one position, inference): the new state is written over `state`, so that a CUDA graph can
         run again and again; attention then has the room that `init_state` was asked for, and no more.
-        Raises ValueError for ids that are no integers or outside the vocabulary (checked on the CPU; a GPU
-        stops with an assertion), and for targets of another shape.
+        Raises ValueError for ids that are no integers or outside the vocabulary (checked on the CPU, but not
+        under torch.compile; a GPU stops with an assertion), and for targets of another shape.
         """
         if segments is not None:
             if segments.ids.shape != ids.shape or segments.starts.shape != ids.shape:
@@ -140,7 +140,7 @@ class LM(nn.Module):
             raise ValueError(
                 f"the state has {len(state)} layers and the model {len(self.layers)}: another model's?"
             )
-        if ids.device.type == "cpu" and ids.numel():
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(

@@ -79,6 +79,9 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     if left.dtype != right.dtype or not _onednn(left.dtype):
         y = torch.ops.ssmoe.product(left, right.t(), False)
         return y if bias is None else y.add_(bias)
+    if torch.compiler.is_compiling():  # torch's compiler wants the other one's operands in forms of its own
+        y = left @ right.t()
+        return y if bias is None else y + bias
     return torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
 
 
