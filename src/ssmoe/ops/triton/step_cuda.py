@@ -14,7 +14,7 @@ from ssmoe.ops.triton.launch import on_device
 
 SOURCE = Path(__file__).with_name("step.cu")
 WARPS = 16
-THREADS = 32 * WARPS + 64
+THREADS = 32 * WARPS + 32
 MOST_ROWS = 4
 MOST_LAYERS = 64
 """Layers of a launch, whose pointers are its parameters; more layers are several launches."""
@@ -40,7 +40,7 @@ class Cut(NamedTuple):
     out_columns: int
     shares: int
     window: int = 2
-    copies: int = 8
+    copies: int = 2
     naps: int = 0
     most_stages: int = 64
     free: int = 0
@@ -111,7 +111,7 @@ def cut(sizes: Sizes, processors: int) -> Cut | None:
     d, c, r, n, taps = sizes
     p, step = r + 2 * n, 16 * WARPS
     blocks = next((g for g in range(processors, 0, -1) if not (c % g or d % g or c // g % 4)), 0)
-    if not blocks or n != 16 or r % 8 or not 1 <= taps <= 7 or d % step or c % step:
+    if not blocks or p % -(-p // blocks) or n != 16 or r % 8 or not 1 <= taps <= 7 or d % step or c % step:
         return None
     own = c // blocks
     if 8 * own > 32 * WARPS or own * MOST_ROWS > 32 * WARPS or p > 32 * WARPS or own * r % 8:
@@ -125,16 +125,15 @@ def cut(sizes: Sizes, processors: int) -> Cut | None:
 def layout(sizes: Sizes, found: Cut, rows: int, layernorm: bool, most_shared: int) -> tuple[int, int]:
     """(stages, bytes) of shared memory: as many stages as fit."""
     d, c, r, n, taps = sizes
-    own, outs = c // found.blocks, d // found.blocks
+    own, outs, p = c // found.blocks, d // found.blocks, r + 2 * n
+    narrow = -(-p // found.blocks)
     slot = max(
-        found.in_rows * (2 * found.in_columns + 16),
-        found.out_rows * (2 * found.out_columns + 16),
-        2 * own * r,
+        found.in_rows * (2 * found.in_columns + 16), found.out_rows * (2 * found.out_columns + 16), 2 * own * r,
+        narrow * (2 * c + 16),
     )
-    rest = rows * (2 * max(c, d) + 16) + -(-4 * max(2 * own, outs) * rows * (WARPS + 1) // 16) * 16
-    rest += 4 * rows * own + 4 * rows * (r + 2 * n) + 8 * rows * WARPS + 16
-    rest += 4 * d * (1 + layernorm) + -(-2 * (r + 2 * n) * own // 16) * 16 + 4 * own * (taps + 4 + n)
-    rest += 4 * rows * own * n + -(-2 * rows * own * taps // 16) * 16
+    rest = 16 + 4 * d * (1 + layernorm) + 4 * own * (taps + 4 + n + rows * n) + rows * (2 * (c + d) + 32)
+    rest += sum(-(-4 * o * rows * (WARPS + 1) // 16) * 16 for o in (max(2 * own, outs), narrow))
+    rest += 4 * rows * (own + p + 2 * WARPS)
     stages = min((most_shared - rest) // (slot + 16), found.most_stages)
     return stages, stages * (slot + 16) + rest
 
@@ -147,7 +146,7 @@ def macros(
     values = {
         "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "ROWS": rows, "G": found.blocks, "XBF": int(bfloat16),
         "LAYERNORM": int(layernorm), "MAXL": layers, "RI": found.in_rows, "KI": found.in_columns,
-        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "XS": found.shares, "WINDOW": min(found.window, stages), "COPIES": found.copies, "NAPS": found.naps, "FREE": found.free, "HINT": found.hint,
+        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "WINDOW": min(found.window, stages), "COPIES": found.copies, "NAPS": found.naps, "FREE": found.free, "HINT": found.hint,
         "SHARED_BYTES": shared,
     }  # fmt: skip
     return tuple((key, str(value)) for key, value in values.items())
@@ -188,7 +187,7 @@ def steps(
     """
     (b, d), sizes = x.shape, sizes_of(layers[0])
     p = sizes.r + 2 * sizes.n
-    words = exchange(x, 2 + MOST_ROWS * (found.copies * (d + sizes.c // 2 + p) + p * found.blocks) + 64)
+    words = exchange(x, 2 + MOST_ROWS * found.copies * (d + sizes.c + p) + 64)
     most_shared = nvrtc.most_shared(x.device.index) if x.is_cuda else 232448
     with on_device(x):
         for first in range(0, len(layers), MOST_LAYERS):
