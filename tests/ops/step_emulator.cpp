@@ -60,7 +60,7 @@ static void aligned(const void* p, int bytes) {
 static void BARRIER() { yield(AT_MOST); }
 static void WHOLE_BARRIER() { yield(AT_BLOCK); }
 static void WARP_BARRIER() { yield(AT_WARP); }
-static void NAP() { yield(POLLS); }
+static void LOOK_AGAIN() { yield(POLLS); }
 static float SWAP(float value, int mask) {
     unsigned side = me().parity++ & 1;
     memcpy(me().words[side], &value, 4);

@@ -30,9 +30,6 @@ struct alignas(8) F2 {
     float v[2];
 };
 
-#ifndef FREE
-#define FREE 0
-#endif
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams
@@ -44,6 +41,7 @@ constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more stre
 #define BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory")
 #define WHOLE_BARRIER() __syncthreads()
 #define WARP_BARRIER() __syncwarp()
+#define LOOK_AGAIN()
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
@@ -66,13 +64,6 @@ __device__ __forceinline__ void passed(u64* barrier, u32 parity) {
                  ::"r"(shared_address(barrier)), "r"(parity & 1) : "memory");
 }
 __device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
-#if HINT
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
-    return;
-#endif
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
@@ -106,11 +97,6 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return r;
 }
 #define EXP(v) __expf(v)
-#if NAPS > 0
-#define NAP() __nanosleep(NAPS)
-#else
-#define NAP()
-#endif
 #endif
 
 constexpr int P = R + 2 * N, CC = C / G, DO = D / G;
@@ -205,21 +191,15 @@ __device__ __forceinline__ void gather(u32 (&to)[V], const u64* at, Place place,
         missing = false;
         UNROLL for (int i = 0; i < V; i++) {
             to[i] = 0;
-            if (place(i) >= 0) to[i] = (u32)seen[i], missing |= !FREE && flag_of(seen[i]) != flag;
+            if (place(i) >= 0) to[i] = (u32)seen[i], missing |= flag_of(seen[i]) != flag;
         }
-        if (missing) NAP();
+        if (missing) LOOK_AGAIN();
     } while (missing);
 }
 __device__ __forceinline__ float sum_of_warp(float v) {
     UNROLL for (int mask = 16; mask; mask /= 2) v += SWAP(v, mask);
     return v;
 }
-
-#ifdef STAMPED
-#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == STAMPED && l == layers - 2) stamps[i] = clock64();
-#else
-#define STAMP(i)
-#endif
 
 struct Ring {
     char* memory;
@@ -366,9 +346,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     const u64 *own_x = words + AT_X + copy * ROWS * D, *own_y = words + AT_Y + copy * ROWS * (C / 2),
               *own_v = words + AT_V + copy * ROWS * (C / 2), *own_totals = words + AT_TOTALS + copy * ROWS * P;
     const float eps = (float)a.eps;
-#ifdef STAMPED
-    i64* stamps = (i64*)(words + WORDS);
-#endif
     constexpr int XV = (D + THREADS - 1) / THREADS, YV = (C / 2 + THREADS - 1) / THREADS, TWO = ROWS < 2 ? 1 : 2;
     // who does what: channels, outputs of x_proj, states, outputs of out_proj
     const bool convolves = tid < CC * ROWS;
@@ -406,7 +383,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     for (int l = 0; l < layers; l++) {
         const Layer& layer = a.layer[l];
         const u32 flag = epoch + 1 + l;
-        STAMP(0)
         // the norm of x, which all blocks made
         float x[ROWS][XV];
         UNROLL for (int q = 0; q < ROWS; q += TWO) {
@@ -426,7 +402,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             UNROLL for (int i = 0; i < TWO * XV; i++)
                 if (q + i / XV < ROWS) x[q + i / XV][i % XV] = __uint_as_float(found[i]);
         }
-        STAMP(1)
         if (LAYERNORM) {
             UNROLL for (int r = 0; r < ROWS; r++) {
                 float s = 0.0f;
@@ -459,9 +434,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             }
         }
         BARRIER();
-        STAMP(2)
         multiply_all<TI, RI, QI, KI, STRIDE_H>(ring, factor, sums, warp, lane);
-        STAMP(3)
         BARRIER();
 
         // the convolution of the block's channels
@@ -485,12 +458,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                     send(words + AT_V + (i * ROWS + c_row) * (C / 2) + (block * CC + c_at) / 2,
                          word(pack(value, other), flag));
         }
-        STAMP(4)
         // the first gates, while those are under way, then x_proj of all channels
         multiply_all<EARLY, RI, QI, KI, STRIDE_H>(ring, factor, sums + CC * ROWS * SUMS, warp, lane);
-        STAMP(5)
         widen(own_v, flag);
-        STAMP(6)
         BARRIER();
         if (narrows) multiply_all<1, RX, 1, C, STRIDE_Y>(ring, wide, low_sums, warp, lane);
         BARRIER();
@@ -499,9 +469,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             UNROLL for (int i = 0; i < COPIES; i++)
                 send(words + AT_TOTALS + (i * ROWS + n_row) * P + block * RX + n_at, word(__float_as_uint(s), flag));
         }
-        STAMP(7)
         multiply_all<TI - EARLY, RI, QI, KI, STRIDE_H>(ring, factor, sums + (CC + EARLY * RI) * ROWS * SUMS, warp, lane);
-        STAMP(8)
         // delta, the states and the gated output, eight threads a channel; first what needs no x_proj
         BARRIER();
         F2 decay = {{0.0f, 0.0f}}, h[ROWS];
@@ -527,7 +495,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                 if (at(i) >= 0) low[at(i)] = __uint_as_float(found[i]);
         }
         BARRIER();
-        STAMP(9)
         passed(&ring.full[ring.slot], ring.round);
         if (scans) {
             const char* at = ring.memory + ring.slot * SLOT + 2 * s_at * R;
@@ -568,12 +535,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                 *(F2*)(layer.out_ssm + ((i64)r * C + block * CC + s_at) * N + 2 * s_lane) = h[r];
         }
         if (l + 1 < layers) remember(a.layer[l + 1]);
-        STAMP(10)
         widen(own_y, flag);
         BARRIER();
-        STAMP(11)
         multiply_all<TO, RO, QO, KO, STRIDE_Y>(ring, wide, sums, warp, lane);
-        STAMP(12)
         BARRIER();
         if (leaves) {
             mine += total(sums + (o_at * ROWS + o_row) * SUMS);
@@ -588,7 +552,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                 ((float*)a.out)[(i64)o_row * D + k] = mine;
             }
         }
-        STAMP(13)
     }
     // every block has read the epoch: this one could not have come so far otherwise
     if (block == 0 && tid == 0) send(words, epoch + layers);
