@@ -1,18 +1,19 @@
 // One token of a few rows through equal Mamba sub-layers, x + mixer(norm(x)) each, all layers in one launch.
 //
-// G blocks stay on the GPU, one a multiprocessor. A block owns C / G channels (their rows of in_proj, columns of
-// x_proj, rows of delta_proj, states) and D / G outputs of out_proj. One warp streams the block's weights, layer
-// after layer, into a ring of shared memory; weights depend on nothing, so the stream goes on while the blocks
-// exchange results. The other warps multiply what has come, 16 x 16 weights a matrix instruction, rows of the batch
-// as its columns.
+// G blocks stay on the GPU, one a multiprocessor. A block owns C / G channels (their rows of in_proj and delta_proj,
+// their states), D / G outputs of out_proj and up to RX of x_proj. One warp streams the block's weights, layer after
+// layer, into a ring of shared memory; weights depend on nothing, so the stream goes on while the blocks exchange
+// results. The other warps multiply what has come, 16 x 16 weights a matrix instruction, rows of the batch as its
+// columns.
 //
 // Blocks exchange numbers as 64-bit words of a number and a flag, this launch's and layer's: a reader that sees the
-// flag has the number, so no barrier of the grid is needed. The order of every sum is fixed and no sum depends on the
-// number of rows.
+// flag has the number, so no barrier of the grid is needed. A layer has four exchanges: the convolution's outputs,
+// which are under way while the first gates are made; x_proj's, while the other gates are; out_proj's inputs; x.
+// The order of every sum is fixed and no sum depends on the number of rows.
 //
-// Compiled at run time; step_cuda.py sets the macros D C R N TAPS ROWS G XBF LAYERNORM MAXL RI KI RO KO STAGES XS.
-// RI, RO: rows of a tile of in_proj and out_proj; KI, KO: its columns. XS: threads that share an output of x_proj.
-// XBF: x is bfloat16. MAXL: layers a launch.
+// Compiled at run time; step_cuda.py sets the macros D C R N TAPS ROWS G XBF LAYERNORM MAXL RI KI RO KO STAGES WINDOW
+// COPIES SHARED_BYTES. RI, RO: rows of a tile of in_proj and out_proj; KI, KO: its columns. XBF: x is bfloat16.
+// MAXL: layers a launch.
 
 typedef unsigned u32;
 typedef long long i64;
