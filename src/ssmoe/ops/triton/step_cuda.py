@@ -21,8 +21,8 @@ MOST_LAYERS = 64
 """Layers of a launch, whose pointers are its parameters; more layers are several launches."""
 COPIES = 2
 """Of what all blocks read, so that fewer of them meet at one place."""
-WINDOW = 2
-"""Stages of weights under way at a time: what else a block reads waits behind them."""
+WINDOW = 8
+"""Stages of weights under way at a time, of a ring that may have more: what else a block reads waits behind them."""
 LEAST_STAGES = 4
 
 
