@@ -37,10 +37,8 @@ struct Fiber {
     unsigned parity;
     const void* addresses[2];
     unsigned words[2][6];
-    std::vector<Copy> open;
-    std::vector<std::vector<Copy>> groups;
 };
-static const int MULTIPLIERS = 512, ALL = MULTIPLIERS + 64;
+static const int MULTIPLIERS = 512, ALL = MULTIPLIERS + 32;
 static std::vector<Fiber> fibers;
 static std::vector<std::vector<char>> shared;
 static ucontext_t scheduler;
@@ -62,7 +60,7 @@ static void aligned(const void* p, int bytes) {
 static void BARRIER() { yield(AT_MOST); }
 static void WHOLE_BARRIER() { yield(AT_BLOCK); }
 static void WARP_BARRIER() { yield(AT_WARP); }
-static void NAP() { yield(POLLS); }
+static void LOOK_AGAIN() { yield(POLLS); }
 static float SWAP(float value, int mask) {
     unsigned side = me().parity++ & 1;
     memcpy(me().words[side], &value, 4);
@@ -138,30 +136,8 @@ static void passed(Word* at, unsigned round) {
     // what a GPU knows of a round is whether it is odd
     if (barrier.rounds != round + 1) fprintf(stderr, "a barrier is rounds ahead\n"), abort();
 }
-// copies by a thread arrive when it waits for them, and not before
-template <int BYTES>
-static void copy_later(void* to, const void* from) {
-    aligned(to, BYTES);
-    aligned(from, BYTES);
-    memset(to, 0xff, BYTES);
-    me().open.push_back({(char*)to, (const char*)from, BYTES});
-}
-static void end_group() {
-    me().groups.push_back(me().open);
-    me().open.clear();
-}
-template <int LATER>
-static void await_groups() {
-    auto& groups = me().groups;
-    while (groups.size() > LATER) {
-        for (Copy& c : groups[0]) memcpy(c.to, c.from, c.bytes);
-        groups.erase(groups.begin());
-    }
-}
 static void send(Word* to, Word word) { aligned(to, 8), *to = word; }
 static Word look(const Word* at) { return aligned(at, 8), *at; }
-struct W2;
-static W2 look2(const Word* at);
 static unsigned pack(float low, float high) {
     unsigned words[2];
     memcpy(&words[0], &low, 4);
@@ -182,8 +158,6 @@ static unsigned __float_as_uint(float v) {
 }
 
 #include SOURCE
-
-static W2 look2(const Word* at) { return aligned(at, 16), *(const W2*)at; }
 
 static void enter_fiber() {
     steps(*(const Arguments*)parameters);
@@ -212,8 +186,6 @@ extern "C" int emulate(long blocks, const void* words, int backwards, int bytes)
         fiber.context.uc_link = nullptr;
         fiber.wait = RUNS;
         fiber.parity = 0;
-        fiber.open.clear();
-        fiber.groups.clear();
         makecontext(&fiber.context, enter_fiber, 0);
     }
     // a thread that saw one of the words that it waits for may wait for the next

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU backend needs triton: pip install triton")
 
 from ssmoe.ops.triton import nvrtc, step_cuda
-from ssmoe.ops.triton.step_cuda import Cut, Sizes
+from ssmoe.ops.triton.step_cuda import Sizes
 from tests.ops.emulate import COMPILER, build
 from tests.ops.step_cases import Case, Steps, chain_errors, in_turn, inputs
 
@@ -49,13 +49,16 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def with_cut(cut: Cut, stages: int = 3) -> Steps:
-    """`mamba_steps` by the kernel, with so many stages of weights."""
+def by_kernel(stages: int = 3, processors: int = 8) -> Steps:
+    """`mamba_steps` by the kernel on a GPU of so many multiprocessors, with so many stages of weights."""
 
     def steps(x: Tensor, layers: Any, *, norm_eps: float, **states: Any) -> Any:
         outs = states["out_convs"], states["out_ssms"]
-        y = step_cuda.steps(x, layers, cut._replace(most_stages=stages), norm_eps, states["conv_states"],
-                            states["ssm_states"], *outs)  # fmt: skip
+        bias = layers[0][1] is not None
+        cut = step_cuda.cut(step_cuda.sizes_of(layers[0]), x.shape[0], bias, processors, MEMORY)
+        assert cut is not None
+        kept = states["conv_states"], states["ssm_states"]
+        y = step_cuda.steps(x, layers, cut._replace(stages=stages), norm_eps, *kept, *outs)
         return y, *outs
 
     return steps
@@ -74,12 +77,6 @@ def judge(given: list[dict[str, Any]], steps: Steps) -> None:
 SMALL = Sizes(256, 256, 16, 16, 3)
 
 
-def cut_of(sizes: Sizes, processors: int = 8) -> Cut:
-    found = step_cuda.cut(sizes, processors)
-    assert found is not None
-    return found
-
-
 @pytest.mark.parametrize("backwards", [0, 1])
 @pytest.mark.parametrize(
     ("b", "sizes", "stages", "bias"),
@@ -92,45 +89,44 @@ def cut_of(sizes: Sizes, processors: int = 8) -> Cut:
 )
 def test_parity(b: int, sizes: Sizes, stages: int, bias: bool, backwards: int) -> None:
     ORDER.backwards = backwards
-    judge(case(b, sizes, 3, bias=bias), with_cut(cut_of(sizes, 12), stages))
+    judge(case(b, sizes, 3, bias=bias), by_kernel(stages, 12))
 
 
 def test_parity_of_a_residual_stream_in_bfloat16() -> None:
     given = case(2, SMALL)
     given[0]["x"] = given[0]["x"].bfloat16()
-    judge(given, with_cut(cut_of(SMALL)))
+    judge(given, by_kernel())
 
 
 @torch.no_grad()
 def test_a_row_has_the_same_bits_among_any_others() -> None:
     given = case(4, SMALL)
-    together = in_turn(given, with_cut(cut_of(SMALL)))
+    together = in_turn(given, by_kernel())
     for some in (1, 2, 3):
         names = ("x", "conv_state", "ssm_state")
         rows = [layer | {name: layer[name][4 - some :].contiguous() for name in names} for layer in given]
-        for all_rows, own in zip(together, in_turn(rows, with_cut(cut_of(SMALL))), strict=True):
+        for all_rows, own in zip(together, in_turn(rows, by_kernel()), strict=True):
             assert torch.equal(all_rows[4 - some :], own)
 
 
 @torch.no_grad()
 def test_more_layers_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     given = case(1, SMALL, 3)
-    once = in_turn(given, with_cut(cut_of(SMALL)))
+    once = in_turn(given, by_kernel())
     monkeypatch.setattr(step_cuda, "MOST_LAYERS", 2)
-    for one, two in zip(once, in_turn(given, with_cut(cut_of(SMALL))), strict=True):
+    for one, two in zip(once, in_turn(given, by_kernel()), strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("d", [768, 1024, 1536, 2048, 2560])
+@pytest.mark.parametrize("d", [512, 768, 1024, 1536, 2048, 2560])
 def test_the_presets_fit_an_h200(d: int, rows: int) -> None:
     sizes = Sizes(d, 2 * d, d // 16, 16, 3)
-    found = step_cuda.cut(sizes, 132)
+    found = step_cuda.cut(sizes, rows, True, 132, MEMORY)
     assert found is not None
     assert found.blocks == 128
-    stages, shared = step_cuda.layout(sizes, found, rows, True, MEMORY)
-    assert stages >= 4
-    assert shared <= MEMORY
+    assert step_cuda.shared_bytes(sizes, found, rows, True) <= MEMORY
+    assert step_cuda.shared_bytes(sizes, found._replace(stages=found.stages + 1), rows, True) > MEMORY
 
 
 @pytest.mark.parametrize(
@@ -141,10 +137,11 @@ def test_the_presets_fit_an_h200(d: int, rows: int) -> None:
         (768, 1536, 48, 16, 0),  # no convolution
         (520, 1040, 33, 16, 3),
         (96, 192, 8, 16, 3),
+        (8192, 16384, 512, 16, 3),  # channels of a block
     ],
 )
 def test_sizes_that_do_not_divide(sizes: tuple[int, ...]) -> None:
-    assert step_cuda.cut(Sizes(*sizes), 132) is None
+    assert step_cuda.cut(Sizes(*sizes), 1, False, 132, MEMORY) is None
 
 
 def test_a_cpu_is_left_to_others() -> None:

@@ -21,9 +21,13 @@ from ssmoe.ops.triton.step_cuda import Sizes
 FEW = 4
 """Up to so many rows each is its own matrix-vector products; beyond, rows share tensor-core tiles.
 
-On either side a row's bits do not depend on the other rows: tile sizes and the order of every sum are fixed.
+`mamba_steps` takes big layers of up to so many rows in one launch, whose sums have another order. In every case a
+row's bits do not depend on the other rows: tile sizes and the order of every sum are fixed.
 """
 
+
+BIG = 1 << 22
+"""Weights of out_proj beyond which layers have larger tiles, and few rows a stream of weights (`step_cuda`)."""
 
 UPDATE_ROWS = 16
 """Rows that one program updates; tensor-core products have no fewer."""
@@ -185,7 +189,7 @@ def _power(n: int, low: int = 1) -> int:
 @cache
 def few(sizes: Sizes) -> Few:
     """Tiles for few rows."""
-    big = sizes.d * sizes.c > 1 << 22
+    big = sizes.d * sizes.c > BIG
     return Few(
         enter_channels=min(16, _power(sizes.c)),
         enter_columns=min(128 if big else 1024, _power(sizes.d)),
@@ -202,7 +206,7 @@ def few(sizes: Sizes) -> Few:
 @cache
 def many(sizes: Sizes, dtype: torch.dtype) -> Many:
     """Tiles for many rows; they do not depend on how many."""
-    big = sizes.d * sizes.c > 1 << 22
+    big = sizes.d * sizes.c > BIG
     if dtype == torch.float32:
         plain = Product(32, 32, 32, 1, 4, 2)
         return Many(plain, plain, plain, 16, 4)
@@ -347,8 +351,10 @@ def _streamed(
     out_convs: Sequence[Tensor] | None,
     out_ssms: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
-    """All layers in one launch, None where `step_cuda` does not take them."""
-    if not (x.is_cuda and 0 < x.shape[0] <= step_cuda.MOST_ROWS and layers):
+    """All layers in one launch, None where `step_cuda` does not take them or `step_few` is as fast."""
+    few_rows = x.is_cuda and 0 < x.shape[0] <= step_cuda.MOST_ROWS
+    # in_proj is the third, twice as large as out_proj
+    if not few_rows or not layers or layers[0][2].numel() <= 2 * BIG:
         return None
     none = [None] * len(layers)
     kept = zip(conv_states, ssm_states, out_convs or none, out_ssms or none, strict=True)

@@ -138,12 +138,6 @@ _COOPERATIVE = 2
 """The driver's number of the attribute of a launch whose blocks are all on the GPU at once."""
 
 
-@cache
-def most_shared(device: int) -> int:
-    """Bytes of shared memory that a block of a launch can be given."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # pyright: ignore
-
-
 def double_bits(value: float) -> int:
     """The 64 bits of a double, as a word of a launch."""
     return ctypes.c_int64.from_buffer_copy(ctypes.c_double(value)).value

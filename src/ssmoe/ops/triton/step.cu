@@ -1,18 +1,19 @@
 // One token of a few rows through equal Mamba sub-layers, x + mixer(norm(x)) each, all layers in one launch.
 //
-// G blocks stay on the GPU, one a multiprocessor. A block owns C / G channels (their rows of in_proj, columns of
-// x_proj, rows of delta_proj, states) and D / G outputs of out_proj. One warp streams the block's weights, layer
-// after layer, into a ring of shared memory; weights depend on nothing, so the stream goes on while the blocks
-// exchange results. The other warps multiply what has come, 16 x 16 weights a matrix instruction, rows of the batch
-// as its columns.
+// G blocks stay on the GPU, one a multiprocessor. A block owns C / G channels (their rows of in_proj and delta_proj,
+// their states), D / G outputs of out_proj and up to RX of x_proj. One warp streams the block's weights, layer after
+// layer, into a ring of shared memory; weights depend on nothing, so the stream goes on while the blocks exchange
+// results. The other warps multiply what has come, 16 x 16 weights a matrix instruction, rows of the batch as its
+// columns.
 //
 // Blocks exchange numbers as 64-bit words of a number and a flag, this launch's and layer's: a reader that sees the
-// flag has the number, so no barrier of the grid is needed. The order of every sum is fixed and no sum depends on the
-// number of rows.
+// flag has the number, so no barrier of the grid is needed. A layer has four exchanges: the convolution's outputs,
+// which are under way while the first gates are made; x_proj's, while the other gates are; out_proj's inputs; x.
+// The order of every sum is fixed and no sum depends on the number of rows.
 //
-// Compiled at run time; step_cuda.py sets the macros D C R N TAPS ROWS G XBF LAYERNORM MAXL RI KI RO KO STAGES XS.
-// RI, RO: rows of a tile of in_proj and out_proj; KI, KO: its columns. XS: threads that share an output of x_proj.
-// XBF: x is bfloat16. MAXL: layers a launch.
+// Compiled at run time; step_cuda.py sets the macros D C R N TAPS ROWS G XBF LAYERNORM MAXL RI KI RO KO STAGES WINDOW
+// COPIES SHARED_BYTES. RI, RO: rows of a tile of in_proj and out_proj; KI, KO: its columns. XBF: x is bfloat16.
+// MAXL: layers a launch.
 
 typedef unsigned u32;
 typedef long long i64;
@@ -29,16 +30,10 @@ struct alignas(16) U4 {
 struct alignas(8) F2 {
     float v[2];
 };
-struct alignas(16) W2 {
-    u64 v[2];
-};
 
-#ifndef FREE
-#define FREE 0
-#endif
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
-constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams, and one adds up and gathers
+constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more streams
 
 #ifndef EMULATED
 #define SHARED_MEMORY(name) extern __shared__ float4 name##_[]; char* name = reinterpret_cast<char*>(name##_)
@@ -47,6 +42,7 @@ constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that multiply; one more stre
 #define BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory")
 #define WHOLE_BARRIER() __syncthreads()
 #define WARP_BARRIER() __syncwarp()
+#define LOOK_AGAIN()
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
@@ -69,29 +65,8 @@ __device__ __forceinline__ void passed(u64* barrier, u32 parity) {
                  ::"r"(shared_address(barrier)), "r"(parity & 1) : "memory");
 }
 __device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
-#if HINT
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
-    return;
-#endif
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
-// copies by a thread, which arrive before `await_groups<LATER>` ends but for those of its last LATER groups
-template <int BYTES>
-__device__ __forceinline__ void copy_later(void* to, const void* from) {
-    if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES)
-                     : "memory");
-}
-__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER>
-__device__ __forceinline__ void await_groups() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 __device__ __forceinline__ void matrices4(u32* to, const void* at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -116,12 +91,6 @@ __device__ __forceinline__ u64 look(const u64* at) {
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
     return word;
 }
-// two words, each as it is at some time
-__device__ __forceinline__ W2 look2(const u64* at) {
-    W2 w;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(w.v[0]), "=l"(w.v[1]) : "l"(at) : "memory");
-    return w;
-}
 // two numbers in bfloat16, to the nearest
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 r;
@@ -129,56 +98,53 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return r;
 }
 #define EXP(v) __expf(v)
-#if NAPS > 0
-#define NAP() __nanosleep(NAPS)
-#else
-#define NAP()
-#endif
 #endif
 
 constexpr int P = R + 2 * N, CC = C / G, DO = D / G;
-constexpr int TI = CC / RI, QI = D / KI, TO = DO / RO, QO = C / KO;
-constexpr int ROW_I = 2 * KI + 16, ROW_O = 2 * KO + 16;  // bytes from row to row of a tile: eight rows meet no bank twice
+constexpr int TI = CC / RI, QI = D / KI, TO = DO / RO, QO = C / KO, EARLY = TI / 2;
+constexpr int RX = (P + G - 1) / G;              // outputs of x_proj of a block; the last blocks have none
+constexpr int ROW_I = 2 * KI + 16, ROW_O = 2 * KO + 16, ROW_X = 2 * C + 16;  // bytes from row to row of a tile: eight rows meet no bank twice
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int SLOT = larger(larger(RI * ROW_I, RO * ROW_O), 2 * CC * R);
-constexpr int STRIDE = 2 * larger(C, D) + 16;            // bytes from row to row of the factor
+__device__ constexpr int up16(int a) { return (a + 15) / 16 * 16; }
+constexpr int SLOT = larger(larger(RI * ROW_I, RO * ROW_O), larger(RX * ROW_X, 2 * CC * R));
 constexpr int SUMS = WARPS + 1;
 constexpr int OUTPUTS = larger(2 * CC, DO);
 
-static_assert(C % G == 0 && D % G == 0 && CC % 4 == 0 && CC % RI == 0 && DO % RO == 0, "whole tiles");
+static_assert(C % G == 0 && D % G == 0 && CC % 4 == 0 && CC % RI == 0 && DO % RO == 0 && P % RX == 0, "whole tiles");
 static_assert(D % KI == 0 && C % KO == 0 && KI % (16 * WARPS) == 0 && KO % (16 * WARPS) == 0, "whole chunks");
 static_assert(SLOT % 16 == 0 && R % 8 == 0 && 2 * CC * R % 16 == 0, "whole copies");
-static_assert(N == 16 && 8 * CC <= THREADS && P * XS <= THREADS && CC % (4 * XS) == 0, "threads");
-static_assert(ROWS <= 8 && CC * ROWS <= THREADS && DO * ROWS <= THREADS, "rows");
+static_assert(N == 16 && 8 * CC <= THREADS, "threads");
+static_assert(ROWS <= 8 && CC * ROWS <= THREADS && DO * ROWS <= THREADS && RX * ROWS <= THREADS, "rows");
 
 // Shared memory, bytes
 constexpr int AT_BARRIERS = STAGES * SLOT;                 // u64 [2][STAGES]: a slot is full; it is empty
-constexpr int AT_FACTOR = (AT_BARRIERS + 16 * STAGES + 15) / 16 * 16;  // bf16 [ROWS][STRIDE / 2]
-constexpr int AT_SUMS = AT_FACTOR + ROWS * STRIDE;         // float [OUTPUTS][ROWS][SUMS], by warp
-constexpr int AT_INNER = AT_SUMS + (4 * OUTPUTS * ROWS * SUMS + 15) / 16 * 16;  // float [ROWS][CC]
-constexpr int AT_LOW = AT_INNER + 4 * ROWS * CC;            // float [ROWS][P]
-constexpr int AT_NORMS = AT_LOW + 4 * ROWS * P;            // float [2][ROWS][WARPS]
-// what a layer reads but once, asked for during the layer before
-constexpr int AT_WEIGHT = AT_NORMS + 8 * ROWS * WARPS;     // float [1 or 2][D], the norm's
-constexpr int AT_XPROJ = AT_WEIGHT + 4 * D * (1 + LAYERNORM);  // bf16 [P][CC]
-constexpr int AT_TAPS = (AT_XPROJ + 2 * P * CC + 15) / 16 * 16;  // float [CC][TAPS + 1]
+constexpr int AT_SMALL = AT_BARRIERS + 16 * STAGES;        // u64 [2]: what follows is full; it is empty
+// what a layer reads but once, brought while the layer before ends
+constexpr int AT_WEIGHT = AT_SMALL + 16;                   // float [1 or 2][D], the norm's
+constexpr int AT_TAPS = AT_WEIGHT + 4 * D * (1 + LAYERNORM);  // float [CC][TAPS + 1]
 constexpr int AT_SHIFT = AT_TAPS + 4 * CC * (TAPS + 1);    // float [CC] each
 constexpr int AT_SKIP = AT_SHIFT + 4 * CC;
 constexpr int AT_BIAS = AT_SKIP + 4 * CC;
 constexpr int AT_A = AT_BIAS + 4 * CC;                     // float [CC][N]
 constexpr int AT_STATE = AT_A + 4 * CC * N;                // float [ROWS][CC][N]
-constexpr int AT_PAST = AT_STATE + 4 * ROWS * CC * N;      // bf16 [ROWS][CC][TAPS]
-constexpr int AT_NARROW = AT_PAST + (2 * ROWS * CC * TAPS + 15) / 16 * 16;     // u64 [2], barriers: x_proj's parts are sent; its sums are in low
-constexpr int END = AT_NARROW + 16;
+constexpr int SMALL = AT_STATE + 4 * ROWS * CC * N - AT_WEIGHT;
+constexpr int STRIDE_H = 2 * D + 16, STRIDE_Y = 2 * C + 16;  // bytes from row to row of the factors
+constexpr int AT_H = AT_WEIGHT + SMALL;                    // bf16 [ROWS][STRIDE_H / 2], in_proj's
+constexpr int AT_WIDE = AT_H + ROWS * STRIDE_H;            // bf16 [ROWS][STRIDE_Y / 2], x_proj's, then out_proj's
+constexpr int AT_SUMS = AT_WIDE + ROWS * STRIDE_Y;         // float [OUTPUTS][ROWS][SUMS], by warp
+constexpr int AT_LOWSUMS = AT_SUMS + up16(4 * OUTPUTS * ROWS * SUMS);  // float [RX][ROWS][SUMS]
+constexpr int AT_INNER = AT_LOWSUMS + up16(4 * RX * ROWS * SUMS);  // float [ROWS][CC]
+constexpr int AT_LOW = AT_INNER + 4 * ROWS * CC;           // float [ROWS][P]
+constexpr int AT_NORMS = AT_LOW + 4 * ROWS * P;            // float [2][ROWS][WARPS]
+constexpr int END = AT_NORMS + 8 * ROWS * WARPS;
 static_assert(END == SHARED_BYTES, "step_cuda.py counts the same");
 
 // What blocks exchange, words of 64 bits
 constexpr int AT_X = 2;                               // [COPIES][ROWS][D]
 constexpr int AT_Y = AT_X + COPIES * ROWS * D;        // [COPIES][ROWS][C / 2]
-constexpr int AT_TOTALS = AT_Y + COPIES * ROWS * C / 2;   // [COPIES][ROWS][P]
-constexpr int AT_PARTS = AT_TOTALS + COPIES * ROWS * P;   // [ROWS][P / 4][G][4]
-constexpr int JOBS = ROWS * P / 4;
-static_assert(P % 4 == 0 && (COPIES == 1 || COPIES == 2 || COPIES == 4 || COPIES == 8), "copies");
+constexpr int AT_V = AT_Y + COPIES * ROWS * C / 2;    // [COPIES][ROWS][C / 2], the convolution's outputs
+constexpr int AT_TOTALS = AT_V + COPIES * ROWS * C / 2;  // [COPIES][ROWS][P]
+constexpr int WORDS = AT_TOTALS + COPIES * ROWS * P;
 
 struct Layer {
     const float* norm;
@@ -215,24 +181,26 @@ __device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.0f) + log
 __device__ __forceinline__ u64 word(u32 bits, u32 flag) { return (u64)flag << 32 | bits; }
 __device__ __forceinline__ u32 flag_of(u64 word) { return (u32)(word >> 32); }
 
-// `seen`, or what is there once its flag is
-__device__ __forceinline__ u32 read(const u64* at, u64 seen, u32 flag) {
-    while (!FREE && flag_of(seen) != flag) {
-        NAP();
-        seen = look(at);
-    }
-    return (u32)seen;
+// Up to V numbers at at + place(i), those with place(i) >= 0, once all of them are there.
+template <int V, class Place>
+__device__ __forceinline__ void gather(u32 (&to)[V], const u64* at, Place place, u32 flag) {
+    bool missing;
+    do {
+        u64 seen[V];
+        UNROLL for (int i = 0; i < V; i++)
+            if (place(i) >= 0) seen[i] = look(at + place(i));
+        missing = false;
+        UNROLL for (int i = 0; i < V; i++) {
+            to[i] = 0;
+            if (place(i) >= 0) to[i] = (u32)seen[i], missing |= flag_of(seen[i]) != flag;
+        }
+        if (missing) LOOK_AGAIN();
+    } while (missing);
 }
 __device__ __forceinline__ float sum_of_warp(float v) {
     UNROLL for (int mask = 16; mask; mask /= 2) v += SWAP(v, mask);
     return v;
 }
-
-#ifdef STAMPED
-#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == STAMPED && l == layers - 2) stamps[i] = clock64();
-#else
-#define STAMP(i)
-#endif
 
 struct Ring {
     char* memory;
@@ -261,20 +229,45 @@ __device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int l
         copy_by_engine(to + i * stride, first + i * step + (i >= jump ? far : 0), bytes, &ring.full[ring.slot]);
     ring.next();
 }
-__device__ __forceinline__ void stream(const Arguments& a, Ring ring, int lane) {
+__device__ __forceinline__ void stream(const Arguments& a, char* memory, Ring ring, int lane) {
     Ring behind = ring;
     int sent = 0;
+    const int block = blockIdx.x;
+    u64* small = (u64*)(memory + AT_SMALL);
     for (int l = 0; l < (int)a.layers; l++) {
         const Layer& layer = a.layer[l];
-        const char* in = (const char*)(layer.in_proj + (i64)blockIdx.x * CC * D);
-        for (int t = 0; t < 2 * TI; t++) {
-            int begin = t * RI;
-            for (int q = 0; q < QI; q++)
-                bring(ring, behind, sent, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D, CC - begin,
-                      2 * (i64)(C - CC) * D);
-        }
-        bring(ring, behind, sent, lane, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)blockIdx.x * CC * R), 0, 1, 0);
-        const char* out = (const char*)(layer.out_proj + (i64)blockIdx.x * DO * C);
+        if (l > 0) passed(&small[1], l - 1);
+        if (lane == 0) expect(&small[0], SMALL);
+        WARP_BARRIER();
+        auto part = [&](int who, int to, const float* from, int count) {
+            if (lane == who) copy_by_engine(memory + to, from, 4 * count, &small[0]);
+        };
+        part(0, AT_WEIGHT, layer.norm, D);
+        if (LAYERNORM) part(1, AT_WEIGHT + 4 * D, layer.norm_bias, D);
+        part(2, AT_TAPS, layer.taps + block * CC * (TAPS + 1), CC * (TAPS + 1));
+        part(3, AT_SHIFT, layer.shift + block * CC, CC);
+        part(4, AT_SKIP, layer.skip + block * CC, CC);
+        part(5, AT_BIAS, layer.bias + block * CC, CC);
+        part(6, AT_A, layer.A_log + block * CC * N, CC * N);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            part(7 + r, AT_STATE + 4 * r * CC * N, layer.ssm + ((i64)r * C + block * CC) * N, CC * N);
+
+        auto enter = [&](int from, int to) {
+            const char* in = (const char*)(layer.in_proj + (i64)block * CC * D);
+            for (int t = from; t < to; t++) {
+                int begin = t * RI;
+                for (int q = 0; q < QI; q++)
+                    bring(ring, behind, sent, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D,
+                          CC - begin, 2 * (i64)(C - CC) * D);
+            }
+        };
+        enter(0, TI + EARLY);
+        if (block * RX < P)
+            bring(ring, behind, sent, lane, RX, 2 * C, ROW_X, (const char*)(layer.x_proj + (i64)block * RX * C), 2 * C,
+                  RX, 0);
+        enter(TI + EARLY, 2 * TI);
+        bring(ring, behind, sent, lane, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)block * CC * R), 0, 1, 0);
+        const char* out = (const char*)(layer.out_proj + (i64)block * DO * C);
         for (int t = 0; t < TO; t++)
             for (int q = 0; q < QO; q++)
                 bring(ring, behind, sent, lane, RO, 2 * KO, ROW_O, out + 2 * ((i64)t * RO * C + q * KO), 2 * C, RO, 0);
@@ -282,27 +275,30 @@ __device__ __forceinline__ void stream(const Arguments& a, Ring ring, int lane) 
 }
 
 // The other warps: TILES tiles of RT rows, each CHUNKS chunks of K columns, a warp 1 / WARPS of the columns.
-template <int TILES, int RT, int CHUNKS, int K>
+template <int TILES, int RT, int CHUNKS, int K, int STRIDE>
 __device__ __forceinline__ void multiply_all(Ring& ring, const char* factor, float* sums, int warp, int lane) {
-    constexpr int MT = (RT + 15) / 16, STEPS = K / (16 * WARPS), ROW = 2 * K + 16;
+    constexpr int MT = (RT + 15) / 16, STEPS = K / (16 * WARPS), ROW = 2 * K + 16, AT_ONCE = STEPS % 2 ? 1 : 2;
     const char* right = factor + min(lane % 8, ROWS - 1) * STRIDE + 2 * (warp * 16 * STEPS + lane / 8 % 2 * 8);
     int place[MT];
     UNROLL for (int m = 0; m < MT; m++)
         place[m] = min(16 * m + lane % 16, RT - 1) * ROW + 2 * (warp * 16 * STEPS + lane / 16 * 8);
     for (int t = 0; t < TILES; t++) {
-        float d[MT][4];
-        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int i = 0; i < 4; i++) d[m][i] = 0.0f;
+        float d[MT][AT_ONCE][4];
+        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int s = 0; s < AT_ONCE; s++)
+            UNROLL for (int i = 0; i < 4; i++) d[m][s][i] = 0.0f;
         UNROLL for (int q = 0; q < CHUNKS; q++) {
+            u32 b[AT_ONCE][2], w[AT_ONCE][MT][4];
+            // the factor waits for nothing
+            UNROLL for (int s = 0; s < AT_ONCE; s++) matrices2(b[s], right + 2 * (q * K + 16 * s));
             passed(&ring.full[ring.slot], ring.round);
             const char* left = ring.memory + ring.slot * SLOT;
-            UNROLL for (int s = 0; s < STEPS; s++) {
-                u32 b[2];
-                matrices2(b, right + 2 * (q * K + 16 * s));
-                UNROLL for (int m = 0; m < MT; m++) {
-                    u32 w[4];
-                    matrices4(w, left + place[m] + 32 * s);
-                    multiply(d[m], w, b);
+            UNROLL for (int from = 0; from < STEPS; from += AT_ONCE) {
+                UNROLL for (int s = 0; s < AT_ONCE; s++) {
+                    if (from) matrices2(b[s], right + 2 * (q * K + 16 * (from + s)));
+                    UNROLL for (int m = 0; m < MT; m++) matrices4(w[s][m], left + place[m] + 32 * (from + s));
                 }
+                UNROLL for (int s = 0; s < AT_ONCE; s++) UNROLL for (int m = 0; m < MT; m++)
+                    multiply(d[m][s], w[s][m], b[s]);
             }
             WARP_BARRIER();
             if (lane == 0) arrive(&ring.empty[ring.slot]);
@@ -311,7 +307,8 @@ __device__ __forceinline__ void multiply_all(Ring& ring, const char* factor, flo
         int row = lane % 4 * 2;
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int i = 0; i < 4; i++) {
             int o = 16 * m + lane / 4 + i / 2 * 8;
-            if (o < RT && row + i % 2 < ROWS) sums[((t * RT + o) * ROWS + row + i % 2) * SUMS + warp] = d[m][i];
+            float all = AT_ONCE == 2 ? d[m][0][i] + d[m][AT_ONCE - 1][i] : d[m][0][i];
+            if (o < RT && row + i % 2 < ROWS) sums[((t * RT + o) * ROWS + row + i % 2) * SUMS + warp] = all;
         }
     }
 }
@@ -321,58 +318,25 @@ __device__ __forceinline__ float total(const float* sums) {
     return s;
 }
 
-// One warp's part: it adds up x_proj's parts, four outputs of all blocks at a time, the work divided among the blocks,
-// and gathers all outputs.
-__device__ __forceinline__ void gather(u64* words, const u64* own_totals, float* low, u64* narrow_sent, u64* low_here,
-                                       u32 epoch, int layers, int block, int lane) {
-    for (int l = 0; l < layers; l++) {
-        const u32 flag = epoch + 1 + l;
-        // the others send theirs at about the same time
-        passed(narrow_sent, l);
-        for (int job = block; job < JOBS; job += G) {
-            constexpr int V = (G + 31) / 32;
-            const u64* at = words + AT_PARTS + job * G * 4;
-            W2 seen[V][2];
-            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 2; j++)
-                if (lane + 32 * i < G) seen[i][j] = look2(at + (lane + 32 * i) * 4 + 2 * j);
-            float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            UNROLL for (int i = 0; i < V; i++) UNROLL for (int j = 0; j < 4; j++)
-                if (lane + 32 * i < G)
-                    s[j] += __uint_as_float(read(at + (lane + 32 * i) * 4 + j, seen[i][j / 2].v[j % 2], flag));
-            UNROLL for (int j = 0; j < 4; j++) s[j] = sum_of_warp(s[j]);
-            float mine = lane % 4 < 2 ? (lane % 4 ? s[1] : s[0]) : (lane % 4 == 2 ? s[2] : s[3]);
-            if (lane < 4 * COPIES)
-                send(words + AT_TOTALS + lane / 4 * ROWS * P + job * 4 + lane % 4, word(__float_as_uint(mine), flag));
-        }
-        constexpr int V = (P * ROWS + 31) / 32;
-        u64 seen[V];
-        UNROLL for (int i = 0; i < V; i++)
-            if (lane + 32 * i < P * ROWS) seen[i] = look(own_totals + lane + 32 * i);
-        UNROLL for (int i = 0; i < V; i++)
-            if (lane + 32 * i < P * ROWS)
-                low[lane + 32 * i] = __uint_as_float(read(own_totals + lane + 32 * i, seen[i], flag));
-        WARP_BARRIER();
-        if (lane == 0) arrive(low_here);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid_constant__ Arguments a) {
     SHARED_MEMORY(memory);
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, block = blockIdx.x, layers = (int)a.layers;
     Ring ring = {memory, (u64*)(memory + AT_BARRIERS), (u64*)(memory + AT_BARRIERS) + STAGES, 0, 0};
-    u64 *narrow_sent = (u64*)(memory + AT_NARROW), *low_here = narrow_sent + 1;
+    u64* small = (u64*)(memory + AT_SMALL);
     if (tid == 0) {
         for (int s = 0; s < STAGES; s++) open_barrier(&ring.full[s], 1), open_barrier(&ring.empty[s], WARPS);
-        open_barrier(narrow_sent, 1), open_barrier(low_here, 1);
+        open_barrier(&small[0], 1), open_barrier(&small[1], WARPS);
         barriers_opened();
     }
     WHOLE_BARRIER();
     if (warp == WARPS) {
-        stream(a, ring, lane);
+        stream(a, memory, ring, lane);
         return;
     }
-    char* factor = memory + AT_FACTOR;
+    const float* weight = (const float*)(memory + AT_WEIGHT);
+    char *factor = memory + AT_H, *wide = memory + AT_WIDE;
     float* sums = (float*)(memory + AT_SUMS);
+    float* low_sums = (float*)(memory + AT_LOWSUMS);
     float* inner = (float*)(memory + AT_INNER);
     float* low = (float*)(memory + AT_LOW);
     float* norms = (float*)(memory + AT_NORMS);
@@ -381,20 +345,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid
     // the copy of what all blocks read that this one reads: fewer blocks meet at one place
     const int copy = block % COPIES;
     const u64 *own_x = words + AT_X + copy * ROWS * D, *own_y = words + AT_Y + copy * ROWS * (C / 2),
-              *own_totals = words + AT_TOTALS + copy * ROWS * P;
+              *own_v = words + AT_V + copy * ROWS * (C / 2), *own_totals = words + AT_TOTALS + copy * ROWS * P;
     const float eps = (float)a.eps;
-    if (warp == WARPS + 1) {
-        gather(words, own_totals, low, narrow_sent, low_here, epoch, layers, block, lane);
-        return;
-    }
-#ifdef STAMPED
-    i64* stamps = (i64*)(words + AT_PARTS + ROWS * P * G);
-#endif
-    constexpr int XV = (D + THREADS - 1) / THREADS, YV = (C / 2 + THREADS - 1) / THREADS;
+    constexpr int XV = (D + THREADS - 1) / THREADS, YV = (C / 2 + THREADS - 1) / THREADS, TWO = ROWS < 2 ? 1 : 2;
     // who does what: channels, outputs of x_proj, states, outputs of out_proj
     const bool convolves = tid < CC * ROWS;
     const int c_row = tid / CC, c_at = tid % CC;
-    const bool narrows = tid < P * XS;
+    const bool narrows = block * RX < P;
+    const int n_row = tid / RX, n_at = tid % RX;
     const bool scans = tid < 8 * CC;
     const int s_at = tid / 8, s_lane = tid % 8;
     const bool leaves = tid < DO * ROWS;
@@ -404,64 +362,47 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid
         i64 at = (i64)o_row * D + block * DO + o_at;
         mine = XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
     }
-
-    const float* weight = (const float*)(memory + AT_WEIGHT);
-    const bf16* narrow = (const bf16*)(memory + AT_XPROJ) + tid * (CC / XS);
-    const float* taps = (const float*)(memory + AT_TAPS) + c_at * (TAPS + 1);
-    const unsigned short* past = (const unsigned short*)(memory + AT_PAST) + (c_row * CC + c_at) * TAPS;
-    auto bring_all = [&](int at, const void* from, int bytes) {
-        ROLLED for (int i = 16 * tid; i < bytes; i += 16 * THREADS) copy_later<16>(memory + at + i, (const char*)from + i);
+    u32 past[TAPS];
+    auto remember = [&](const Layer& layer) {
+        if (convolves)
+            UNROLL for (int j = 0; j < TAPS; j++)
+                past[j] = layer.conv[((i64)c_row * C + block * CC + c_at) * TAPS + j].bits;
     };
-    auto ask = [&](const Layer& layer) {
-        bring_all(AT_WEIGHT, layer.norm, 4 * D);
-        if (LAYERNORM) bring_all(AT_WEIGHT + 4 * D, layer.norm_bias, 4 * D);
-        end_group();
-        ROLLED for (int i = tid; i < P * (CC / 4); i += THREADS) {
-            int p = i / (CC / 4), e = i % (CC / 4) * 4;
-            copy_later<8>(memory + AT_XPROJ + 2 * (p * CC + e), layer.x_proj + (i64)p * C + block * CC + e);
+    remember(a.layer[0]);
+    // numbers two by two, from all blocks to the rows of `wide`
+    auto widen = [&](const u64* at, u32 flag) {
+        UNROLL for (int q = 0; q < ROWS; q += TWO) {
+            u32 found[TWO * YV];
+            auto column = [&](int i) { return tid + i % YV * THREADS; };
+            auto real = [&](int i) { return column(i) < C / 2 && q + i / YV < ROWS; };
+            gather(found, at, [&](int i) { return real(i) ? (q + i / YV) * (C / 2) + column(i) : -1; }, flag);
+            UNROLL for (int i = 0; i < TWO * YV; i++)
+                if (real(i)) *(u32*)(wide + (q + i / YV) * STRIDE_Y + 4 * column(i)) = found[i];
         }
-        bring_all(AT_TAPS, layer.taps + block * CC * (TAPS + 1), 4 * CC * (TAPS + 1));
-        bring_all(AT_SHIFT, layer.shift + block * CC, 4 * CC);
-        bring_all(AT_SKIP, layer.skip + block * CC, 4 * CC);
-        bring_all(AT_BIAS, layer.bias + block * CC, 4 * CC);
-        bring_all(AT_A, layer.A_log + block * CC * N, 4 * CC * N);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            i64 c = (i64)r * C + block * CC;
-            bring_all(AT_STATE + 4 * r * CC * N, layer.ssm + c * N, 4 * CC * N);
-            ROLLED for (int i = 8 * tid; i < 2 * CC * TAPS; i += 8 * THREADS)
-                copy_later<8>(memory + AT_PAST + 2 * r * CC * TAPS + i, (const char*)(layer.conv + c * TAPS) + i);
-        }
-        end_group();
     };
-    ask(a.layer[0]);
 
     for (int l = 0; l < layers; l++) {
         const Layer& layer = a.layer[l];
         const u32 flag = epoch + 1 + l;
-        STAMP(0)
         // the norm of x, which all blocks made
         float x[ROWS][XV];
-        if (l == 0) {
-            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
-                int k = tid + i * THREADS;
-                i64 at = (i64)r * D + k;
-                x[r][i] = k >= D ? 0.0f : XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
-            }
-        } else {
-            constexpr int TWO = ROWS < 2 ? 1 : 2;
-            UNROLL for (int q = 0; q < ROWS; q += TWO) {
-                u64 seen[TWO][XV];
-                UNROLL for (int r = q; r < q + TWO && r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++)
-                    if (tid + i * THREADS < D) seen[r - q][i] = look(own_x + r * D + tid + i * THREADS);
-                UNROLL for (int r = q; r < q + TWO && r < ROWS; r++) UNROLL for (int i = 0; i < XV; i++) {
-                    x[r][i] = 0.0f;
-                    if (tid + i * THREADS < D)
-                        x[r][i] = __uint_as_float(read(own_x + r * D + tid + i * THREADS, seen[r - q][i], flag - 1));
+        UNROLL for (int q = 0; q < ROWS; q += TWO) {
+            u32 found[TWO * XV];
+            auto column = [&](int i) { return tid + i % XV * THREADS; };
+            auto real = [&](int i) { return column(i) < D && q + i / XV < ROWS; };
+            if (l == 0) {
+                UNROLL for (int i = 0; i < TWO * XV; i++) {
+                    i64 at = (i64)(q + i / XV) * D + column(i);
+                    float v = 0.0f;
+                    if (real(i)) v = XBF ? from_bits(((const bf16*)a.x)[at].bits) : ((const float*)a.x)[at];
+                    found[i] = __float_as_uint(v);
                 }
+            } else {
+                gather(found, own_x, [&](int i) { return real(i) ? (q + i / XV) * D + column(i) : -1; }, flag - 1);
             }
+            UNROLL for (int i = 0; i < TWO * XV; i++)
+                if (q + i / XV < ROWS) x[q + i / XV][i % XV] = __uint_as_float(found[i]);
         }
-        await_groups<1>();
-        STAMP(1)
         if (LAYERNORM) {
             UNROLL for (int r = 0; r < ROWS; r++) {
                 float s = 0.0f;
@@ -482,6 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid
             s = sum_of_warp(s);
             if (lane == 0) norms[r * WARPS + warp] = s;
         }
+        passed(&small[0], l);
         BARRIER();
         UNROLL for (int r = 0; r < ROWS; r++) {
             float scale = 1.0f / sqrtf(total(norms + r * WARPS) / D + eps);
@@ -489,122 +431,114 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid
                 int k = tid + i * THREADS;
                 if (k >= D) break;
                 u32 bits = pack(x[r][i] * scale * weight[k] + (LAYERNORM ? weight[D + k] : 0.0f), 0.0f);
-                *(unsigned short*)(factor + r * STRIDE + 2 * k) = (unsigned short)bits;
+                *(unsigned short*)(factor + r * STRIDE_H + 2 * k) = (unsigned short)bits;
             }
         }
         BARRIER();
-        STAMP(2)
-        multiply_all<TI, RI, QI, KI>(ring, factor, sums, warp, lane);
-        STAMP(3)
-        await_groups<0>();
+        multiply_all<TI, RI, QI, KI, STRIDE_H>(ring, factor, sums, warp, lane);
         BARRIER();
 
         // the convolution of the block's channels
-        if (convolves) {
-            u32 fresh = pack(total(sums + (c_at * ROWS + c_row) * SUMS), 0.0f) & 0xffff;
-            float s = ((const float*)(memory + AT_SHIFT))[c_at];
-            UNROLL for (int j = 0; j < TAPS; j++) s += from_bits(past[j]) * taps[j];
-            s += from_bits(fresh) * taps[TAPS];
-            bf16* state = layer.out_conv + ((i64)c_row * C + block * CC + c_at) * TAPS;
-            UNROLL for (int j = 0; j < TAPS; j++)
-                state[j].bits = j + 1 < TAPS ? past[j + 1 < TAPS ? j + 1 : j] : (unsigned short)fresh;
-            inner[c_row * CC + c_at] = silu(s);
-        }
-        BARRIER();
-        // what they give to x_proj
         {
-            float s[ROWS];
-            UNROLL for (int r = 0; r < ROWS; r++) s[r] = 0.0f;
-            if (narrows) {
-                const float* at = inner + tid % XS * (CC / XS);
-                UNROLL for (int i = 0; i < CC / XS / 4; i++) UNROLL for (int r = 0; r < ROWS; r++) {
-                    U2 w = *(const U2*)(narrow + 4 * i);
-                    const float* v = at + r * CC + 4 * i;
-                    s[r] += low_half(w.v[0]) * v[0];
-                    s[r] += high_half(w.v[0]) * v[1];
-                    s[r] += low_half(w.v[1]) * v[2];
-                    s[r] += high_half(w.v[1]) * v[3];
-                }
+            float value = 0.0f;
+            if (convolves) {
+                u32 fresh = pack(total(sums + (c_at * ROWS + c_row) * SUMS), 0.0f) & 0xffff;
+                const float* taps = (const float*)(memory + AT_TAPS) + c_at * (TAPS + 1);
+                float s = ((const float*)(memory + AT_SHIFT))[c_at];
+                UNROLL for (int j = 0; j < TAPS; j++) s += from_bits(past[j]) * taps[j];
+                s += from_bits(fresh) * taps[TAPS];
+                value = silu(s);
+                inner[c_row * CC + c_at] = value;
+                bf16* state = layer.out_conv + ((i64)c_row * C + block * CC + c_at) * TAPS;
+                UNROLL for (int j = 0; j < TAPS; j++)
+                    state[j].bits = (unsigned short)(j + 1 < TAPS ? past[j + 1 < TAPS ? j + 1 : j] : fresh);
             }
+            float other = SWAP(value, 1);
+            if (convolves && tid % 2 == 0)
+                UNROLL for (int i = 0; i < COPIES; i++)
+                    send(words + AT_V + (i * ROWS + c_row) * (C / 2) + (block * CC + c_at) / 2,
+                         word(pack(value, other), flag));
+        }
+        // the first gates, while those are under way, then x_proj of all channels
+        multiply_all<EARLY, RI, QI, KI, STRIDE_H>(ring, factor, sums + CC * ROWS * SUMS, warp, lane);
+        widen(own_v, flag);
+        BARRIER();
+        if (narrows) multiply_all<1, RX, 1, C, STRIDE_Y>(ring, wide, low_sums, warp, lane);
+        BARRIER();
+        if (narrows && tid < RX * ROWS) {
+            float s = total(low_sums + (n_at * ROWS + n_row) * SUMS);
+            UNROLL for (int i = 0; i < COPIES; i++)
+                send(words + AT_TOTALS + (i * ROWS + n_row) * P + block * RX + n_at, word(__float_as_uint(s), flag));
+        }
+        multiply_all<TI - EARLY, RI, QI, KI, STRIDE_H>(ring, factor, sums + (CC + EARLY * RI) * ROWS * SUMS, warp, lane);
+        // delta, the states and the gated output, eight threads a channel; first what needs no x_proj
+        BARRIER();
+        F2 decay = {{0.0f, 0.0f}}, h[ROWS];
+        float open[ROWS], value[ROWS], delta[ROWS], skip = 0.0f;
+        UNROLL for (int r = 0; r < ROWS; r++) open[r] = value[r] = delta[r] = 0.0f;
+        if (scans) {
+            F2 A = ((const F2*)(memory + AT_A))[tid];
+            UNROLL for (int j = 0; j < 2; j++) decay.v[j] = -expf(A.v[j]);
+            skip = ((const float*)(memory + AT_SKIP))[s_at];
             UNROLL for (int r = 0; r < ROWS; r++) {
-                UNROLL for (int mask = XS / 2; mask; mask /= 2) s[r] += SWAP(s[r], mask);
-                if (narrows && tid % XS == 0)
-                    send(words + AT_PARTS + ((r * P + tid / XS) / 4 * G + block) * 4 + tid / XS % 4,
-                         word(__float_as_uint(s[r]), flag));
+                h[r] = ((const F2*)(memory + AT_STATE))[r * CC * N / 2 + tid];
+                open[r] = silu(total(sums + ((CC + s_at) * ROWS + r) * SUMS));
+                value[r] = inner[r * CC + s_at];
+                delta[r] = s_lane == 0 ? ((const float*)(memory + AT_BIAS))[s_at] : 0.0f;
             }
         }
-        if (tid == 0) arrive(narrow_sent);
-        STAMP(4)
-        // the gates, while x_proj's parts are under way
-        multiply_all<TI, RI, QI, KI>(ring, factor, sums + CC * ROWS * SUMS, warp, lane);
-        STAMP(5)
+        {
+            constexpr int V = (P * ROWS + THREADS - 1) / THREADS;
+            u32 found[V];
+            auto at = [&](int i) { return tid + i * THREADS < P * ROWS ? tid + i * THREADS : -1; };
+            gather(found, own_totals, at, flag);
+            UNROLL for (int i = 0; i < V; i++)
+                if (at(i) >= 0) low[at(i)] = __uint_as_float(found[i]);
+        }
         BARRIER();
-        passed(low_here, l);
-        STAMP(6)
-        // delta, the states and the gated output, eight threads a channel
         passed(&ring.full[ring.slot], ring.round);
-        {
-            float delta[ROWS], y[ROWS];
-            UNROLL for (int r = 0; r < ROWS; r++) delta[r] = y[r] = 0.0f;
-            F2 A = {{0.0f, 0.0f}}, h[ROWS];
-            float skip = 0.0f, bias = 0.0f;
-            if (scans) {
-                A = ((const F2*)(memory + AT_A))[tid];
-                UNROLL for (int r = 0; r < ROWS; r++) h[r] = ((const F2*)(memory + AT_STATE))[r * CC * N / 2 + tid];
-                skip = ((const float*)(memory + AT_SKIP))[s_at], bias = ((const float*)(memory + AT_BIAS))[s_at];
-                const char* at = ring.memory + ring.slot * SLOT + 2 * s_at * R;
-                UNROLL for (int v = 0; v < (R / 8 + 7) / 8; v++) {
-                    int k = v * 64 + s_lane * 8;
-                    if (k < R) {
-                        U4 w = *(const U4*)(at + 2 * k);
-                        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int j = 0; j < 4; j++) {
-                            delta[r] += low_half(w.v[j]) * low[r * P + k + 2 * j];
-                            delta[r] += high_half(w.v[j]) * low[r * P + k + 2 * j + 1];
-                        }
+        if (scans) {
+            const char* at = ring.memory + ring.slot * SLOT + 2 * s_at * R;
+            UNROLL for (int v = 0; v < (R / 8 + 7) / 8; v++) {
+                int k = v * 64 + s_lane * 8;
+                if (k < R) {
+                    U4 w = *(const U4*)(at + 2 * k);
+                    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int j = 0; j < 4; j++) {
+                        F2 f = *(const F2*)(low + r * P + k + 2 * j);
+                        delta[r] += low_half(w.v[j]) * f.v[0];
+                        delta[r] += high_half(w.v[j]) * f.v[1];
                     }
                 }
-            }
-            WARP_BARRIER();
-            if (lane == 0) arrive(&ring.empty[ring.slot]);
-            ring.next();
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                UNROLL for (int mask = 4; mask; mask /= 2) delta[r] += SWAP(delta[r], mask);
-                if (scans) {
-                    float d = softplus(delta[r] + bias), value = inner[r * CC + s_at];
-                    const float* B = low + r * P + R + 2 * s_lane;
-                    UNROLL for (int j = 0; j < 2; j++) {
-                        h[r].v[j] = expf(-d * expf(A.v[j])) * h[r].v[j] + d * value * B[j];
-                        y[r] += h[r].v[j] * B[N + j];
-                    }
-                }
-                UNROLL for (int mask = 4; mask; mask /= 2) y[r] += SWAP(y[r], mask);
-                if (scans) y[r] = (y[r] + skip * inner[r * CC + s_at]) * silu(total(sums + ((CC + s_at) * ROWS + r) * SUMS));
-                float other = SWAP(y[r], 8);
-                if (scans && lane % 16 < COPIES)
-                    send(words + AT_Y + (s_lane * ROWS + r) * (C / 2) + (block * CC + s_at) / 2,
-                         word(pack(y[r], other), flag));
-            }
-            if (scans) {
-                UNROLL for (int r = 0; r < ROWS; r++)
-                    *(F2*)(layer.out_ssm + ((i64)r * C + block * CC + s_at) * N + 2 * s_lane) = h[r];
             }
         }
-        STAMP(7)
+        WARP_BARRIER();
+        if (lane == 0) arrive(&ring.empty[ring.slot]), arrive(&small[1]);
+        ring.next();
         UNROLL for (int r = 0; r < ROWS; r++) {
-            const u64* at = own_y + r * (C / 2);
-            u64 seen[YV];
-            UNROLL for (int i = 0; i < YV; i++)
-                if (tid + i * THREADS < C / 2) seen[i] = look(at + tid + i * THREADS);
-            UNROLL for (int i = 0; i < YV; i++) {
-                int k = tid + i * THREADS;
-                if (k < C / 2) *(u32*)(factor + r * STRIDE + 4 * k) = read(at + k, seen[i], flag);
+            float y = 0.0f;
+            UNROLL for (int mask = 4; mask; mask /= 2) delta[r] += SWAP(delta[r], mask);
+            if (scans) {
+                float d = softplus(delta[r]);
+                const float* B = low + r * P + R + 2 * s_lane;
+                UNROLL for (int j = 0; j < 2; j++) {
+                    h[r].v[j] = expf(d * decay.v[j]) * h[r].v[j] + d * value[r] * B[j];
+                    y += h[r].v[j] * B[N + j];
+                }
             }
+            UNROLL for (int mask = 4; mask; mask /= 2) y += SWAP(y, mask);
+            y = (y + skip * value[r]) * open[r];
+            float other = SWAP(y, 8);
+            if (scans && lane % 16 < COPIES)
+                send(words + AT_Y + (s_lane * ROWS + r) * (C / 2) + (block * CC + s_at) / 2, word(pack(y, other), flag));
         }
+        if (scans) {
+            UNROLL for (int r = 0; r < ROWS; r++)
+                *(F2*)(layer.out_ssm + ((i64)r * C + block * CC + s_at) * N + 2 * s_lane) = h[r];
+        }
+        if (l + 1 < layers) remember(a.layer[l + 1]);
+        widen(own_y, flag);
         BARRIER();
-        STAMP(8)
-        if (l + 1 < layers) ask(a.layer[l + 1]);
-        multiply_all<TO, RO, QO, KO>(ring, factor, sums, warp, lane);
-        STAMP(9)
+        multiply_all<TO, RO, QO, KO, STRIDE_Y>(ring, wide, sums, warp, lane);
         BARRIER();
         if (leaves) {
             mine += total(sums + (o_at * ROWS + o_row) * SUMS);
@@ -619,7 +553,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) steps(const __grid
                 ((float*)a.out)[(i64)o_row * D + k] = mine;
             }
         }
-        STAMP(10)
     }
     // every block has read the epoch: this one could not have come so far otherwise
     if (block == 0 && tid == 0) send(words, epoch + layers);

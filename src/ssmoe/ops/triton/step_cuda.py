@@ -14,10 +14,16 @@ from ssmoe.ops.triton.launch import on_device
 
 SOURCE = Path(__file__).with_name("step.cu")
 WARPS = 16
-THREADS = 32 * WARPS + 64
+THREADS = 32 * WARPS + 32
+"""Of a block: the warps that multiply, one that streams weights."""
 MOST_ROWS = 4
 MOST_LAYERS = 64
 """Layers of a launch, whose pointers are its parameters; more layers are several launches."""
+COPIES = 2
+"""Of what all blocks read, so that fewer of them meet at one place."""
+WINDOW = 8
+"""Stages of weights under way at a time, of a ring that may have more: what else a block reads waits behind them."""
+LEAST_STAGES = 4
 
 
 class Sizes(NamedTuple):
@@ -30,21 +36,20 @@ class Sizes(NamedTuple):
     taps: int
 
 
+class Tile(NamedTuple):
+    """Of a product's weights, as many as a stage of the ring holds."""
+
+    rows: int
+    columns: int
+
+
 class Cut(NamedTuple):
-    """How the work is laid out: blocks, and tiles (rows, columns) of in_proj and of out_proj."""
+    """How the work is laid out: blocks, tiles of in_proj and of out_proj, stages of the ring of weights."""
 
     blocks: int
-    in_rows: int
-    in_columns: int
-    out_rows: int
-    out_columns: int
-    shares: int
-    window: int = 2
-    copies: int = 8
-    naps: int = 0
-    most_stages: int = 64
-    free: int = 0
-    hint: int = 0
+    enter: Tile
+    out: Tile
+    stages: int
 
 
 def takes(x: Tensor, layers: Sequence[Layer], convs: Sequence[Tensor], ssms: Sequence[Tensor]) -> bool:
@@ -96,59 +101,74 @@ def sizes_of(layer: Layer) -> Sizes:
 
 
 def cut_for(x: Tensor, layer: Layer) -> Cut | None:
-    """The cut of such layers for x's GPU."""
-    return cut(sizes_of(layer), _processors(x.device))
+    """The cut for x and layers like this one on x's GPU."""
+    processors, memory = _limits(x.device)
+    return cut(sizes_of(layer), x.shape[0], layer[1] is not None, processors, memory)
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # pyright: ignore
+def _limits(device: torch.device) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(device)  # pyright: ignore
+    return int(found.multi_processor_count), int(found.shared_memory_per_block_optin)  # pyright: ignore
 
 
 @cache
-def cut(sizes: Sizes, processors: int) -> Cut | None:
-    """The cut for a GPU of so many multiprocessors, None where these sizes do not divide into equal parts."""
+def cut(sizes: Sizes, rows: int, layernorm: bool, processors: int, memory: int) -> Cut | None:
+    """The cut for a GPU of so many multiprocessors with so many bytes of shared memory for a block.
+
+    None where the sizes do not divide into equal parts or do not fit.
+    """
     d, c, r, n, taps = sizes
-    p, step = r + 2 * n, 16 * WARPS
+    p, step, threads = r + 2 * n, 16 * WARPS, 32 * WARPS
     blocks = next((g for g in range(processors, 0, -1) if not (c % g or d % g or c // g % 4)), 0)
-    if not blocks or n != 16 or r % 8 or not 1 <= taps <= 7 or d % step or c % step:
+    if not blocks or p % -(-p // blocks) or n != 16 or r % 8 or not 1 <= taps <= 7 or d % step or c % step:
         return None
-    own = c // blocks
-    if 8 * own > 32 * WARPS or own * MOST_ROWS > 32 * WARPS or p > 32 * WARPS or own * r % 8:
+    own, outs = c // blocks, d // blocks
+    if max(8 * own, p, MOST_ROWS * own, MOST_ROWS * outs) > threads:
         return None
-    columns = [next(k for k in (2 * step, step) if m % k == 0) for m in (d, c)]
-    rows = [next(k for k in range(24, 0, -1) if m % k == 0) for m in (own, d // blocks)]
-    shares = next(k for k in (4, 2, 1) if own % (4 * k) == 0 and p * k <= 32 * WARPS)
-    return Cut(blocks, rows[0], columns[0], rows[1], columns[1], shares)
+    enter, out = _tile(own, d), _tile(outs, c)
+    found = Cut(blocks, enter, out, 0)
+    stages = (memory - shared_bytes(sizes, found, rows, layernorm)) // (_slot(sizes, found) + 16)
+    return found._replace(stages=stages) if stages >= LEAST_STAGES else None
 
 
-def layout(sizes: Sizes, found: Cut, rows: int, layernorm: bool, most_shared: int) -> tuple[int, int]:
-    """(stages, bytes) of shared memory: as many stages as fit."""
+def _tile(rows: int, columns: int) -> Tile:
+    """The largest of equal tiles of up to 24 rows and two steps of columns."""
+    step = 16 * WARPS
+    most = max(k for k in range(1, 25) if rows % k == 0)
+    return Tile(most, 2 * step if columns % (2 * step) == 0 else step)
+
+
+def _slot(sizes: Sizes, found: Cut) -> int:
+    """Bytes of a stage."""
+    own, narrow = sizes.c // found.blocks, -(-(sizes.r + 2 * sizes.n) // found.blocks)
+    tiles = (found.enter, found.out, Tile(narrow, sizes.c))
+    return max(*(tile.rows * (2 * tile.columns + 16) for tile in tiles), 2 * own * sizes.r)
+
+
+def shared_bytes(sizes: Sizes, found: Cut, rows: int, layernorm: bool) -> int:
+    """The source's END: bytes of shared memory that a block takes."""
     d, c, r, n, taps = sizes
-    own, outs = c // found.blocks, d // found.blocks
-    slot = max(
-        found.in_rows * (2 * found.in_columns + 16),
-        found.out_rows * (2 * found.out_columns + 16),
-        2 * own * r,
-    )
-    rest = rows * (2 * max(c, d) + 16) + -(-4 * max(2 * own, outs) * rows * (WARPS + 1) // 16) * 16
-    rest += 4 * rows * own + 4 * rows * (r + 2 * n) + 8 * rows * WARPS + 16
-    rest += 4 * d * (1 + layernorm) + -(-2 * (r + 2 * n) * own // 16) * 16 + 4 * own * (taps + 4 + n)
-    rest += 4 * rows * own * n + -(-2 * rows * own * taps // 16) * 16
-    stages = min((most_shared - rest) // (slot + 16), found.most_stages)
-    return stages, stages * (slot + 16) + rest
+    own, outs, p = c // found.blocks, d // found.blocks, r + 2 * n
+
+    def sums(outputs: int) -> int:
+        return -(-4 * outputs * rows * (WARPS + 1) // 16) * 16
+
+    total = found.stages * (_slot(sizes, found) + 16) + 16
+    total += 4 * d * (1 + layernorm) + 4 * own * (taps + 4 + n + rows * n) + rows * (2 * (c + d) + 32)
+    return total + sums(max(2 * own, outs)) + sums(-(-p // found.blocks)) + 4 * rows * (own + p + 2 * WARPS)
 
 
 def macros(
-    sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layernorm: bool, layers: int, most_shared: int
+    sizes: Sizes, found: Cut, rows: int, *, bfloat16: bool, layernorm: bool, layers: int
 ) -> nvrtc.Macros:
     d, c, r, n, taps = sizes
-    stages, shared = layout(sizes, found, rows, layernorm, most_shared)
     values = {
         "D": d, "C": c, "R": r, "N": n, "TAPS": taps, "ROWS": rows, "G": found.blocks, "XBF": int(bfloat16),
-        "LAYERNORM": int(layernorm), "MAXL": layers, "RI": found.in_rows, "KI": found.in_columns,
-        "RO": found.out_rows, "KO": found.out_columns, "STAGES": stages, "XS": found.shares, "WINDOW": min(found.window, stages), "COPIES": found.copies, "NAPS": found.naps, "FREE": found.free, "HINT": found.hint,
-        "SHARED_BYTES": shared,
+        "LAYERNORM": int(layernorm), "MAXL": layers, "RI": found.enter.rows, "KI": found.enter.columns,
+        "RO": found.out.rows, "KO": found.out.columns, "STAGES": found.stages,
+        "WINDOW": min(WINDOW, found.stages), "COPIES": COPIES,
+        "SHARED_BYTES": shared_bytes(sizes, found, rows, layernorm),
     }  # fmt: skip
     return tuple((key, str(value)) for key, value in values.items())
 
@@ -156,10 +176,10 @@ def macros(
 _words: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def exchange(x: Tensor, size: int) -> Tensor:
+def _exchange(x: Tensor, size: int) -> Tensor:
     """At least `size` 64-bit words through which blocks exchange numbers; one set a stream, whose kernels run in turn.
 
-    They begin as zeros, and later launches know their own numbers by the count of layers in the first word.
+    They begin as zeros. The first counts the layers so far, by which a launch knows its own numbers.
     """
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     found = _words.get((x.device, stream))
@@ -180,33 +200,28 @@ def steps(
     ssms: Sequence[Tensor],
     out_convs: Sequence[Tensor],
     out_ssms: Sequence[Tensor],
-    stamped: int | None = None,
 ) -> Tensor:
     """`mamba_steps` for what `takes` accepts; the new states go to out_convs and out_ssms, dense as the old ones.
 
     A row's bits depend on no other row: every sum has one order, whatever the number of rows.
     """
-    (b, d), sizes = x.shape, sizes_of(layers[0])
+    (b, d), sizes, layernorm = x.shape, sizes_of(layers[0]), layers[0][1] is not None
     p = sizes.r + 2 * sizes.n
-    words = exchange(x, 2 + MOST_ROWS * (found.copies * (d + sizes.c // 2 + p) + p * found.blocks) + 64)
-    most_shared = nvrtc.most_shared(x.device.index) if x.is_cuda else 232448
+    words = _exchange(x, 2 + b * COPIES * (d + sizes.c + p))
     with on_device(x):
         for first in range(0, len(layers), MOST_LAYERS):
             span = slice(first, first + MOST_LAYERS)
             out, count = torch.empty_like(x), len(layers[span])
             most = 1 if count == 1 else MOST_LAYERS
             given = [x.data_ptr(), out.data_ptr(), words.data_ptr(), count, nvrtc.double_bits(eps)]
-            states = zip(layers[span], convs[span], out_convs[span], ssms[span], out_ssms[span], strict=True)
-            for weights, *kept in states:
-                given += [0 if t is None else t.data_ptr() for t in (*weights, *kept)]
+            kept = zip(layers[span], convs[span], out_convs[span], ssms[span], out_ssms[span], strict=True)
+            for weights, *states in kept:
+                given += [0 if t is None else t.data_ptr() for t in (*weights, *states)]
             given += [0] * (15 * (most - count))
             built = macros(
-                sizes, found, b, bfloat16=x.dtype == torch.bfloat16, layernorm=layers[0][1] is not None,
-                layers=most, most_shared=most_shared,
-            )  # fmt: skip
-            if stamped is not None:
-                built = (*built, ("STAMPED", str(stamped)))
-            shared = int(dict(built)["SHARED_BYTES"])
+                sizes, found, b, bfloat16=x.dtype == torch.bfloat16, layernorm=layernorm, layers=most
+            )
+            shared = shared_bytes(sizes, found, b, layernorm)
             nvrtc.launch(SOURCE, "steps", built, found.blocks, THREADS, given, shared, together=True)
             x = out
     return x
