@@ -95,7 +95,9 @@ def tables(measured: Sequence[dict[str, Any]], runs: Sequence[Result]) -> list[s
         return ["Not measured yet."]
     lines = [sentence(pair)]
     for each in measured:
-        if {pair.ours["entry"], pair.theirs["entry"]} <= each["models"].keys():
+        if pair.ours["entry"] not in each["models"] and pair.plain:
+            lines += ["", "Not measured with attention layers.", *table(each, pair._replace(ours=pair.plain))]
+        else:
             lines += ["", *table(each, pair)]
     return lines
 
