@@ -22,7 +22,6 @@ from tests.ops.triton_cases import (
     projection_errors,
     route_errors,
     scan_inputs,
-    stream_errors,
     sum_errors,
     wide_errors,
     without,
@@ -124,12 +123,6 @@ def test_wide_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 16), (1000, 512, 64), (999, 1024, 72), (300, 64, 500)])
 def test_projections(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     within_twice_eager(projection_errors(*shape, dtype, "cuda"), dtype)
-
-
-@pytest.mark.parametrize("centre", [False, True])
-@pytest.mark.parametrize("shape", [(1, 2, 64), (3, 700, 512)])
-def test_stream_through_layers(shape: tuple[int, ...], centre: bool) -> None:
-    within_twice_eager(stream_errors(shape, "cuda", centre=centre), torch.bfloat16)
 
 
 @BOTH

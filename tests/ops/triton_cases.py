@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ssmoe.ops import Ops, Segments, load
+from ssmoe.ops import Segments, load
 from ssmoe.ops.reference.cross_entropy import IGNORE, cross_entropy
 
 Errors = dict[str, tuple[float, float]]
@@ -151,41 +151,6 @@ def norm_errors(
     if add is not None:
         inputs["add"] = normal(*shape).to(add)
     return errors("residual_norm", inputs, eps=1e-5, dtype=dtype)
-
-
-def stream_errors(shape: tuple[int, ...], device: str = "cpu", *, centre: bool = True) -> Errors:
-    """A float32 stream through three layers in bfloat16 to its end, each layer a product with a weight."""
-    normal = normals(device)
-    d = shape[-1]
-    inputs = {"x": normal(*shape), "weight": normal(d), "bias": normal(d)}
-    inputs |= {f"layer{i}": normal(d, d) / d**0.5 for i in range(3)}
-
-    def through(ops: Ops) -> Callable[..., Tensor]:
-        def run(x: Tensor, weight: Tensor, bias: Tensor, *, dtype: torch.dtype, **layers: Tensor) -> Tensor:
-            pending: Tensor | None = None
-            given = bias if centre else None
-            for layer in layers.values():
-                x, y = ops.residual_norm(x, weight, given, eps=1e-5, dtype=dtype, add=pending, inner=True)
-                pending = y @ layer.to(dtype)
-            assert pending is not None
-            y = ops.residual_sum(x, pending, dtype=dtype)
-            return y if centre else y + (bias * 0).sum().to(dtype)
-
-        return run
-
-    wide = {key: t.double() for key, t in inputs.items()}
-    reference = through(load("reference"))
-    truth = everything(reference, wide, {"dtype": torch.float64})
-    with poisoned():
-        found = everything(through(load("triton")), inputs, {"dtype": BF16})
-    eager = everything(reference, inputs, {"dtype": BF16})
-    result: Errors = {}
-    for key, value in truth.items():
-        assert found[key].dtype == eager[key].dtype, key
-        scale = value.norm().clamp(min=1e-30)
-        ours, theirs = ((t.double() - value).norm() / scale for t in (found[key], eager[key]))
-        result[key] = (ours.item(), theirs.item())
-    return result
 
 
 def sum_errors(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Errors:
@@ -411,8 +376,6 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "norm of a sum, bfloat16 into float32": lambda: norm_errors((9, 700), F32, BF16, centre=False, add=BF16),
     "norm of a sum, bfloat16": lambda: norm_errors((9, 70), BF16, BF16, add=BF16),
     "norm, float32 to bfloat16": lambda: norm_errors((2, 9, 48), F32, BF16),
-    "stream through layers, bfloat16": lambda: stream_errors((2, 30, 64)),
-    "stream through layers, root mean square, bfloat16": lambda: stream_errors((2, 30, 64), centre=False),
     "sum of the stream": lambda: sum_errors((3, 5, 33), F32),
     "sum of the stream, bfloat16": lambda: sum_errors((2, 70, 40), BF16),
     "wide product": lambda: wide_errors(70, 33, 20, F32),

@@ -105,11 +105,13 @@ def _products(ops: Ops, draw: Draw) -> dict[str, float]:
     product = plain.linear(x, weight)
     both = [[*row, *plain.vector(old)] for row, old in zip(product, x, strict=True)]
     kept, forked = ops.fork_linear(x, weight)
+    whole, widened = ops.fork_wide(x, weight)
     return {
         "linear": _error(ops.linear(x, weight), product),
         "split_linear": _error(torch.cat(ops.split_linear(x, weight, (2, 3)), dim=1), product),
         "fork_linear": _error(torch.cat((forked, kept), dim=1), both),
         "wide_linear": _error(ops.wide_linear(x, weight), product),
+        "fork_wide": _error(torch.cat((widened, whole), dim=1), both),
     }
 
 
@@ -118,8 +120,10 @@ def _norm_and_head(ops: Ops, draw: Draw) -> dict[str, float]:
     _, normed = ops.residual_norm(x, scale, scale, eps=1e-5, dtype=torch.float32)
     targets = torch.arange(7, device=x.device) % 5
     loss = ops.head_cross_entropy(x, matrix, shift, targets)
+    added = [[a + b for a, b in zip(plain.vector(row), plain.vector(scale), strict=True)] for row in x]
     return {
         "residual_norm": _error(normed, plain.norm(x, scale, scale, 1e-5)),
+        "residual_sum": _error(ops.residual_sum(x, scale.expand_as(x), dtype=torch.float32), added),
         "head_cross_entropy": _error(loss.view(1, 1), plain.cross_entropy(x, matrix, shift, targets)),
     }
 

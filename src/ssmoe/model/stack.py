@@ -63,17 +63,10 @@ class Residual(nn.Module):
             out = out._replace(state=state)
         return LayerOut(x + out.x, out.state, out.stats)
 
-    def enter(
-        self, x: Tensor, pending: Tensor | None, dtype: torch.dtype, *, inner: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """x + pending, what the layer before has yet to add, and its norm: what this layer reads.
-
-        inner: the sum goes nowhere but to `ops.residual_norm` or `ops.residual_sum`.
-        """
+    def enter(self, x: Tensor, pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x + pending, what the layer before has yet to add, and its norm: what this layer reads."""
         norm = self.norm
-        return self.ops.residual_norm(
-            x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending, inner=inner
-        )
+        return self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending)
 
 
 def run(
@@ -88,8 +81,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None, State, tuple[RouterStats | None, ...]]:
     """x: (b, l, d_model) through all layers: stream, what is yet to be added to it, states, statistics.
 
-    in_place as in `Residual`. Only `residual_norm` and `residual_sum` may read the first two. take: of the
-    result, what is wanted, such as the last position.
+    in_place as in `Residual`. take: of the result, what is wanted, such as the last position.
     """
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
@@ -111,7 +103,7 @@ def run(
         layer = layers[i]
         if joined and _unwatched(layer):
             # the sum that ends a layer is formed where the next one reads it
-            x, normed = layer.enter(x, pending, dtype, inner=take is None)
+            x, normed = layer.enter(x, pending, dtype)
             ops = layer.ops
             out: LayerOut = layer.layer(normed, before, segments)
             pending = out.x

@@ -22,10 +22,8 @@ def residual_norm(
     eps: float,
     dtype: torch.dtype,
     add: Tensor | None = None,
-    inner: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x and add (..., d), weight and bias (d,) -> (x + add, its norm in `dtype`); see the reference."""
-    del inner
     x = x if add is None else x + add
     if not (x.dtype in _FLOATS and dtype in _FLOATS) and not x.dtype == dtype == torch.float64:
         return torch_norm(x, weight, bias, eps=eps, dtype=dtype)

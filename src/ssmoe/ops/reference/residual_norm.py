@@ -13,18 +13,13 @@ def residual_norm(
     eps: float,
     dtype: torch.dtype,
     add: Tensor | None = None,
-    inner: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(x + add, norm(x + add) in `dtype`), the norm in float32 or wider.
 
     x: (..., d). add: (..., d), nothing if None. weight, bias: (d,). With a bias layer normalisation
     (arXiv 1607.06450), without one root-mean-square normalisation (arXiv 1910.07467). Going on with the
     returned x lets a backend add the two gradients where it forms the second.
-
-    inner: the returned x only goes on to the next `residual_norm` or to `residual_sum`, so that a backend may
-    hand on something of its own in its place, whose gradient is in `dtype`.
     """
-    del inner
     x = x if add is None else x + add
     wide = torch.promote_types(x.dtype, torch.float32)
     if bias is None:

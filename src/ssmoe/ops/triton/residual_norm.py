@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ssmoe.ops.triton.column_sums import column_sums
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
-from ssmoe.ops.triton.stream import carried, carries, handle_of, is_carried, whole_of
 
 WIDEST = 16384
 CELLS = 512
@@ -29,12 +28,8 @@ def residual_norm(
     eps: float,
     dtype: torch.dtype,
     add: Tensor | None = None,
-    inner: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`ssmoe.ops.reference.residual_norm` for float32 and bfloat16, up to 16,384 channels; no atomics.
-
-    An inner x of float32, for layers in bfloat16, is handed on as `stream.Carried`.
-    """
+    """`ssmoe.ops.reference.residual_norm` for float32 and bfloat16, up to 16,384 channels; no atomics."""
     check_activations(x=x, add=add)
     check_shape(add=(add, tuple(x.shape)))
     d = x.shape[-1]
@@ -43,8 +38,6 @@ def residual_norm(
         raise ValueError(f"dtype={dtype}: the triton backend takes float32 and bfloat16")
     if d > WIDEST:
         raise ValueError(f"x has {d} channels: at most {WIDEST}, or build the model with backend='reference'")
-    if is_carried(x) or (inner and carries(x, add, dtype)):
-        return _carried(x, weight, bias, add, eps, dtype)
     if add is not None and torch.promote_types(x.dtype, add.dtype) != x.dtype:
         x, add = x + add, None
     return _ResidualNorm.apply(x, weight, bias, add, eps, dtype)
@@ -63,46 +56,11 @@ class _ResidualNorm(torch.autograd.Function):
     def backward(ctx, dstream, dy):
         x, weight, bias = ctx.saved_tensors
         run = direct(norm_backward, x)
-        dx, dadd, sums = run(dstream, dy, x, weight, ctx.eps, bias is not None, x.dtype, ctx.added)
+        dx, dadd, sums = run(dstream, dy, x, weight, ctx.eps, bias is not None, ctx.added)
         dbias = None if bias is None else sums[1].to(bias.dtype)
         if ctx.added is not None and not dadd.numel():
             dadd = dx
         return dx, sums[0].to(weight.dtype), dbias, None if ctx.added is None else dadd, None, None
-
-
-def _carried(x, weight, bias, add, eps, dtype):
-    handle, y, whole = _CarriedNorm.apply(x, whole_of(x), weight, bias, add, eps, dtype)
-    return carried(handle, whole if whole.numel() else whole_of(x)), y
-
-
-class _CarriedNorm(torch.autograd.Function):
-    """x: what the stream's gradient goes to. whole: its values, float32. The gradient comes and goes in bfloat16."""
-
-    @staticmethod
-    def forward(ctx, x, whole, weight, bias, add, eps, dtype):
-        y, total = direct(norm_forward, whole)(whole, weight, bias, add, eps, dtype)
-        whole = whole if add is None else total
-        ctx.save_for_backward(whole, weight, bias)
-        ctx.eps, ctx.dtype, ctx.added = eps, x.dtype, add is not None
-        ctx.mark_non_differentiable(total)
-        # no zeros as large as the stream for the gradient that its values do not have
-        ctx.set_materialize_grads(False)
-        return handle_of(whole), y, total
-
-    @staticmethod
-    def backward(ctx, dstream, dy, _):
-        whole, weight, bias = ctx.saved_tensors
-        dstream, dy = (
-            whole.new_zeros(whole.shape, dtype=torch.bfloat16) if given is None else given
-            for given in (dstream, dy)
-        )
-        narrow = torch.bfloat16 if ctx.added else None
-        run = direct(norm_backward, whole)
-        dx, dadd, sums = run(dstream, dy, whole, weight, ctx.eps, bias is not None, ctx.dtype, narrow)
-        dbias = None if bias is None else sums[1].to(bias.dtype)
-        if ctx.added and not dadd.numel():
-            dadd = dx
-        return dx, None, sums[0].to(weight.dtype), dbias, dadd if ctx.added else None, None, None
 
 
 @torch.library.custom_op("ssmoe::norm_forward", mutates_args=())
@@ -139,15 +97,14 @@ def norm_backward(
     weight: Tensor,
     eps: float,
     centre: bool,
-    dtype: torch.dtype,
     narrow: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x in `dtype`, the stream's own included, the same in `narrow` (empty where that is `dtype` or None),
-    and those of weight and (with `centre`) bias, (1 or 2, d)."""
+    """Gradient of x, the stream's own included, the same in `narrow` (empty where that is x's dtype or None), and
+    those of weight and (with `centre`) bias, (1 or 2, d)."""
     d = x.shape[-1]
     dstream, dy, x = dstream.contiguous(), dy.contiguous(), x.contiguous()
-    dx = torch.empty(x.shape, dtype=dtype, device=x.device)
-    copied = narrow is not None and narrow != dtype
+    dx = torch.empty_like(x)
+    copied = narrow is not None and narrow != x.dtype
     copy = torch.empty(x.shape, dtype=narrow, device=x.device) if copied else x.new_empty(0)
     rows, block = x.numel() // d, triton.next_power_of_2(d)
     # a warp has whole rows, so that their sums stay inside it
@@ -163,10 +120,10 @@ def norm_backward(
 
 
 @norm_backward.register_fake
-def _(dstream, dy, x, weight, eps, centre, dtype, narrow):  # noqa: ARG001
+def _(dstream, dy, x, weight, eps, centre, narrow):  # noqa: ARG001
     d = x.shape[-1]
-    dx = torch.empty(x.shape, dtype=dtype, device=x.device)
-    copied = narrow is not None and narrow != dtype
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    copied = narrow is not None and narrow != x.dtype
     copy = dx.new_empty(x.shape if copied else (0,), dtype=narrow or x.dtype)
     return dx, copy, dx.new_empty(2 if centre else 1, d, dtype=torch.float32)
 
@@ -243,7 +200,7 @@ def norm_backward_kernel(
         if CENTRE:
             change -= (tl.sum(slope, axis=1) / d)[:, None]
         stream += change * scale[:, None]
-        tl.store(dx + at, stream.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at, stream, mask=inside)
         if COPY:
             tl.store(copy + at, stream.to(copy.dtype.element_ty), mask=inside)
         at, inside = ahead, there

@@ -12,7 +12,6 @@ from torch import Tensor
 from ssmoe.ops.reference.residual_sum import residual_sum as torch_residual_sum
 from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device
 from ssmoe.ops.triton.scaled import scaled
-from ssmoe.ops.triton.stream import is_carried, whole_of
 
 BLOCK = 1024
 
@@ -21,8 +20,6 @@ def residual_sum(x: Tensor, add: Tensor, *, dtype: torch.dtype) -> Tensor:
     """`ssmoe.ops.reference.residual_sum`; one pass for a float32 x, a bfloat16 `add` and a bfloat16 result."""
     check_activations(x=x, add=add)
     check_shape(add=(add, tuple(x.shape)))
-    if is_carried(x):
-        return _CarriedSum.apply(x, whole_of(x), add, dtype)
     if (x.dtype, add.dtype, dtype) != (torch.float32, torch.bfloat16, torch.bfloat16):
         return torch_residual_sum(x, add, dtype=dtype)
     return _ResidualSum.apply(x, add)
@@ -36,20 +33,6 @@ class _ResidualSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return scaled(dy, None, torch.float32) if ctx.needs_input_grad[0] else None, dy
-
-
-class _CarriedSum(torch.autograd.Function):
-    """x: what the stream's gradient goes to. whole: its values."""
-
-    @staticmethod
-    def forward(ctx, x, whole, add, dtype):  # noqa: ARG004
-        if (add.dtype, dtype) == (torch.bfloat16, torch.bfloat16):
-            return direct(sum_forward, whole)(whole, add)
-        return torch_residual_sum(whole, add, dtype=dtype)
-
-    @staticmethod
-    def backward(ctx, dy):  # noqa: ARG004
-        return dy.to(torch.bfloat16), None, dy.to(torch.bfloat16), None
 
 
 @torch.library.custom_op("ssmoe::sum_forward", mutates_args=())
