@@ -51,18 +51,20 @@ def some(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [stand_in if t is None else t.contiguous() for t in tensors]
 
 
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
+_zeros: dict[tuple[torch.device, int], list[Tensor]] = {}
+"""The last of a list is in use; those before it had become too small, but a captured graph may still use them."""
 
 
 def counters(x: Tensor, size: int) -> Tensor:
     """At least `size` int32 zeros, which kernels leave at zero; one set a stream, whose kernels run in turn."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    found = _zeros.get((x.device, stream))
-    if found is None or found.numel() < size:
-        found = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
-        # memory taken during a capture belongs to its graph, which clears it each time
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _zeros[x.device, stream] = found
+    kept = _zeros.setdefault((x.device, stream), [])
+    if kept and kept[-1].numel() >= size:
+        return kept[-1]
+    found = torch.zeros(max(size, 4096), dtype=torch.int32, device=x.device)
+    # memory taken during a capture belongs to its graph, which clears it each time
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        kept.append(found)
     return found
 
 
