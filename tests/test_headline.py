@@ -310,6 +310,21 @@ def test_the_pair_without_attention_is_told_beside_the_headline() -> None:
     assert len(page.headline(runs)) == 1
 
 
+def test_a_run_cut_after_its_match_is_told_and_not_counted() -> None:
+    runs = [made(page.MAMBA, seed=s, losses=(5, 4, 3, 2)) for s in range(2)]
+    runs += [
+        made(page.FINE, losses=(5, 3, 2, 1)),
+        made(page.FINE, seed=1, status="running", losses=(4, 2, 1)),
+    ]
+    text = page.headline(runs)
+    assert "in 1.33 times fewer steps" in text[0]
+    assert "1 seed," in text[0]
+    assert "seed 1 is not counted" in text[1]
+    assert "cut at step 3 of 4: it had matched 2.000 at step 2, 2.00 times fewer steps" in text[1]
+    runs[-1]["evaluations"] = runs[-1]["evaluations"][:1]
+    assert len(page.headline(runs)) == 1
+
+
 def test_the_page_owns_up_to_runs_at_the_wrong_rate() -> None:
     runs = [
         made(f"r{i}", stage="search-4", learning_rate=rate) for i, rate in enumerate((0.008, 0.001, 0.0005))

@@ -27,7 +27,7 @@ from prose import (
     seeds_text,
     why_text,
 )
-from results import LAST, Match, Result, collect, final, match, read_all
+from results import LAST, Match, Result, collect, final, match, of, pairs, read_all
 from rules import pair_violations
 from speed import FINE, MAMBA, PLAIN
 
@@ -134,32 +134,10 @@ def tables(runs: Sequence[Result], measured: Sequence[dict[str, Any]]) -> dict[s
     }
 
 
-def of(runs: Sequence[Result], entry: str, tokens: float | None = None) -> list[Result]:
-    """The finished runs of an entry of the final stage, by seed; without `tokens` those of the most."""
-    found = [
-        run for run in runs if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done"
-    ]
-    most = max((run["tokens"] for run in found), default=0) if tokens is None else tokens
-    return sorted((run for run in found if run["tokens"] == most), key=lambda run: run["seed"])
-
-
-def pairs(
-    runs: Sequence[Result], entry: str, baseline: str, tokens: float | None = None
-) -> list[tuple[Result, Result]]:
-    """(run, baseline) of equal seed and length."""
-    return [
-        (run, other)
-        for run in of(runs, entry, tokens)
-        for other in of(runs, baseline, run["tokens"])
-        if run["seed"] == other["seed"]
-    ]
-
-
 def headline(runs: Sequence[Result]) -> list[str]:
     """Two or three sentences with the figures."""
     found = pairs(runs, FINE, MAMBA)
-    matches = [match(run, baseline) for run, baseline in found]
-    reached = [each for each in matches if each]
+    reached = [each for run, baseline in found if (each := match(run, baseline))]
     if not found:
         return ["The final runs are not there yet."]
     run, baseline = found[0]
@@ -177,8 +155,28 @@ def headline(runs: Sequence[Result]) -> list[str]:
         f"{time}** on the same GPU: {tokens}, {run['active'] / 1e6:.1f} M and "
         f"{baseline['active'] / 1e6:.1f} M active parameters, {len(found)} "
         f"{'seed' if len(found) == 1 else 'seeds'}, {losses} at the end, {run['environment']['device']}.",
+        *cut_text(runs),
         *plain_text(runs),
     ]
+
+
+def cut_text(runs: Sequence[Result]) -> list[str]:
+    """Runs of the winner that were stopped before their end but after their match, each beside the Mamba of
+    its seed; they are in no mean."""
+    lines: list[str] = []
+    mine = [run for run in runs if run["stage"] == "final" and run["entry"] == FINE]
+    for run in (run for run in mine if run["status"] in ("cut", "running")):
+        baseline = next(
+            (each for each in of(runs, MAMBA, run["tokens"]) if each["seed"] == run["seed"]), None
+        )
+        if baseline and (found := match(run, baseline)):
+            lines.append(
+                f"A pair with seed {run['seed']} is not counted, since MoE-Mamba's run was cut at step "
+                f"{run['evaluations'][-1][0]} of {run['steps']}: it had matched {final(baseline):.3f} at "
+                f"step {found.step}, {found.fewer_steps:.2f} times fewer steps and {found.less_time:.2f} "
+                "times less time."
+            )
+    return lines
 
 
 def plain_text(runs: Sequence[Result]) -> list[str]:
@@ -211,7 +209,7 @@ def spread(values: Sequence[float]) -> str:
 
 def seeds_table(runs: Sequence[Result]) -> list[str]:
     """Of the pair, then of the pair without attention layers."""
-    lines = seeds_of(pairs(runs, FINE, MAMBA))
+    lines = [*seeds_of(pairs(runs, FINE, MAMBA)), *(["", *cut] if (cut := cut_text(runs)) else [])]
     if plain := pairs(runs, *PLAIN):
         lines += ["", "Without attention layers on either side:", "", *seeds_of(plain)]
     return lines
@@ -316,8 +314,7 @@ def of_any_length(runs: Sequence[Result], entry: str) -> list[Result]:
 
 def rules(runs: Sequence[Result]) -> list[str]:
     """In what the two sides of the headline differ, as the command printed it."""
-    found = pairs(runs, FINE, MAMBA)
-    if not found:
+    if not (found := pairs(runs, FINE, MAMBA)):
         return ["No pair yet."]
     run, baseline = found[0]
     lines = [f"  Mamba: {line}" for line in baseline["differs"]] + [
@@ -353,7 +350,7 @@ def cost(runs: Sequence[Result]) -> list[str]:
     lines = ["| stage | side | runs | GPU minutes | device | torch | date |", "|---|---|---|---|---|---|---|"]
     for stage, side in keys:
         mine = [run for run in runs if (run["stage"], run["side"]) == (stage, side) and not run.get("run_as")]
-        minutes = sum(run.get("occupied_seconds", 0.0) for run in mine) / 60
+        minutes = sum(run.get("occupied_seconds", run.get("seconds", 0.0)) for run in mine) / 60
         known = [run["environment"] for run in mine if run["environment"]["device"]]
         cells = (", ".join(sorted({str(each[key]) for each in known})) for key in ("device", "torch"))
         dates = sorted(run["date"][:10] for run in mine)

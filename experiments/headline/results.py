@@ -101,6 +101,27 @@ def match(run: Result, baseline: Result, column: int = AVERAGED) -> Match | None
     return None if found is None else Match(*found, own[0] / found[0], own[1] / found[1])
 
 
+def of(runs: Sequence[Result], entry: str, tokens: float | None = None) -> list[Result]:
+    """The finished runs of an entry of the final stage, by seed; without `tokens` those of the most."""
+    found = [
+        run for run in runs if run["stage"] == "final" and run["entry"] == entry and run["status"] == "done"
+    ]
+    most = max((run["tokens"] for run in found), default=0) if tokens is None else tokens
+    return sorted((run for run in found if run["tokens"] == most), key=lambda run: run["seed"])
+
+
+def pairs(
+    runs: Sequence[Result], entry: str, baseline: str, tokens: float | None = None
+) -> list[tuple[Result, Result]]:
+    """(run, baseline) of equal seed and length."""
+    return [
+        (run, other)
+        for run in of(runs, entry, tokens)
+        for other in of(runs, baseline, run["tokens"])
+        if run["seed"] == other["seed"]
+    ]
+
+
 def tuned(run: Result, found: Sequence[Result]) -> Result | None:
     """The Mamba that ends lowest among those that read as many tokens in as many steps, with the same seed
     if there is one."""

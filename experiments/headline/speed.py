@@ -96,7 +96,8 @@ def tables(measured: Sequence[dict[str, Any]], runs: Sequence[Result]) -> list[s
     lines = [sentence(pair)]
     for each in measured:
         if pair.ours["entry"] not in each["models"] and pair.plain:
-            lines += ["", "Not measured with attention layers.", *table(each, pair._replace(ours=pair.plain))]
+            lines += ["", "Not measured with attention layers on this device.", ""]
+            lines += table(each, pair._replace(ours=pair.plain))
         else:
             lines += ["", *table(each, pair)]
     return lines
