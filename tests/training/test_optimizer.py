@@ -272,7 +272,6 @@ def _step_and_dtypes(monkeypatch, large: bool, micro: int | None = None) -> tupl
     return model, seen
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.Parameter(), "grad_dtype"), reason="torch before 2.10")
 def test_large_banks_keep_narrow_gradients(monkeypatch) -> None:
     narrow, seen = _step_and_dtypes(monkeypatch, large=True)
     assert seen == {torch.bfloat16}

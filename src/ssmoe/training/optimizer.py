@@ -148,7 +148,7 @@ def keep_gradients_narrow(model: nn.Module, optimizer: torch.optim.Optimizer, tr
     """Leave the gradients of large expert banks in bfloat16 where they are made so and not added up.
 
     That is with AdamW on a GPU, computing in bfloat16, with one micro-batch a step. It saves a pass that
-    widens them and half of what the norm and the update read. torch before 2.10 has no such gradients.
+    widens them and half of what the norm and the update read.
     """
     if type(optimizer) is not AdamW or optimizer.narrowed:
         return
@@ -157,8 +157,7 @@ def keep_gradients_narrow(model: nn.Module, optimizer: torch.optim.Optimizer, tr
     if not once or getattr(model, "compute_dtype", None) != torch.bfloat16:
         return
     for name, parameter in model.named_parameters():
-        fits = role(name, parameter) == "experts" and is_large(parameter) and parameter.grad is None
-        if fits and hasattr(parameter, "grad_dtype"):
+        if role(name, parameter) == "experts" and is_large(parameter) and parameter.grad is None:
             parameter.grad_dtype = torch.bfloat16
 
 
