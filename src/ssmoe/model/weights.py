@@ -49,10 +49,7 @@ def load_weights(
     config = read_config(folder)
     device = torch.device("cpu" if device is None else device)
     model = build(config, backend=resolve(backend, device.type), device="meta", dtype=dtype)
-    try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
+    tensors = read_tensors(folder, device)
     if problems := differences(model.state_dict(), tensors):
         raise ValueError(f"{folder / WEIGHTS} is not of the model in {CONFIG}: {'; '.join(problems)}")
     cast = narrow(model) if dtype is not None else set[str]()
@@ -61,6 +58,14 @@ def load_weights(
         tensors[name] = settled(tensors[name].to(dtype) if name in cast else tensors[name], model.backend)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def read_tensors(folder: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors saved in `folder`, by name, as they are. Raises ValueError for a damaged file."""
+    try:
+        return safetensors.torch.load_file(folder / WEIGHTS, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
 
 
 def narrow(model: LM) -> set[str]:
