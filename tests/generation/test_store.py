@@ -97,6 +97,15 @@ def test_a_warm_store_gives_the_bits_of_a_cold_one(tmp_path, name):
     assert store.get(ids).tokens == 20
 
 
+def test_a_prefix_stored_at_another_distance_is_gone_on_from_at_multiples(tmp_path):
+    store = store_of(tmp_path)
+    ids = list(range(23))
+    read_through(store, ids[:14], every=4)
+    assert store.get(ids).tokens == 12
+    read_through(store, ids, every=5)
+    assert store.get(ids).tokens == 20
+
+
 KILLS = """
 import os, random, signal, sys, time
 import torch
