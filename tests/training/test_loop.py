@@ -9,6 +9,7 @@ from ssmoe.ops import extension
 from ssmoe.training import loop as module
 from ssmoe.training.checkpoint import list_checkpoints, load
 from ssmoe.training.console import Silent
+from ssmoe.training.folder import lock_folder
 from ssmoe.training.loop import Diverged, train
 from ssmoe.training.metrics import TIMES, read_metrics
 from ssmoe.training.schedule import learning_rate
@@ -197,6 +198,24 @@ def test_a_run_without_checkpoints_leaves_its_metrics(tiny_run, tmp_path):
     assert train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
     assert not (tmp_path / "r" / "checkpoints").exists()
     assert read_metrics(tmp_path / "r")[-1]["mode"] == "eval"
+
+
+def test_what_is_resumed_is_read_under_the_lock(tiny_run, tmp_path, monkeypatch):
+    """Else a run that another process ends meanwhile would be set back to the checkpoint read before."""
+    run, folder, seen = tiny_run(), tmp_path / "r", []
+    data = prepare(run.data)
+    train(run, folder, data, evaluate=evaluate)
+
+    def restore(*args):
+        with pytest.raises(ValueError, match="another process is training into"), lock_folder(folder):
+            pass
+        seen.append(args[0].name)
+        return whole(*args)
+
+    whole = module.restore_checkpoint
+    monkeypatch.setattr(module, "restore_checkpoint", restore)
+    train(run, folder, data, evaluate=evaluate, resume=True)
+    assert seen == ["step-6"]
 
 
 def test_changed_data_are_not_resumed(tiny_run, tmp_path, text_folder):
