@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ssmoe.config.load import describe
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.build import build
 from ssmoe.model.feedforwards.moe import Experts
@@ -92,8 +93,8 @@ def read_config(folder: Path) -> ModelConfig:
                 "use the version of ssmoe that wrote it"
             )
         return ModelConfig.model_validate(content["model"])
-    except (json.JSONDecodeError, ValidationError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (json.JSONDecodeError, ValidationError, KeyError, TypeError, AttributeError) as error:
+        reason = describe(error) if isinstance(error, ValidationError) else str(error)
         raise ValueError(f"{folder / CONFIG} is not a model configuration: {reason}") from error
 
 
