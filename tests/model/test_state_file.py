@@ -135,6 +135,12 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch) -> None
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
+    model = build(small("mamba"))
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors: its folder does not exist; make it first"):
+        states.save(model.init_state(1), tmp_path / "none" / "a.safetensors", model=model)
+
+
 def test_extra_tensors_travel_along(tmp_path) -> None:
     model, path = build(small("mamba")), tmp_path / "a"
     extra = {"delta.0": torch.arange(3.0)}
