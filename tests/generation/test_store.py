@@ -40,6 +40,9 @@ def test_the_longest_prefix_is_found(tmp_path):
         assert_same(found, ids[:length])
     assert store.get([1]) is None
     assert store.get([2, 1, 3]) is None
+    # every byte of an id counts
+    assert store.get([1, 2 + 256]) is None
+    assert store.get([1, 2 + (1 << 16)]) is None
 
 
 def test_models_and_tokenizers_do_not_meet(tmp_path):
@@ -80,6 +83,11 @@ def test_a_damaged_file_is_a_miss(tmp_path, damage):
     found = store.get([1, 2, 3])
     assert found.tokens == 1
     assert_same(found, [1])
+    if damage != "swapped":
+        assert store.num_bytes() == short.stat().st_size
+    # what no entry speaks of goes with the next writing
+    store.put([7], state_of([7]))
+    assert len(list(tmp_path.glob("*.safetensors"))) == (3 if damage == "swapped" else 2)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "moe-mamba"])

@@ -11,6 +11,7 @@ from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.model import state as states
 from ssmoe.model import state_file
 from ssmoe.model.build import build
+from ssmoe.model.weights import load_weights, save_weights
 from tests.model.zoo import PATTERNS, small
 
 IDS = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -34,9 +35,14 @@ def test_a_loaded_state_continues_bit_for_bit(tmp_path, name, dtype) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_the_fingerprint_is_of_configuration_and_weights_alone() -> None:
+def test_the_fingerprint_is_of_configuration_and_weights_alone(tmp_path) -> None:
     model = build(small("hybrid"))
     mark = states.fingerprint(model)
+    # however the matrices of one file are held
+    save_weights(model, tmp_path)
+    assert {states.fingerprint(load_weights(tmp_path, dtype=dtype)) for dtype in (None, torch.bfloat16)} == {
+        mark
+    }
     assert mark == states.fingerprint(build(small("hybrid"), dtype=torch.bfloat16))
     assert mark == states.fingerprint(build(small("hybrid")).double())
     assert mark != states.fingerprint(build(small("hybrid"), seed=1))
