@@ -108,9 +108,8 @@ def restore_checkpoint(
 ) -> Progress:
     """Load weights, optimiser and random state into `model` and `optimizer`; return how far the run was.
 
-    average: of a run with train.average, restored too.
-
-    Raises ValueError for a checkpoint that is damaged or of another model.
+    average: of a run with train.average, restored too. Raises ValueError for a checkpoint that is damaged or
+    of another model.
     """
     device = model.embedding.weight.device
     saved = load_weights(checkpoint / "weights", backend=model.backend, device=device)
