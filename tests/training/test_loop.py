@@ -93,6 +93,7 @@ class Killed(BaseException):
         ("train.micro_batch_size=null",),
         ("train.optimizer=muon", "train.learning_rate_ratios.experts=2"),
         ("train.optimizer=muon", "train.muon_experts=false"),
+        ("model.objective=masked", "model.vocab_size=258"),
     ],
 )
 def test_resuming_equals_never_having_stopped(tiny_run, tmp_path, monkeypatch, overrides):
@@ -191,6 +192,40 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(tiny_run, tmp_path):
     whole = steady(tmp_path / "whole")
     assert train(run, tmp_path / "whole", data, evaluate=evaluate, resume=True)
     assert steady(tmp_path / "whole") == whole
+
+
+def test_the_average_is_that_of_the_weights_after_each_step(tiny_run, tmp_path, monkeypatch):
+    run, seen = tiny_run("train.average=0.25", "train.steps=5"), []
+
+    def note(model, *args, **kwargs):
+        result = whole(model, *args, **kwargs)
+        seen.append(model.embedding.weight.detach().clone())
+        return result
+
+    whole = module.train_step
+    monkeypatch.setattr(module, "train_step", note)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    # g = 1 / share - 2, of which g + 1 is the power (arXiv 2312.02696, section 3.1)
+    expected = seen[0]
+    for step, weight in enumerate(seen[1:], 2):
+        kept = (1 - 1 / step) ** 3
+        expected = kept * expected + (1 - kept) * weight
+    torch.testing.assert_close(weights(tmp_path / "r")["embedding.weight"], expected)
+
+
+def test_every_batch_of_a_masked_model_hides_other_places(tiny_run, tmp_path, monkeypatch):
+    run, seen = tiny_run("model.objective=masked", "model.vocab_size=258", "train.steps=2"), []
+
+    def note(model, optimizer, batch, *args, **kwargs):
+        seen.append(batch)
+        return whole(model, optimizer, batch, *args, **kwargs)
+
+    whole = module.train_step
+    monkeypatch.setattr(module, "train_step", note)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    hidden = [batch.ids == 257 for batch in seen]
+    assert [int(places.sum()) for places in hidden] == [4 * round(0.15 * 32)] * 2
+    assert (hidden[0] != hidden[1]).any()
 
 
 def test_a_run_without_checkpoints_leaves_its_metrics(tiny_run, tmp_path):

@@ -250,6 +250,18 @@ def test_clipping_is_that_of_torch(device, most):
     torch.testing.assert_close(steps(ours), steps(theirs), rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_of_narrow_gradients_is_a_wide_one():
+    parameters = [torch.nn.Parameter(torch.empty(1000)) for _ in range(2)]
+    torch.manual_seed(0)
+    for parameter, dtype in zip(parameters, (torch.bfloat16, torch.float32), strict=True):
+        parameter.grad_dtype = dtype
+        parameter.grad = torch.randn(1000).to(dtype)
+    exact = torch.cat([p.grad.double() for p in parameters]).norm()
+    norm = clip(parameters, torch.optim.SGD(parameters), 1e6)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(float(exact), rel=1e-6)
+
+
 def _moe(micro: int | None = None) -> tuple[torch.nn.Module, TrainConfig, torch.optim.Optimizer]:
     train = TrainConfig(
         steps=1, batch_size=4, micro_batch_size=micro, learning_rate=1e-3, precision="bfloat16"
