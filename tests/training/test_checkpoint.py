@@ -64,6 +64,12 @@ def test_only_the_newest_are_kept_and_told_apart_by_number(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step-10"
 
 
+def test_a_step_that_is_there_already_is_replaced(tmp_path):
+    save(tmp_path, 3)
+    model, *_ = save(tmp_path, 3, seed=1)
+    assert torch.equal(load(tmp_path)[0].embedding.weight, model.embedding.weight)
+
+
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     flushed, fsync, replace, waiting = set(), os.fsync, os.replace, []
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ class Killed(BaseException):
         ("train.optimizer=muon", "train.learning_rate_ratios.experts=2"),
         ("train.optimizer=muon", "train.muon_experts=false"),
         ("model.objective=masked", "model.vocab_size=258"),
+        ("train.tbptt=2", "data.context=16"),
     ],
 )
 def test_resuming_equals_never_having_stopped(tiny_run, tmp_path, monkeypatch, overrides):
@@ -226,6 +228,24 @@ def test_every_batch_of_a_masked_model_hides_other_places(tiny_run, tmp_path, mo
     hidden = [batch.ids == 257 for batch in seen]
     assert [int(places.sum()) for places in hidden] == [4 * round(0.15 * 32)] * 2
     assert (hidden[0] != hidden[1]).any()
+
+
+def test_windows_of_a_step_go_on_from_the_step_before(tiny_run, tmp_path, monkeypatch):
+    run, seen = tiny_run("train.tbptt=2", "data.context=16", "train.steps=3"), []
+
+    def note(model, optimizer, batch, *args, state, **kwargs):
+        result = whole(model, optimizer, batch, *args, state=state, **kwargs)
+        seen.append((batch, state, result.state))
+        return result
+
+    whole = module.train_step
+    monkeypatch.setattr(module, "train_step", note)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    assert seen[0][1] is None
+    for (before, _, ended), (after, begun, _) in pairwise(seen):
+        assert before.ids.shape == (4, 32)
+        assert (before.targets[:, -1] == after.ids[:, 0]).all()
+        assert begun is ended is not None
 
 
 def test_a_run_without_checkpoints_leaves_its_metrics(tiny_run, tmp_path):
