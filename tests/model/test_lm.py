@@ -123,6 +123,17 @@ def test_a_state_of_another_model_is_refused() -> None:
         build(small("mamba"))(IDS, state)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@torch.no_grad()
+def test_a_state_kept_in_float32_is_read_in_the_compute_dtype(backend: str) -> None:
+    wide = build(small("mamba"), backend=backend).eval()(IDS).state
+    model = build(small("mamba"), backend=backend, dtype=torch.bfloat16).eval()
+    narrow = tuple(layer._replace(conv=layer.conv.bfloat16()) for layer in wide)
+    found, expected = (model(IDS[:, :1], state) for state in (wide, narrow))
+    assert torch.equal(found.logits, expected.logits)
+    assert [layer.conv.dtype for layer in found.state] == [torch.bfloat16] * len(wide)
+
+
 def seen_too_early(model: LM, ids: torch.Tensor, t: int) -> tuple[float, float, float]:
     """What tokens from position t on do to what stands before them: the largest change of a logit in eval
     mode, and the largest gradient that the loss of earlier targets sends to them in training mode. Last, the
