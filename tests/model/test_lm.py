@@ -134,6 +134,19 @@ def test_a_state_kept_in_float32_is_read_in_the_compute_dtype(backend: str) -> N
     assert [layer.conv.dtype for layer in found.state] == [torch.bfloat16] * len(wide)
 
 
+@pytest.mark.parametrize("other", [{"d_state": 3}, {"dt_rank": 2}, {"d_conv": 3}, {"expand": 1.0}])
+@torch.no_grad()
+def test_neighbouring_mambas_of_two_sizes_decode_as_they_read(other: dict[str, float]) -> None:
+    pattern = [{"kind": "mamba", "d_state": 5}, {"kind": "mamba", "d_state": 5, **other}]
+    model = build(small("mamba", pattern=pattern)).double().eval()
+    state, found = None, []
+    for column in IDS.unbind(1):
+        out = model(column.unsqueeze(1), state)
+        found.append(out.logits)
+        state = out.state
+    torch.testing.assert_close(torch.cat(found, 1), model(IDS).logits, rtol=0, atol=1e-9)
+
+
 def seen_too_early(model: LM, ids: torch.Tensor, t: int) -> tuple[float, float, float]:
     """What tokens from position t on do to what stands before them: the largest change of a logit in eval
     mode, and the largest gradient that the loss of earlier targets sends to them in training mode. Last, the
