@@ -68,6 +68,24 @@ def test_bfloat16_compute_keeps_float32_parameters_and_residual() -> None:
     assert (out.logits.double() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_residual_stream_is_as_wide_as_asked_for(wide: bool) -> None:
+    model, seen = build(small("hybrid", residual_float32=wide), dtype=torch.bfloat16), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    model(IDS)
+    assert set(seen) == {torch.float32 if wide else torch.bfloat16}
+    assert len(seen) == len(model.layers)
+
+
+def test_whatever_stands_in_the_padding_is_not_read() -> None:
+    model, segments = build(small("mamba")), Segments.ragged([3, 5])
+    ids = IDS[:2, :5].clone()
+    expected = model(ids, segments=segments).logits
+    ids[0, 3:] = -1
+    assert torch.equal(model(ids, segments=segments).logits, expected)
+
+
 def test_a_model_cast_to_bfloat16_still_runs() -> None:
     model = build(small("moe-mamba")).to(torch.bfloat16)
     protected = {n: p.dtype for n, p in model.named_parameters() if ".ssm." in n or ".router." in n}
