@@ -13,7 +13,7 @@ from ssmoe.scaling.law import (
     token_flops,
     tokens_for_loss,
 )
-from ssmoe.scaling.published import DENSE, MOE_64, SSM, joint
+from ssmoe.scaling.published import DENSE, MOE_64, NAMES, SSM, joint, laws
 
 
 def test_loss_is_the_formula():
@@ -61,6 +61,13 @@ def test_a_law_survives_its_file_even_with_open_intervals(tmp_path):
     )
     save(law, tmp_path / "law.json")
     assert load(tmp_path / "law.json") == law
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_published_law_survives_its_file(tmp_path, name):
+    for law in laws(name):
+        save(law, tmp_path / "law.json")
+        assert load(tmp_path / "law.json") == law
 
 
 def test_a_bad_law_file_is_one_clear_error(tmp_path):

@@ -29,7 +29,7 @@ class Coefficients(Frozen):
 class Range(Frozen):
     """Where the runs behind a law lay; outside it the law extrapolates."""
 
-    model_config = ConfigDict(allow_inf_nan=True)
+    model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)
 
     parameters: tuple[float, float]
     """In the law's own count N."""
