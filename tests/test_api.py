@@ -69,6 +69,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_run, tmp_path, monkeypatch, ste
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_came_while_text_was_prepared_is_not_replaced(tiny_run, tmp_path, monkeypatch):
+    def slow(*args, **kwargs):
+        data = whole(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "prepare", whole)
+            train(tiny_run("train.seed=1"), tmp_path / "r")
+        return data
+
+    whole = api.prepare
+    monkeypatch.setattr(api, "prepare", slow)
+    with pytest.raises(ValueError, match="exists: give --resume"):
+        train(tiny_run(), tmp_path / "r")
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["train"]["seed"] == 1
+
+
 def test_ctrl_c_at_the_last_step_is_the_end(tiny_run, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 6)
     assert (train(tiny_run(), tmp_path / "r") / "report.html").is_file()

@@ -51,6 +51,8 @@ def train(
     check_folder(folder, run, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(find_weights(folder)) if resume else None
     data = prepare(run.data, tokenizer=tokenizer, log=lambda line: _print(console, line))
+    # minutes may have passed, and another process may have trained into the folder meanwhile
+    check_folder(folder, run, resume=resume, overwrite=overwrite)
     with open_reporter(console, run.train.steps) as reporter:
         finished = train_loop(
             run, folder, data, evaluate=evaluator(run, data), resume=resume, reporter=reporter
