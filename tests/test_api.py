@@ -94,6 +94,13 @@ def test_an_interrupted_comparison_names_its_own_command(tiny_run, tmp_path, mon
     assert json.loads((tmp_path / "compare.json").read_text())["baseline"] == "a"
 
 
+def test_an_interrupted_comparison_does_not_promise_what_is_not_saved(tiny_run, tmp_path, monkeypatch):
+    runs = [tiny_run("name=a", "train.keep_checkpoints=0"), tiny_run("name=b")]
+    interrupt_at(monkeypatch, 2)
+    with pytest.raises(Interrupted, match="nothing is saved"):
+        compare(runs, tmp_path)
+
+
 def test_paths_with_brackets_are_printed_as_they_are(tiny_run, tmp_path):
     with (tmp_path / "log").open("w") as file:
         train(tiny_run(), tmp_path / "[bold]x[", console=Console(file=file, width=30))

@@ -143,10 +143,12 @@ def read_texts(folder: Path, *, size: int) -> tuple[list[str], list[str]]:
 
 
 def write(path: Path, found: Iterator[str]) -> None:
-    """Documents as .jsonl.xz, which `data.sources` reads."""
-    with lzma.open(path, "wt", preset=1, encoding="utf-8") as file:
+    """Documents as .jsonl.xz, which `data.sources` reads; the file has its name once it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with lzma.open(partial, "wt", preset=1, encoding="utf-8") as file:
         for document in found:
             file.write(json.dumps({"text": document}) + "\n")
+    partial.rename(path)
 
 
 def _examples(generator: random.Random, pairs: Sequence[Pair]) -> str:

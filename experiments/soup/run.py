@@ -51,7 +51,8 @@ def main() -> None:
     if "train" in parts and not (run / "report.html").exists():
         source = f"data.sources={json.dumps([str(mixture)])}"
         config = ssmoe.load_run(str(HERE / f"{arguments.size}.toml"), [source, *arguments.overrides])
-        ssmoe.train(config, run, resume=run.exists(), console=Console())
+        resume = any(run.glob("checkpoints/step-*"))
+        ssmoe.train(config, run, resume=resume, overwrite=run.exists() and not resume, console=Console())
     if "measure" in parts:
         tasks = load_tasks(arguments.corpus / "icl")
         _, held_out = read_texts(arguments.corpus / "text", size=0)

@@ -95,6 +95,8 @@ def compare(
         try:
             train(run, folder / run.name, **rules[run.name]._asdict(), console=console)
         except Interrupted as stop:
+            if not run.train.keep_checkpoints:
+                raise
             message = "stopped; the checkpoint is saved: go on with the same command and --resume"
             raise Interrupted(message) from stop
     comparison = compare_runs([folder / run.name for run in runs], baseline or runs[0].name)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from ssmoe.data import corpus as corpus_module
 from ssmoe.data.corpus import Encoded, open_replacing, read_corpus, write_corpus
 
 DOCUMENTS = [Encoded([5, 6, 7], 10), Encoded([], 1), Encoded([256], 2)]
@@ -50,6 +51,13 @@ def test_every_truncation_and_every_flipped_byte_is_detected(tmp_path):
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         assert read_corpus(path) is None, place
+
+
+def test_another_version_of_the_layout_is_none(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_MARKER", b"ssmoe-0\n")
+        write(tmp_path / "c")
+    assert read_corpus(tmp_path / "c") is None
 
 
 def test_failed_write_leaves_the_file_as_it_was(tmp_path):

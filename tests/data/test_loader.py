@@ -155,6 +155,14 @@ def test_held_out_with_more_rows_than_there_are_is_everything(corpus):
         assert_equal(left, right)
 
 
+def test_as_many_held_out_rows_as_there_are_leave_the_shorter_one_out(corpus):
+    full, rest = divmod(corpus.num_targets, 7)
+    assert rest
+    drawn = list(held_out_batches(corpus, context=7, batch_size=4, rows=full))
+    assert [batch.ids.shape[1] for batch in drawn] == [7] * len(drawn)
+    assert sum(len(batch.ids) for batch in drawn) == full
+
+
 def test_held_out_shorter_than_a_row(corpus_of):
     (batch,) = held_out_batches(corpus_of([[1, 2]]), context=100, batch_size=4, rows=64)
     assert batch.ids.tolist() == [[999, 1, 2]]

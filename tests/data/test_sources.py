@@ -110,6 +110,14 @@ def test_sources_keep_their_order_and_overlap_counts_once(tmp_path):
     assert texts(tmp_path / "c.txt", tmp_path / "a.txt", tmp_path) == ["c.txt", "a.txt", "b.txt"]
 
 
+def test_a_file_by_two_paths_is_read_once(tmp_path, monkeypatch):
+    write(tmp_path / "docs" / "a.txt", "a")
+    write(tmp_path / "docs" / "b.txt", "b")
+    monkeypatch.chdir(tmp_path)
+    named = ("docs/b.txt", tmp_path / "docs", "docs/../docs", str(tmp_path / "docs" / "*.txt"))
+    assert [(d.name, d.text) for d in read(*named)] == [("docs/b.txt", "b"), (f"{tmp_path}/docs/a.txt", "a")]
+
+
 @pytest.mark.parametrize("limit", [4, 5, 17, 100])
 def test_long_documents_are_cut(tmp_path, limit):
     text = "short\n" + "é🙂x" * 20 + "\n\n" + "".join(f"line {n}\n" for n in range(30)) + "end"

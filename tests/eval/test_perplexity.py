@@ -7,7 +7,7 @@ import torch
 from ssmoe.data.corpus import TokenCorpus
 from ssmoe.eval.perplexity import evaluate, summarise
 from ssmoe.model.build import build
-from tests.model.zoo import small
+from tests.model.zoo import mixing, small
 
 
 def corpus_of(*documents, num_bytes=None):
@@ -88,3 +88,19 @@ def test_bits_a_byte_spread_over_the_whole_text():
     assert found.bits_per_byte == pytest.approx(1.0)
     assert found.perplexity == pytest.approx(4.0)
     assert summarise(1e6, 1, corpus).perplexity < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "batch_size", "group"),
+    [("mot", 7, 1, "2 rows by 1 tokens"), ("mot-masked", 7, 4, "1 rows by 4 tokens")],
+)
+def test_text_that_fills_no_group_says_which(name, context, batch_size, group):
+    model = build(mixing(name))
+    with pytest.raises(ValueError, match=f"fills no group of {group}"):
+        evaluate(model, CORPUS, context=context, batch_size=batch_size)
+
+
+def test_rows_that_fill_no_group_are_left_out():
+    found = evaluate(build(mixing("mot")), CORPUS, context=7, batch_size=3)
+    # of 9 whole rows in batches of three, two of each; the last row has five tokens and is alone
+    assert found.targets == 3 * 2 * 7

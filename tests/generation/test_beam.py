@@ -8,7 +8,9 @@ import torch
 from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.generation.beam import beam_search
 from ssmoe.generation.text import generate
+from ssmoe.model.build import build
 from tests.generation.test_engine import model_of
+from tests.model.zoo import MIXING, mixing
 
 
 class Letters(ByteTokenizer):
@@ -65,3 +67,10 @@ def test_nothing_to_search_is_refused(changes) -> None:
         beam_search(model, ByteTokenizer(), ["a"], **changes)
     with pytest.raises(ValueError, match="empty"):
         beam_search(model, ByteTokenizer(), [""])
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_cannot_generate_is_not_searched(name) -> None:
+    model = build(mixing(name).model_copy(update={"vocab_size": 257}))
+    with pytest.raises(ValueError, match=r"cannot generate: .*train"):
+        beam_search(model, ByteTokenizer(), ["a"])

@@ -40,6 +40,9 @@ def test_the_longest_prefix_is_found(tmp_path):
         assert_same(found, ids[:length])
     assert store.get([1]) is None
     assert store.get([2, 1, 3]) is None
+    # every byte of an id counts
+    assert store.get([1, 2 + 256]) is None
+    assert store.get([1, 2 + (1 << 16)]) is None
 
 
 def test_models_and_tokenizers_do_not_meet(tmp_path):
@@ -80,6 +83,11 @@ def test_a_damaged_file_is_a_miss(tmp_path, damage):
     found = store.get([1, 2, 3])
     assert found.tokens == 1
     assert_same(found, [1])
+    if damage != "swapped":
+        assert store.num_bytes() == short.stat().st_size
+    # what no entry speaks of goes with the next writing
+    store.put([7], state_of([7]))
+    assert len(list(tmp_path.glob("*.safetensors"))) == (3 if damage == "swapped" else 2)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "moe-mamba"])
@@ -94,6 +102,15 @@ def test_a_warm_store_gives_the_bits_of_a_cold_one(tmp_path, name):
     assert cold.tokens == warm.tokens == 22
     for one, other in zip(cold.state, warm.state, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert store.get(ids).tokens == 20
+
+
+def test_a_prefix_stored_at_another_distance_is_gone_on_from_at_multiples(tmp_path):
+    store = store_of(tmp_path)
+    ids = list(range(23))
+    read_through(store, ids[:14], every=4)
+    assert store.get(ids).tokens == 12
+    read_through(store, ids, every=5)
     assert store.get(ids).tokens == 20
 
 

@@ -15,7 +15,7 @@ from tests.model.zoo import mixing
 
 def make(e: int = 4, top_k: int = 1, **options: object) -> ExpertChoice:
     torch.manual_seed(0)
-    router = Router(6, num_experts=e, top_k=top_k, z_coefficient=0.1)
+    router = Router(6, num_experts=e, top_k=top_k, z_coefficient=0.1, weight_scale=1.5)
     return ExpertChoice(6, router=router, experts=Experts(6, num_experts=e, d_expert=5), **options).double()  # pyright: ignore[reportArgumentType]
 
 
@@ -36,7 +36,7 @@ def test_equals_a_loop_over_positions_and_experts(top_k: int, padded: bool) -> N
             best = sorted(rows, key=lambda i, p=p, e=e: -float(p[i, e].detach()))
             for i in best[: max(1, len(rows) * top_k // 4)]:
                 hidden = (layer.experts.up[e] @ x[i, t]).relu()
-                expected[i, t] += (p[i, e] * (layer.experts.down[e] @ hidden)).detach()
+                expected[i, t] += (1.5 * p[i, e] * (layer.experts.down[e] @ hidden)).detach()
                 load[e] += 1
                 taken[i, t] += 1
     segments = Segments(ids, torch.zeros(9, 5, dtype=torch.bool)) if padded else None
@@ -57,7 +57,7 @@ def test_over_the_batch_the_best_tokens_anywhere_win() -> None:
     for e in range(4):
         for i in scores[:, e].topk(4).indices:
             hidden = (layer.experts.up[e] @ x.flatten(0, 1)[i]).relu()
-            expected[i] += scores[i, e] * (layer.experts.down[e] @ hidden)
+            expected[i] += 1.5 * scores[i, e] * (layer.experts.down[e] @ hidden)
     torch.testing.assert_close(layer(x).x.flatten(0, 1), expected)
 
 
@@ -80,10 +80,12 @@ def test_the_load_is_even_by_construction() -> None:
 
 def test_as_token_choice_it_is_an_moe() -> None:
     layer = make(top_k=2, mode="token_choice")
-    moe = MoE(6, num_experts=4, d_expert=5, top_k=2, z_coefficient=0.1).double()
+    moe = MoE(6, num_experts=4, d_expert=5, top_k=2, z_coefficient=0.1, weight_scale=1.5).double()
     moe.load_state_dict(layer.state_dict())
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     torch.testing.assert_close(layer(x).x, moe(x).x, rtol=0, atol=0)
+    assert not layer.batch_dependent
+    assert make().batch_dependent
 
 
 def test_the_mode_can_be_changed_for_a_while() -> None:

@@ -56,6 +56,18 @@ def test_separate_routers_decide_alone_and_are_balanced_alone(projections: tuple
         assert router.bias.sign().tolist() == (counts.double().mean() - counts).sign().tolist()
 
 
+def test_losses_of_several_routers_add_up_and_their_confidence_is_the_mean() -> None:
+    layer, alone = make(z_coefficient=0.1, balance_coefficient=1.0), []
+    for router in layer.routers.values():
+        router.register_forward_hook(lambda module, arguments, routing: alone.append(routing.stats))
+    stats = layer(torch.randn(2, 9, 8, dtype=torch.float64)).stats
+    assert len(alone) == 3
+    for name in ("balance", "z"):
+        torch.testing.assert_close(getattr(stats, name), sum(getattr(one, name) for one in alone))
+    for name in ("confidence", "entropy"):
+        torch.testing.assert_close(getattr(stats, name), sum(getattr(one, name) for one in alone) / 3)
+
+
 def test_the_routers_read_what_their_projection_reads() -> None:
     shapes = {name: tuple(router.weight.shape) for name, router in make().routers.items()}
     assert shapes == {"for_conv": (3, 8), "for_gate": (3, 8), "for_out": (3, 16)}

@@ -134,10 +134,14 @@ def test_padding_is_counted_nowhere() -> None:
     logits = torch.randn(2, 6, 5)
     ids = torch.tensor([[0, 0, 0, -1, -1, -1], [-1, 0, 0, 0, 0, 0]], dtype=torch.int32)
     router, x = with_logits(logits, top_k=2, z_coefficient=0.1)
-    padded = router(x, Segments(ids, torch.zeros(2, 6, dtype=torch.bool))).stats
-    alone = router(x[ids >= 0].unsqueeze(0)).stats
-    for name, value in padded._asdict().items():
-        torch.testing.assert_close(value, getattr(alone, name), msg=name)
+    padded = router(x, Segments(ids, torch.zeros(2, 6, dtype=torch.bool)))
+    alone = router(x[ids >= 0].unsqueeze(0))
+    for name, value in padded.stats._asdict().items():
+        torch.testing.assert_close(value, getattr(alone.stats, name), msg=name)
+    real = (ids >= 0).flatten()
+    assert torch.equal(padded.weight[real], alone.weight)
+    assert not padded.weight[~real].any()
+    assert bool((padded.expert[~real] == -1).all())
 
 
 def test_the_router_scores_in_float32_after_a_cast() -> None:
@@ -172,7 +176,7 @@ def test_the_bias_chooses_and_never_weighs() -> None:
     logits = torch.tensor([[[2.0, 1.0, 0.0]]])
     router, x = with_logits(logits, score="sigmoid", balance="bias")
     assert router.bias is not None
-    router.bias.copy_(torch.tensor([-1.0, 0.0, 0.0]))
+    router.bias.copy_(torch.tensor([-1.0, -0.125, 0.0]))
     routing = router(x)
     assert routing.expert.tolist() == [[1]]
     torch.testing.assert_close(routing.weight[0, 0], x[0, 0, 1].sigmoid())

@@ -34,9 +34,10 @@ def test_expanded_rows_are_copies() -> None:
 @torch.no_grad()
 def test_concatenated_rows_of_different_lengths_continue() -> None:
     long, short = MODEL(IDS[:1]).state, MODEL(IDS[1:, :2]).state
-    together = MODEL(NEXT, states.concatenate([long, short])).logits
-    apart = torch.cat([MODEL(NEXT[:1], long).logits, MODEL(NEXT[1:], short).logits])
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+    for rows, cut in (([long, short], 1), ([short, long], 2)):
+        together = MODEL(NEXT, states.concatenate(rows)).logits
+        apart = torch.cat([MODEL(NEXT[:cut], rows[0]).logits, MODEL(NEXT[cut:], rows[1]).logits])
+        torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
 
 
 def test_kinds_are_kept_and_nothing_is_shared() -> None:

@@ -11,6 +11,7 @@ from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.model import state as states
 from ssmoe.model import state_file
 from ssmoe.model.build import build
+from ssmoe.model.weights import load_weights, save_weights
 from tests.model.zoo import PATTERNS, small
 
 IDS = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -34,9 +35,14 @@ def test_a_loaded_state_continues_bit_for_bit(tmp_path, name, dtype) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_the_fingerprint_is_of_configuration_and_weights_alone() -> None:
+def test_the_fingerprint_is_of_configuration_and_weights_alone(tmp_path) -> None:
     model = build(small("hybrid"))
     mark = states.fingerprint(model)
+    # however the matrices of one file are held
+    save_weights(model, tmp_path)
+    assert {states.fingerprint(load_weights(tmp_path, dtype=dtype)) for dtype in (None, torch.bfloat16)} == {
+        mark
+    }
     assert mark == states.fingerprint(build(small("hybrid"), dtype=torch.bfloat16))
     assert mark == states.fingerprint(build(small("hybrid")).double())
     assert mark != states.fingerprint(build(small("hybrid"), seed=1))
@@ -133,6 +139,12 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch) -> None
         states.save(model(IDS).state, path, model=model)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
+    model = build(small("mamba"))
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors: its folder does not exist; make it first"):
+        states.save(model.init_state(1), tmp_path / "none" / "a.safetensors", model=model)
 
 
 def test_extra_tensors_travel_along(tmp_path) -> None:

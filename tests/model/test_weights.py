@@ -94,3 +94,10 @@ def test_loaded_tensors_lie_where_torch_puts_its_own(tmp_path) -> None:
     save_weights(build(small("hybrid")), tmp_path)
     loaded = load_weights(tmp_path)
     assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
+
+
+def test_a_value_that_is_none_is_named(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"d_model": 16', '"d_model": -1'))
+    with pytest.raises(ValueError, match=r"d_model: Input should be greater than 0 \(got -1\)"):
+        load_weights(folder)

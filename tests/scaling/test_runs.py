@@ -37,6 +37,25 @@ def test_transformers_and_dense_models_are_told_apart(tmp_path):
     write_run(tmp_path / "dense", name="transformer-tiny")
     assert read_run(tmp_path / "moe").blocks == "moe"
     assert read_run(tmp_path / "dense")[-2:] == (None, "dense")
+    # a Transformer's costs are not those of Mamba
+    for name in ("mamba-tiny", "s4d-tiny"):
+        write_run(tmp_path / name, name=name)
+        assert read_run(tmp_path / name)[-2:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("moe-mamba-expert-choice-tiny", "expert_choice"),
+        ("mot-mamba-tiny", "mot"),
+        ("mamba-inner-moe-tiny", "mamba_experts"),
+        ("moe-mamba-parallel-tiny", "parallel"),
+    ],
+)
+def test_experts_that_no_law_is_about_are_refused(tmp_path, name, kind):
+    write_run(tmp_path / "a", name=name)
+    with pytest.raises(ValueError, match=f"has layers of kind {kind}: no law describes it"):
+        read_run(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +69,13 @@ def test_transformers_and_dense_models_are_told_apart(tmp_path):
 def test_runs_that_cannot_be_used_say_why(tmp_path, lines, message):
     write_run(tmp_path / "a", lines=lines)
     with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "a")
+
+
+def test_one_model_of_several_granularities_is_no_point(tmp_path):
+    moe = '{"kind": "moe", "num_experts": 4, "d_expert": 16, "top_k": %d}'
+    write_run(tmp_path / "a", overrides=("train.steps=10", f"model.pattern=[{moe % 1}, {moe % 2}]"))
+    with pytest.raises(ValueError, match="mixes MoE layers of several G or E"):
         read_run(tmp_path / "a")
 
 

@@ -11,6 +11,7 @@ from ssmoe.config.train import TrainConfig
 from ssmoe.data.loader import Cursor
 from ssmoe.data.tokenizer import ByteTokenizer
 from ssmoe.model.build import build
+from ssmoe.model.weights import save_weights
 from ssmoe.training import checkpoint as module
 from ssmoe.training.checkpoint import (
     Progress,
@@ -21,6 +22,7 @@ from ssmoe.training.checkpoint import (
     restore_checkpoint,
     restore_state,
     save_checkpoint,
+    start_from,
 )
 from ssmoe.training.optimizer import build_optimizer, optimizer_tensors, parameter_groups
 from tests.model.zoo import small
@@ -60,6 +62,12 @@ def test_only_the_newest_are_kept_and_told_apart_by_number(tmp_path):
     (tmp_path / "checkpoints" / "step-9-mine").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-10"]
     assert latest_checkpoint(tmp_path).name == "step-10"
+
+
+def test_a_step_that_is_there_already_is_replaced(tmp_path):
+    save(tmp_path, 3)
+    model, *_ = save(tmp_path, 3, seed=1)
+    assert torch.equal(load(tmp_path)[0].embedding.weight, model.embedding.weight)
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -208,3 +216,30 @@ def test_the_carried_state_comes_back_or_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"damaged .* remove .*step-1 to resume"):
         restore_state(checkpoint, model, 2)
+
+
+@pytest.mark.parametrize("name", ["moe-fine", "inner-moe"])
+@pytest.mark.parametrize("saved", ["bias", "none"])
+def test_a_balancing_bias_on_one_side_alone_is_no_hindrance(tmp_path, name, saved):
+    pattern = [layer.model_dump() for layer in small(name).pattern]
+    models = {}
+    for balance in ("bias", "none"):
+        for layer in pattern:
+            layer.update({"balance": balance} if "balance" in layer else {})
+        models[balance] = build(small(name, pattern=pattern), seed=len(models))
+    asked = models["none" if saved == "bias" else "bias"]
+    save_weights(models[saved], tmp_path)
+    start_from(asked, str(tmp_path))
+    found = asked.state_dict()
+    for key, tensor in models[saved].named_parameters():
+        assert torch.equal(found[key], tensor)
+    assert all(not bool(bias.any()) for bias in asked.buffers())
+
+
+def test_damaged_weights_are_no_start(tmp_path):
+    model, _ = make()
+    save_weights(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        start_from(model, str(tmp_path))

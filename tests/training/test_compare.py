@@ -68,6 +68,8 @@ def test_a_run_without_evaluations_is_refused(finished):
         ("train.eval_every=2", "train.eval_every"),
         ("train.eval_rows=2", "train.eval_rows"),
         ("train.precision=bfloat16", "train.precision"),
+        ("train.tbptt=2", "train.tbptt"),
+        ("model.objective=masked", "model.objective"),
     ],
 )
 def test_runs_that_cannot_be_compared(tiny_run, override, key):

@@ -152,6 +152,9 @@ def test_one_process_at_a_time_trains_into_a_folder(folder, run):
         holder.communicate()
     with lock_folder(folder):  # a killed holder holds nothing
         create_folder(folder, run, "reference", data=DATA)
+        # clearing the folder has not cleared the lock away
+        with pytest.raises(ValueError, match="another process is training into"), lock_folder(folder):
+            pass
     assert not (folder / "checkpoints").exists()
 
 

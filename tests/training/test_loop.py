@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ssmoe.ops import extension
 from ssmoe.training import loop as module
 from ssmoe.training.checkpoint import list_checkpoints, load
 from ssmoe.training.console import Silent
+from ssmoe.training.folder import lock_folder
 from ssmoe.training.loop import Diverged, train
 from ssmoe.training.metrics import TIMES, read_metrics
 from ssmoe.training.schedule import learning_rate
@@ -92,6 +94,8 @@ class Killed(BaseException):
         ("train.micro_batch_size=null",),
         ("train.optimizer=muon", "train.learning_rate_ratios.experts=2"),
         ("train.optimizer=muon", "train.muon_experts=false"),
+        ("model.objective=masked", "model.vocab_size=258"),
+        ("train.tbptt=2", "data.context=16"),
     ],
 )
 def test_resuming_equals_never_having_stopped(tiny_run, tmp_path, monkeypatch, overrides):
@@ -192,11 +196,81 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(tiny_run, tmp_path):
     assert steady(tmp_path / "whole") == whole
 
 
+def test_the_average_is_that_of_the_weights_after_each_step(tiny_run, tmp_path, monkeypatch):
+    run, seen = tiny_run("train.average=0.25", "train.steps=5"), []
+
+    def note(model, *args, **kwargs):
+        result = whole(model, *args, **kwargs)
+        seen.append(model.embedding.weight.detach().clone())
+        return result
+
+    whole = module.train_step
+    monkeypatch.setattr(module, "train_step", note)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    # g = 1 / share - 2, of which g + 1 is the power (arXiv 2312.02696, section 3.1)
+    expected = seen[0]
+    for step, weight in enumerate(seen[1:], 2):
+        kept = (1 - 1 / step) ** 3
+        expected = kept * expected + (1 - kept) * weight
+    torch.testing.assert_close(weights(tmp_path / "r")["embedding.weight"], expected)
+
+
+def test_every_batch_of_a_masked_model_hides_other_places(tiny_run, tmp_path, monkeypatch):
+    run, seen = tiny_run("model.objective=masked", "model.vocab_size=258", "train.steps=2"), []
+
+    def note(model, optimizer, batch, *args, **kwargs):
+        seen.append(batch)
+        return whole(model, optimizer, batch, *args, **kwargs)
+
+    whole = module.train_step
+    monkeypatch.setattr(module, "train_step", note)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    hidden = [batch.ids == 257 for batch in seen]
+    assert [int(places.sum()) for places in hidden] == [4 * round(0.15 * 32)] * 2
+    assert (hidden[0] != hidden[1]).any()
+
+
+def test_windows_of_a_step_go_on_from_the_step_before(tiny_run, tmp_path, monkeypatch):
+    run, seen = tiny_run("train.tbptt=2", "data.context=16", "train.steps=3"), []
+
+    def note(model, optimizer, batch, *args, state, **kwargs):
+        result = whole(model, optimizer, batch, *args, state=state, **kwargs)
+        seen.append((batch, state, result.state))
+        return result
+
+    whole = module.train_step
+    monkeypatch.setattr(module, "train_step", note)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    assert seen[0][1] is None
+    for (before, _, ended), (after, begun, _) in pairwise(seen):
+        assert before.ids.shape == (4, 32)
+        assert (before.targets[:, -1] == after.ids[:, 0]).all()
+        assert begun is ended is not None
+
+
 def test_a_run_without_checkpoints_leaves_its_metrics(tiny_run, tmp_path):
     run = tiny_run("train.keep_checkpoints=0")
     assert train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
     assert not (tmp_path / "r" / "checkpoints").exists()
     assert read_metrics(tmp_path / "r")[-1]["mode"] == "eval"
+
+
+def test_what_is_resumed_is_read_under_the_lock(tiny_run, tmp_path, monkeypatch):
+    """Else a run that another process ends meanwhile would be set back to the checkpoint read before."""
+    run, folder, seen = tiny_run(), tmp_path / "r", []
+    data = prepare(run.data)
+    train(run, folder, data, evaluate=evaluate)
+
+    def restore(*args):
+        with pytest.raises(ValueError, match="another process is training into"), lock_folder(folder):
+            pass
+        seen.append(args[0].name)
+        return whole(*args)
+
+    whole = module.restore_checkpoint
+    monkeypatch.setattr(module, "restore_checkpoint", restore)
+    train(run, folder, data, evaluate=evaluate, resume=True)
+    assert seen == ["step-6"]
 
 
 def test_changed_data_are_not_resumed(tiny_run, tmp_path, text_folder):

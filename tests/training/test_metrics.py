@@ -62,6 +62,9 @@ def test_the_entropy_of_several_routers_is_relative_to_their_experts():
     assert found == pytest.approx(
         {"max_over_mean": 4 / 1.6, "dead": 2, "dropped": 0.25, "entropy": 1.0, "confidence": 0.7}
     )
+    other = even._replace(load=torch.tensor([8, 4, 4, 0]), dropped=torch.tensor(0))
+    assert router_summary({1: even, 3: other})["dead"] == 3
+    assert router_summary({1: even, 3: other})["dropped"] == 4 / 32
 
 
 def test_router_summary_equals_a_recount():

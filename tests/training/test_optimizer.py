@@ -250,8 +250,22 @@ def test_clipping_is_that_of_torch(device, most):
     torch.testing.assert_close(steps(ours), steps(theirs), rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_of_narrow_gradients_is_a_wide_one():
+    parameters = [torch.nn.Parameter(torch.empty(1000)) for _ in range(2)]
+    torch.manual_seed(0)
+    for parameter, dtype in zip(parameters, (torch.bfloat16, torch.float32), strict=True):
+        parameter.grad_dtype = dtype
+        parameter.grad = torch.randn(1000).to(dtype)
+    exact = torch.cat([p.grad.double() for p in parameters]).norm()
+    norm = clip(parameters, torch.optim.SGD(parameters), 1e6)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(float(exact), rel=1e-6)
+
+
 def _moe(micro: int | None = None) -> tuple[torch.nn.Module, TrainConfig, torch.optim.Optimizer]:
-    train = TrainConfig(steps=1, batch_size=4, micro_batch_size=micro, learning_rate=1e-3)
+    train = TrainConfig(
+        steps=1, batch_size=4, micro_batch_size=micro, learning_rate=1e-3, precision="bfloat16"
+    )
     model = build(small("moe-mamba"), dtype=torch.bfloat16).train()
     return model, train, build_optimizer(parameter_groups(model), train)
 
@@ -269,6 +283,9 @@ def _step_and_dtypes(monkeypatch, large: bool, micro: int | None = None) -> tupl
     for _ in range(2):
         result = train_step(model, optimizer, batch, train, 1e-3, isolate=False)
         assert bool(result.grad_norm.isfinite())
+        # nothing of it is left to whoever takes the model next
+        assert {p.grad_dtype for p in model.parameters()} == {torch.float32}
+        assert all(p.grad is None for p in model.parameters())
     return model, seen
 
 
@@ -283,3 +300,19 @@ def test_large_banks_keep_narrow_gradients(monkeypatch) -> None:
 
 def test_gradients_that_are_added_up_stay_wide(monkeypatch) -> None:
     assert _step_and_dtypes(monkeypatch, large=True, micro=2)[1] == {torch.float32}
+
+
+def test_a_step_that_fails_leaves_no_narrow_gradient(monkeypatch) -> None:
+    monkeypatch.setattr(optimizer_module, "is_large", lambda p: p.ndim == 3)
+    model, train, optimizer = _moe()
+    assert len(optimizer.narrow) == 4
+
+    def fail():
+        raise RuntimeError("no step")
+
+    monkeypatch.setattr(optimizer, "step", fail)
+    with pytest.raises(RuntimeError, match="no step"):
+        train_step(model, optimizer, random_batch(4, 16), train, 1e-3, isolate=False)
+    for parameter in optimizer.narrow:
+        assert parameter.grad is None
+        parameter.grad = torch.ones_like(parameter)

@@ -62,7 +62,9 @@ def test_micro_batches_add_up_to_the_whole_batch(name):
     torch.testing.assert_close(parts.grad_norm, whole.grad_norm, rtol=0, atol=1e-12)
     for layer, stats in whole.routers.items():
         assert torch.equal(parts.routers[layer].load, stats.load)
-        torch.testing.assert_close(parts.routers[layer].entropy, stats.entropy, rtol=0, atol=1e-12)
+        for key in ("entropy", "confidence"):
+            found, expected = (getattr(result.routers[layer], key) for result in (parts, whole))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_capacity_is_claimed_within_a_micro_batch():

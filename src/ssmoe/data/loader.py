@@ -41,23 +41,10 @@ def batches(
     first batch of an epoch has starts in its first column. An epoch then leaves out what does not fill a last
     batch, and `cursor` must lie between batches.
     """
-    if (rows_an_epoch := corpus.num_targets // context) == 0:
-        raise ValueError(
-            f"data.context={context} is more than the {corpus.num_targets} tokens of training text: "
-            f"set data.context to at most {corpus.num_targets} or add text"
-        )
-    if batch_size % world_size:
-        raise ValueError(
-            f"batch_size={batch_size} does not divide among {world_size} ranks: "
-            f"use {batch_size + -batch_size % world_size}"
-        )
+    _check(corpus, context, batch_size, world_size, consecutive=consecutive)
     assert 0 <= rank < world_size
+    rows_an_epoch = corpus.num_targets // context
     batches_an_epoch = rows_an_epoch // batch_size
-    if consecutive and not batches_an_epoch:
-        raise ValueError(
-            f"batch_size={batch_size} rows of {context} tokens are more than the {corpus.num_targets} tokens "
-            "of training text: lower train.batch_size, train.tbptt or data.context, or add text"
-        )
 
     @lru_cache(maxsize=2)
     def epoch_stream(epoch: int) -> Stream:
@@ -101,3 +88,22 @@ def held_out_batches(corpus: TokenCorpus, *, context: int, batch_size: int, rows
         yield stream.rows(numbers[first : first + batch_size], context)
     if rest and not is_sample:
         yield stream.rows(np.array([num_full]), context)
+
+
+def _check(corpus: TokenCorpus, context: int, batch_size: int, world_size: int, *, consecutive: bool) -> None:
+    """Raise ValueError for too little text, and for a batch that ranks cannot share."""
+    if context > corpus.num_targets:
+        raise ValueError(
+            f"data.context={context} is more than the {corpus.num_targets} tokens of training text: "
+            f"set data.context to at most {corpus.num_targets} or add text"
+        )
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide among {world_size} ranks: "
+            f"use {batch_size + -batch_size % world_size}"
+        )
+    if consecutive and batch_size > corpus.num_targets // context:
+        raise ValueError(
+            f"batch_size={batch_size} rows of {context} tokens are more than the {corpus.num_targets} tokens "
+            "of training text: lower train.batch_size, train.tbptt or data.context, or add text"
+        )

@@ -46,10 +46,15 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _find_all(sources: Iterable[str]) -> dict[str, Path]:
-    """Display name to path; a file that several sources name counts once."""
+    """Display name to path; a file that several sources name, by whatever path, counts once."""
     files: dict[str, Path] = {}
+    seen: set[str] = set()
     for source in sources:
-        files |= _find_stdlib() if source == STDLIB else {path.as_posix(): path for path in _find(source)}
+        found = _find_stdlib() if source == STDLIB else {path.as_posix(): path for path in _find(source)}
+        for name, path in found.items():
+            if (place := os.path.abspath(path)) not in seen:
+                seen.add(place)
+                files[name] = path
     return files
 
 

@@ -37,11 +37,11 @@ def evaluate(
     isolate: bool = True,
     mask_fraction: float = 0.15,
 ) -> HeldOut:
-    """The model's loss on the first `rows` rows of `corpus` (0 is all); the model's mode is left as it was.
+    """The model's loss on `rows` rows spread over `corpus` (0 is all); the model's mode is left as it was.
 
-    A row starts from the zero state. isolate: documents in a row do not see each other. Rows that do not fill
-    a group of a Mixture of Tokens are left out. mask_fraction: of a masked model; the same tokens are hidden
-    each time. Raises ValueError where no row is left.
+    A row starts from the initial state. isolate: documents in a row do not see each other. Rows that do not
+    fill a group of a Mixture of Tokens are left out. mask_fraction: of a masked model; the same tokens are
+    hidden each time. Raises ValueError where no row is left.
     """
     batches = held_out_batches(corpus, context=context, batch_size=batch_size, rows=rows)
     training = model.training
@@ -71,9 +71,10 @@ def _sum(model: LM, batches: Iterable[Batch], isolate: bool) -> tuple[float, int
         nats += float(out.loss.lm) * counted
         targets += counted
     if targets == 0:
+        rows, tokens = model.config.row_multiple, model.config.length_multiple
         raise ValueError(
-            f"no held-out rows fill a group of {model.config.row_multiple} rows: raise train.eval_rows and "
-            "the batch size to a multiple of it, or data.held_out"
+            f"the held-out text fills no group of {rows} rows by {tokens} tokens: raise train.eval_rows and "
+            "the batch size to a multiple of the first, data.context to one of the second, or data.held_out"
         )
     return nats, targets
 

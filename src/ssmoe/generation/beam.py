@@ -40,8 +40,11 @@ def beam_search(
     """The `n` best of `beams` hypotheses for each prompt, best first, each prompt as if it were alone.
 
     A hypothesis ends with the end token or at `max_new_tokens`. A prompt opens a document unless `start` is
-    given. Raises ValueError for no prompts, an empty one, or numbers that leave nothing to search.
+    given. Raises ValueError for a model that cannot generate, for no prompts or an empty one, and for numbers
+    that leave nothing to search.
     """
+    if reason := model.config.why_no_generation():
+        raise ValueError(f"this model cannot generate: {reason}")
     if not prompts or (start is None and not all(prompts)):
         raise ValueError("a prompt is empty or there is none: give some text to continue")
     if not 1 <= n <= beams or max_new_tokens < 1:

@@ -148,8 +148,8 @@ class StateStore:
 def read_through(store: StateStore, ids: Sequence[int], *, every: int) -> Found:
     """The state after all but the last of `ids`, from the longest stored prefix on.
 
-    On the way every multiple of `every` tokens is stored, and the text is cut nowhere else, so that a warm
-    store gives the bits that an empty one gives.
+    On the way every multiple of `every` tokens is stored, and the text is cut nowhere else, so that a store
+    filled with the same `every` gives the bits that an empty one gives.
     """
     if every < 1 or not ids:
         raise ValueError(f"every={every} and {len(ids)} tokens: both must be at least 1")
@@ -160,7 +160,8 @@ def read_through(store: StateStore, ids: Sequence[int], *, every: int) -> Found:
     state, begin = found
     device = store.model.embedding.weight.device
     while begin < end:
-        stop = min(begin + every, end)
+        # a prefix that was stored with another `every` may end between multiples
+        stop = min(begin - begin % every + every, end)
         state = store.model(torch.tensor([ids[begin:stop]], device=device), state, logits="last").state
         begin = stop
         if begin % every == 0:

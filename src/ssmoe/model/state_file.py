@@ -84,7 +84,10 @@ def save(
     """Write `state` of `model` (or of the model with that fingerprint) to `path`, whole or not at all.
 
     tokens: how many each row has read, or one number for all. pending: ids to be read first on continuation.
+    Raises ValueError for numbers that do not fit the rows, FileNotFoundError where the folder does not exist.
     """
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder does not exist; make it first")
     tensors = state_tensors(state)
     rows = next((leaf.shape[0] for leaf in tensors.values()), 1)
     counts = (tokens,) * rows if isinstance(tokens, int) else tuple(tokens)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ssmoe.config.load import describe
 from ssmoe.config.model import ModelConfig
 from ssmoe.model.build import build
 from ssmoe.model.feedforwards.moe import Experts
@@ -49,10 +50,7 @@ def load_weights(
     config = read_config(folder)
     device = torch.device("cpu" if device is None else device)
     model = build(config, backend=resolve(backend, device.type), device="meta", dtype=dtype)
-    try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
+    tensors = read_tensors(folder, device)
     if problems := differences(model.state_dict(), tensors):
         raise ValueError(f"{folder / WEIGHTS} is not of the model in {CONFIG}: {'; '.join(problems)}")
     cast = narrow(model) if dtype is not None else set[str]()
@@ -61,6 +59,14 @@ def load_weights(
         tensors[name] = settled(tensors[name].to(dtype) if name in cast else tensors[name], model.backend)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def read_tensors(folder: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors saved in `folder`, by name, as they are. Raises ValueError for a damaged file."""
+    try:
+        return safetensors.torch.load_file(folder / WEIGHTS, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): use another checkpoint") from error
 
 
 def narrow(model: LM) -> set[str]:
@@ -87,8 +93,8 @@ def read_config(folder: Path) -> ModelConfig:
                 "use the version of ssmoe that wrote it"
             )
         return ModelConfig.model_validate(content["model"])
-    except (json.JSONDecodeError, ValidationError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (json.JSONDecodeError, ValidationError, KeyError, TypeError, AttributeError) as error:
+        reason = describe(error) if isinstance(error, ValidationError) else str(error)
         raise ValueError(f"{folder / CONFIG} is not a model configuration: {reason}") from error
 
 

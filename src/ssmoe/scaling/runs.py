@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 
 from ssmoe.config.count import count_parameters
 from ssmoe.config.load import RunConfig, load_run
-from ssmoe.config.model import MambaConfig, MoEConfig
+from ssmoe.config.model import (
+    ExpertChoiceConfig,
+    MambaConfig,
+    MambaExpertsConfig,
+    MoEConfig,
+    MoTConfig,
+    ParallelConfig,
+    S4DConfig,
+)
 from ssmoe.scaling.cost import Blocks
 
 COLUMNS = ("N", "D", "G", "loss")
+_OTHER_EXPERTS = (ExpertChoiceConfig, MambaExpertsConfig, MoTConfig, ParallelConfig)
 
 
 class Point(NamedTuple):
@@ -56,7 +65,7 @@ def common_kind(points: Sequence[Point]) -> tuple[Blocks | None, float | None]:
 def read_run(folder: Path) -> Point:
     """The point of one run folder: its last held-out loss and the tokens trained on until then.
 
-    Raises ValueError for a run that is unfinished, has no held-out loss or mixes kinds of experts.
+    Raises ValueError for a run that is unfinished, has no held-out loss, or has experts that no law is about.
     """
     for name in ("config.json", "metrics.jsonl"):
         if not (folder / name).is_file():
@@ -122,16 +131,22 @@ def _last_held_out(path: Path) -> dict[str, Any]:
     return last
 
 
-def _experts(run: RunConfig, folder: Path) -> tuple[float, float | None, Blocks]:
-    """(G, E, kind of blocks); E is None without experts."""
+def _experts(run: RunConfig, folder: Path) -> tuple[float, float | None, Blocks | None]:
+    """(G, E, kind of blocks); E is None without experts, the kind for blocks that no law is about."""
     layers = [layer for layer in run.model.layers if isinstance(layer, MoEConfig)]
-    if not layers:
-        return 1.0, None, "dense"
+    unknown = sorted({layer.kind for layer in run.model.pattern if isinstance(layer, _OTHER_EXPERTS)})
     kinds = {(layer.bank[2], layer.num_experts / layer.top_k) for layer in layers}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"{folder} mixes MoE layers of several granularities or expansions: no law describes it"
-        )
-    granularity, expansion = kinds.pop()
-    mamba = any(isinstance(layer, MambaConfig) for layer in run.model.layers)
-    return float(granularity), expansion, "mamba-moe" if mamba else "moe"
+    if unknown or len(kinds) > 1:
+        what = f"has layers of kind {', '.join(unknown)}" if unknown else "mixes MoE layers of several G or E"
+        raise ValueError(f"{folder} {what}: no law describes it")
+    granularity, expansion = kinds.pop() if kinds else (1, None)
+    return float(granularity), expansion, _blocks(run, experts=bool(layers))
+
+
+def _blocks(run: RunConfig, *, experts: bool) -> Blocks | None:
+    mixers = {type(layer) for layer in run.model.pattern}
+    if S4DConfig in mixers:
+        return None
+    if MambaConfig in mixers:
+        return "mamba-moe" if experts else None
+    return "moe" if experts else "dense"

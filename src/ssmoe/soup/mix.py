@@ -26,8 +26,7 @@ def mix(
     mean, sum: of the scan states; `weights` are for mean only and need not add up to 1. norm-kept: the mean,
     scaled in each layer and row to the mean of the norms. decay: the texts in the given order, each decayed
     by all that follow it. any-order: the mean of decay over all orders. A learned initial state counts once
-    in each of these. Raises ValueError for no memories,
-    an unknown method, or weights that do not fit.
+    in each of these. Raises ValueError for no memories, an unknown method, or weights that do not fit.
     """
     if not memories:
         raise ValueError("there is nothing to mix: give at least one memory")

@@ -4,11 +4,11 @@ torch's kernel writes scaled gradients back, which is one more pass over them, a
 GPU's memory speed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 LARGE = 2**20
@@ -18,7 +18,8 @@ LARGE = 2**20
 class AdamW(torch.optim.AdamW):
     """torch's, fused, with the same state. update: the op, of the backend that the parameters are on.
 
-    `grad_scale`, a tensor (), divides every gradient, as in torch.
+    narrow: parameters whose gradients may be bfloat16; the op takes them, torch does not. `grad_scale`, a
+    tensor (), divides every gradient, as in torch.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         update: Callable[..., None],
+        narrow: Sequence[nn.Parameter] = (),
     ) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
         self.update = update
-        self.narrowed = False
+        self.narrow = narrow
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

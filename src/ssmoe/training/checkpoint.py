@@ -22,7 +22,7 @@ from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.state_file import state_from_tensors, state_tensors
-from ssmoe.model.weights import WEIGHTS, differences, load_weights, save_weights
+from ssmoe.model.weights import differences, load_weights, read_tensors, save_weights
 from ssmoe.training.average import Average
 from ssmoe.training.optimizer import optimizer_tensors, restore_optimizer
 
@@ -32,6 +32,8 @@ _PROGRESS = "progress.json"
 _RNG = "rng"
 _LAST = "last"
 _STATE = "state.safetensors"
+_BIAS = re.compile(r"\.(router|routers\.\w+)\.bias$")
+"""A router's balancing bias."""
 
 
 class Progress(NamedTuple):
@@ -106,9 +108,8 @@ def restore_checkpoint(
 ) -> Progress:
     """Load weights, optimiser and random state into `model` and `optimizer`; return how far the run was.
 
-    average: of a run with train.average, restored too.
-
-    Raises ValueError for a checkpoint that is damaged or of another model.
+    average: of a run with train.average, restored too. Raises ValueError for a checkpoint that is damaged or
+    of another model.
     """
     device = model.embedding.weight.device
     saved = load_weights(checkpoint / "weights", backend=model.backend, device=device)
@@ -139,12 +140,11 @@ def start_from(model: LM, path: str) -> None:
     """Load the weights of a run or checkpoint folder into `model`, which may be configured otherwise.
 
     Names and shapes must be equal, but a balancing bias that only one of them has is left at zero or out.
-    Raises FileNotFoundError where there are no weights, ValueError for those of another model.
+    Raises FileNotFoundError for no weights, ValueError for damaged ones or those of another model.
     """
-    folder = find_weights(path)
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    tensors = read_tensors(find_weights(path))
     own, biases = model.state_dict(), dict(model.named_buffers())
-    tensors = {name: t for name, t in tensors.items() if name in own or not name.endswith("router.bias")}
+    tensors = {name: t for name, t in tensors.items() if name in own or not _BIAS.search(name)}
     tensors = {name: t for name, t in biases.items() if name not in tensors} | tensors
     if problems := differences(own, tensors):
         raise ValueError(

@@ -11,7 +11,7 @@ from ssmoe.training.folder import read_run
 from ssmoe.training.metrics import Record, read_metrics
 from ssmoe.training.report import Curve, draw_curves
 
-SHARED_TRAIN = ("steps", "batch_size", "eval_every", "eval_rows", "average", "precision")
+SHARED_TRAIN = ("steps", "batch_size", "tbptt", "eval_every", "eval_rows", "average", "precision")
 """Fields of `train` that must be equal for step counts and losses to be comparable."""
 
 
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
 
 
 def check_comparable(runs: Sequence[RunConfig], baseline: str | None) -> None:
-    """Raise ValueError unless the runs read the same batches and are evaluated alike."""
+    """Raise ValueError unless the runs read the same batches, predict the same and are evaluated alike."""
     names = [run.name for run in runs]
     if len(runs) < 2:
         raise ValueError("a comparison needs at least two presets or run files")
@@ -52,6 +52,8 @@ def check_comparable(runs: Sequence[RunConfig], baseline: str | None) -> None:
         raise ValueError(f"baseline {baseline!r} is not one of the runs {', '.join(names)}")
     first = runs[0]
     for run in runs[1:]:
+        objectives = first.model.objective, run.model.objective
+        _check_equal("model.objective", *objectives, first.name, run.name)
         for key, value in first.data.model_dump().items():
             _check_equal(f"data.{key}", value, getattr(run.data, key), first.name, run.name)
         for key in SHARED_TRAIN:

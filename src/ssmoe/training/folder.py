@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ssmoe.config.load import RunConfig
+from ssmoe.config.load import describe as problem_of
 from ssmoe.ops import describe
 from ssmoe.training.checkpoint import list_checkpoints
 
@@ -147,10 +148,7 @@ def read_run(folder: Path) -> RunConfig:
     try:
         return RunConfig.model_validate_json(path.read_text())
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = "".join(f"{part}." for part in problem["loc"]).rstrip(".")
-        what = f"{where}: {problem['msg']}" if where else problem["msg"]
-        raise ValueError(f"{path} is not the configuration of a run ({what})") from error
+        raise ValueError(f"{path} is not the configuration of a run ({problem_of(error)})") from error
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

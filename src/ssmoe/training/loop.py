@@ -80,46 +80,18 @@ def train(
     reporter = reporter or Silent()
     check_vocabulary(config.model, data.tokenizer)
     if resume:
-        check_data(folder, _describe_data(data))
-    model = _build(config, read_environment(folder)["backend"] if resume else config.train.backend)
-    if config.train.init_from is not None and not resume:
-        start_from(model, config.train.init_from)
-    groups = parameter_groups(model)
-    optimizer = build_optimizer(groups, config.train, model.ops)
-    average = Average(model, config.train.average) if config.train.average else None
-    progress = Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0)
-    if resume:
-        progress = restore_checkpoint(latest_checkpoint(folder), model, optimizer, average)
-    windows = config.train.tbptt or 1
-    rows = batches(
-        data.train,
-        context=windows * config.data.context,
-        batch_size=config.train.batch_size,
-        seed=config.data.seed,
-        cursor=progress.cursor,
-        consecutive=config.train.tbptt is not None,
-    )
-    state = None
-    if resume and config.train.tbptt is not None:
-        state = restore_state(latest_checkpoint(folder), model, config.train.batch_size)
-    run = _Run(config, folder, data, model, optimizer, average, rows, evaluate, reporter)
-    with lock_folder(folder):
-        if resume:
+        # the lock first: another process may be about to write the checkpoint that is to be gone on from
+        with lock_folder(folder):
+            run, progress, state = _resumed(config, folder, data, evaluate, reporter)
             truncate_metrics(folder, progress.step)
             reporter.message(f"resuming {folder} after step {progress.step}")
-        else:
-            create_folder(folder, config, model.backend, data=_describe_data(data))
-        if not resume and config.train.backend == "auto" and model.backend == "reference":
+            return _train(run, progress, state)
+    run = _fresh(config, folder, data, evaluate, reporter)
+    with lock_folder(folder):
+        create_folder(folder, config, run.model.backend, data=_describe_data(data))
+        if config.train.backend == "auto" and run.model.backend == "reference":
             reporter.message(f"slow, on the reference backend: {missing('cpu')}")
-        for line in groups.describe(config.train):
-            reporter.message(line)
-        with (
-            closing(MetricsFile(folder)) as metrics,
-            _threads(config.train.threads),
-            _interruptible() as interrupted,
-        ):
-            progress = _loop(run, progress, state, metrics, interrupted)
-    return progress.step == config.train.steps
+        return _train(run, Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0), None)
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -134,6 +106,62 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
             f"the tokenizer uses all {model.vocab_size} ids and a masked model hides tokens behind one of "
             f"its own: set model.vocab_size={model.vocab_size + 1}"
         )
+
+
+def _fresh(config: RunConfig, folder: Path, data: Prepared, evaluate: Evaluate, reporter: Reporter) -> _Run:
+    model = _build(config, config.train.backend)
+    if config.train.init_from is not None:
+        start_from(model, config.train.init_from)
+    optimizer, average = _updated_by(config, model)
+    rows = _rows(config, data, Cursor())
+    return _Run(config, folder, data, model, optimizer, average, rows, evaluate, reporter)
+
+
+def _resumed(
+    config: RunConfig, folder: Path, data: Prepared, evaluate: Evaluate, reporter: Reporter
+) -> tuple[_Run, Progress, State | None]:
+    """From the newest checkpoint; the state is what a run with train.tbptt carries."""
+    check_data(folder, _describe_data(data))
+    model = _build(config, read_environment(folder)["backend"])
+    optimizer, average = _updated_by(config, model)
+    checkpoint = latest_checkpoint(folder)
+    progress = restore_checkpoint(checkpoint, model, optimizer, average)
+    state = None
+    if config.train.tbptt is not None:
+        state = restore_state(checkpoint, model, config.train.batch_size)
+    rows = _rows(config, data, progress.cursor)
+    run = _Run(config, folder, data, model, optimizer, average, rows, evaluate, reporter)
+    return run, progress, state
+
+
+def _train(run: _Run, progress: Progress, state: State | None) -> bool:
+    """From `progress` on, in a folder that is locked; True when finished."""
+    train = run.config.train
+    for line in parameter_groups(run.model).describe(train):
+        run.reporter.message(line)
+    with (
+        closing(MetricsFile(run.folder)) as metrics,
+        _threads(train.threads),
+        _interruptible() as interrupted,
+    ):
+        progress = _loop(run, progress, state, metrics, interrupted)
+    return progress.step == train.steps
+
+
+def _updated_by(config: RunConfig, model: LM) -> tuple[torch.optim.Optimizer, Average | None]:
+    optimizer = build_optimizer(parameter_groups(model), config.train, model.ops)
+    return optimizer, Average(model, config.train.average) if config.train.average else None
+
+
+def _rows(config: RunConfig, data: Prepared, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
+    return batches(
+        data.train,
+        context=(config.train.tbptt or 1) * config.data.context,
+        batch_size=config.train.batch_size,
+        seed=config.data.seed,
+        cursor=cursor,
+        consecutive=config.train.tbptt is not None,
+    )
 
 
 def _build(config: RunConfig, backend: str) -> LM:

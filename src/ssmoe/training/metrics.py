@@ -66,7 +66,7 @@ def router_summary(routers: dict[int, RouterStats]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends records; each line is on disk before the next step."""
+    """Appends records, each handed to the system at once: a killed process has lost none that it wrote."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / METRICS).open("a")

@@ -1,6 +1,7 @@
 """AdamW or Muon with explicit parameter groups: what decays, what is a matrix, and at which rate."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -91,6 +92,7 @@ def build_optimizer(groups: ParameterGroups, train: TrainConfig, ops: Ops | None
             betas=betas,
             eps=train.adam_eps,
             update=(ops or _fastest(groups)).adamw_step,
+            narrow=_narrow(groups, train),
         )
     else:
         optimizer = Muon(
@@ -144,21 +146,29 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     return nn.utils.get_total_norm(parts)
 
 
-def keep_gradients_narrow(model: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
-    """Leave the gradients of large expert banks in bfloat16 where they are made so and not added up.
+@contextmanager
+def narrow_gradients(optimizer: torch.optim.Optimizer) -> Generator[None]:
+    """Inside, the gradients of `optimizer`'s narrow parameters stay in bfloat16 where they are made so.
 
-    That is with AdamW on a GPU, computing in bfloat16, with one micro-batch a step. It saves a pass that
-    widens them and half of what the norm and the update read.
+    It saves a pass that widens them and half of what the norm and the update read. Afterwards they have no
+    gradient, and later ones are of their own dtype again.
     """
-    if type(optimizer) is not AdamW or optimizer.narrowed:
-        return
-    optimizer.narrowed = True
-    once = train.micro_batch_size is None and train.tbptt is None
-    if not once or getattr(model, "compute_dtype", None) != torch.bfloat16:
-        return
-    for name, parameter in model.named_parameters():
-        if role(name, parameter) == "experts" and is_large(parameter) and parameter.grad is None:
-            parameter.grad_dtype = torch.bfloat16
+    narrow = [p for p in optimizer.narrow if p.grad is None] if type(optimizer) is AdamW else []
+    for parameter in narrow:
+        parameter.grad_dtype = torch.bfloat16
+    try:
+        yield
+    finally:
+        for parameter in narrow:
+            parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
+
+
+def _narrow(groups: ParameterGroups, train: TrainConfig) -> list[nn.Parameter]:
+    """Large banks of experts, where they are computed in bfloat16 and a step adds nothing to a gradient."""
+    if train.precision != "bfloat16" or train.micro_batch_size is not None or train.tbptt is not None:
+        return []
+    return [p for name, p in groups.decayed.items() if role(name, p) == "experts" and is_large(p)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

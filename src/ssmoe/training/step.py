@@ -13,7 +13,7 @@ from ssmoe.model.layer import RouterStats, State
 from ssmoe.model.lm import LM, ModelOut
 from ssmoe.model.state import concatenate, detach, select
 from ssmoe.ops import Segments
-from ssmoe.training.optimizer import clip, keep_gradients_narrow, set_learning_rate
+from ssmoe.training.optimizer import clip, narrow_gradients, set_learning_rate
 
 
 class StepResult(NamedTuple):
@@ -82,18 +82,18 @@ def update(
     state: State | None = None,
 ) -> StepResult:
     """`train_step` where the batch and the learning rate have reached the device."""
-    keep_gradients_narrow(model, optimizer, train)
     rows = inputs.ids.shape[0]
     size = train.micro_batch_size or rows
     results: list[StepResult] = []
-    for begin in range(0, rows, size):
-        micro = inputs.rows(begin, min(begin + size, rows))
-        share = micro.ids.shape[0] / rows
-        past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
-        results.append(_accumulate(model, micro, share, past, train.tbptt))
-    grad_norm = clip(model.parameters(), optimizer, train.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with narrow_gradients(optimizer):
+        for begin in range(0, rows, size):
+            micro = inputs.rows(begin, min(begin + size, rows))
+            share = micro.ids.shape[0] / rows
+            past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
+            results.append(_accumulate(model, micro, share, past, train.tbptt))
+        grad_norm = clip(model.parameters(), optimizer, train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}
     for i, stats in routers.items():
         rebalance(model.layers[i], stats.load)

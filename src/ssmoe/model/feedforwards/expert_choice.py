@@ -24,8 +24,6 @@ class ExpertChoice(nn.Module):
     floor(n * k / e), at least one, k = router.top_k. In mode "token_choice" it is an `MoE`.
     """
 
-    batch_dependent = True
-
     def __init__(
         self,
         d_model: int,
@@ -42,6 +40,11 @@ class ExpertChoice(nn.Module):
         self.experts = experts
         self.norm = LayerNorm(d_model, 1e-5) if output_norm else None
         init_weights(self)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """As token choice each token is alone."""
+        return self.mode == "expert_choice"
 
     def forward(
         self, x: Tensor, state: tuple[()] | None = None, segments: Segments | None = None

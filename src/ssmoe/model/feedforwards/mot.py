@@ -35,10 +35,14 @@ class MixtureOfTokens(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.axis, self.temperature, self.mode = group, axis, temperature, mode
-        self.batch_dependent = mode == "mixture" and group > 1
         self.router = router
         self.experts = experts
         init_weights(self)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """As token choice, or in a group of its own, each token is alone."""
+        return self.mode == "mixture" and self.group > 1
 
     def forward(
         self, x: Tensor, state: tuple[()] | None = None, segments: Segments | None = None
