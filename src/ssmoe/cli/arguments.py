@@ -65,12 +65,11 @@ def load_model(arguments: argparse.Namespace) -> Any:
     import torch
 
     from ssmoe.training.checkpoint import load
-    from ssmoe.training.folder import resolve_device
 
     return load(
         arguments.run,
         backend=arguments.backend,
-        device=resolve_device(arguments.device),
+        device=arguments.device,
         dtype=torch.bfloat16 if arguments.precision == "bfloat16" else None,
     )
 

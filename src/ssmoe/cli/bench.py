@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ssmoe.check.bench import bench
     from ssmoe.model.build import build
-    from ssmoe.training.folder import device_name, resolve_device
+    from ssmoe.ops.device import resolve_device
+    from ssmoe.training.folder import device_name
 
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else None
     device = resolve_device(config.train.device)

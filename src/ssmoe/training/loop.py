@@ -20,6 +20,7 @@ from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.ops import missing
+from ssmoe.ops.device import resolve_device
 from ssmoe.training.average import Average
 from ssmoe.training.captured import CapturedStep, why_not
 from ssmoe.training.checkpoint import (
@@ -36,7 +37,6 @@ from ssmoe.training.folder import (
     create_folder,
     lock_folder,
     read_environment,
-    resolve_device,
 )
 from ssmoe.training.journal import Diverged as Diverged
 from ssmoe.training.journal import Journal, Taken
