@@ -65,3 +65,13 @@ def test_nothing_to_search_is_refused(changes) -> None:
         beam_search(model, ByteTokenizer(), ["a"], **changes)
     with pytest.raises(ValueError, match="empty"):
         beam_search(model, ByteTokenizer(), [""])
+    with pytest.raises(ValueError, match="prompts is one string: give a list"):
+        beam_search(model, ByteTokenizer(), "abc")
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    model = model_of("mamba", vocab_size=257)
+    with torch.no_grad():
+        model.embedding.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        beam_search(model, ByteTokenizer(), ["abc"])

@@ -74,6 +74,14 @@ def load_model(arguments: argparse.Namespace) -> Any:
     )
 
 
+def check_output(path: str, option: str = "") -> None:
+    """Raise, before any work, for a file that cannot be written: `option` is what named it, with a space."""
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{option}{path}: its folder does not exist; make it first")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{option}{path} is a folder: name a file in it")
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=2))
