@@ -47,4 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{config.name}: {batch} rows of {context} tokens, {config.train.precision}; {where}")
     for row in rows:
         print(f"  {row.name:<20} {row.seconds * 1e3:>10.1f} ms {row.tokens_per_second:>12,.0f} tokens/s")
+    if reason := config.model.why_no_generation():
+        print(f"  no decoding: {reason}")
     return 0

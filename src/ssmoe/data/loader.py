@@ -41,7 +41,8 @@ def batches(
     first batch of an epoch has starts in its first column. An epoch then leaves out what does not fill a last
     batch, and `cursor` must lie between batches.
     """
-    if (rows_an_epoch := corpus.num_targets // context) == 0:
+    rows_an_epoch = corpus.num_targets // context
+    if not rows_an_epoch and not consecutive:
         raise ValueError(
             f"data.context={context} is more than the {corpus.num_targets} tokens of training text: "
             f"set data.context to at most {corpus.num_targets} or add text"

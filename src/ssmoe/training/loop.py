@@ -35,6 +35,7 @@ from ssmoe.training.console import Reporter, Silent
 from ssmoe.training.folder import (
     check_data,
     create_folder,
+    device_name,
     lock_folder,
     read_environment,
 )
@@ -42,6 +43,7 @@ from ssmoe.training.journal import Diverged as Diverged
 from ssmoe.training.journal import Journal, Taken
 from ssmoe.training.metrics import MetricsFile, eval_record, truncate_metrics
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
+from ssmoe.training.outline import outline
 from ssmoe.training.recompute import recompute_layers
 from ssmoe.training.schedule import learning_rate
 from ssmoe.training.step import StepResult, train_step
@@ -111,7 +113,7 @@ def train(
             create_folder(folder, config, model.backend, data=_describe_data(data))
         if not resume and config.train.backend == "auto" and model.backend == "reference":
             reporter.message(f"slow, on the reference backend: {missing('cpu')}")
-        for line in groups.describe(config.train):
+        for line in (*_outline(config, data, model), *groups.describe(config.train)):
             reporter.message(line)
         with (
             closing(MetricsFile(folder)) as metrics,
@@ -231,6 +233,11 @@ def _next(run: _Run, cursor: Cursor) -> tuple[Batch, Cursor]:
         mask_id = run.model.config.vocab_size - 1
         batch = hide(batch, mask_id=mask_id, fraction=data.mask_fraction, seed=data.seed, number=cursor.rows)
     return batch, after
+
+
+def _outline(config: RunConfig, data: Prepared, model: LM) -> list[str]:
+    device = device_name(config.train.device)
+    return outline(config, text_tokens=data.train.num_tokens, backend=model.backend, device=device)
 
 
 def _describe_data(data: Prepared) -> dict[str, str | int]:
