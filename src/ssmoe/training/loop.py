@@ -32,6 +32,7 @@ from ssmoe.training.checkpoint import (
     start_from,
 )
 from ssmoe.training.console import Reporter, Silent
+from ssmoe.training.diagnosis import where_not_finite
 from ssmoe.training.folder import (
     check_data,
     create_folder,
@@ -46,7 +47,7 @@ from ssmoe.training.optimizer import build_optimizer, parameter_groups
 from ssmoe.training.outline import outline
 from ssmoe.training.recompute import recompute_layers
 from ssmoe.training.schedule import learning_rate
-from ssmoe.training.step import StepResult, train_step
+from ssmoe.training.step import StepResult, accumulate, inputs_of, train_step
 
 Evaluate = Callable[[LM], Mapping[str, float]]
 """The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
@@ -169,12 +170,15 @@ def _loop(
         journal.begin()
         batch, cursor = _next(run, progress.cursor)
         rate = learning_rate(train, step - 1)
-        result = take(batch, rate, state)
+        before, result = state, take(batch, rate, state)
         state = result.state
         if run.average is not None:
             run.average.update(step)
         tokens += batch.ids.size
-        journal.add(Taken(step, tokens, batch.ids.size, rate), result)
+        try:
+            journal.add(Taken(step, tokens, batch.ids.size, rate), result)
+        except Diverged as error:
+            raise Diverged(f"{error}{_explain(run, batch, before)}") from None
         if step % train.eval_every == 0 or step == train.steps:
             journal.settle()
             journal.write(eval_record(step, tokens, journal.seconds, _evaluate(run)))
@@ -198,6 +202,16 @@ def _loop(
         if last:
             break
     return progress
+
+
+def _explain(run: _Run, batch: Batch, state: State | None) -> str:
+    """Where a step left the numbers; nothing where its weights have been written over."""
+    device = run.model.embedding.weight.device
+    if device.type != "cpu":
+        return ""
+    inputs = inputs_of(batch, device, isolate=run.config.data.isolate_documents)
+    train = run.config.train
+    return f"; {where_not_finite(run.model, lambda: accumulate(run.model, inputs, train, state))}"
 
 
 def _evaluate(run: _Run) -> Mapping[str, float]:
