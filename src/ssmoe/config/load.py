@@ -39,6 +39,9 @@ _LAYERS: dict[str, type[Frozen]] = {
 }
 
 
+_ALL_LAYERS = 'set all layers, as in model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 512}]'
+
+
 class RunConfig(Frozen):
     """Everything that defines a run."""
 
@@ -86,7 +89,8 @@ def preset_names() -> list[str]:
 def preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A shipped preset with `key=value` overrides, such as "model.repeat=4" or "model.pattern.moe.top_k=2".
 
-    Raises ValueError for an unknown preset or key, naming the nearest, or for a value that does not fit.
+    Raises ValueError for an unknown preset or key, naming the nearest, or for a value that does not fit;
+    TypeError for overrides that are no list of texts.
     """
     if name not in preset_names():
         raise ValueError(
@@ -117,6 +121,10 @@ def load_run(preset_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _run_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunConfig:
+    if isinstance(overrides, (str, dict)):
+        raise TypeError(
+            f'overrides is a {type(overrides).__name__}: give a list, such as ["train.steps=100"]'
+        )
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -148,9 +156,11 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> No
             for target in targets:
                 target[segment] = value
             return
-        if segment == "pattern" and len(path) > i + 2:
+        if segment == "pattern":
             layers = cast(list[dict[str, Any]], targets[0]["pattern"])
             targets = _pick_layers(layers, path[i + 1], key)
+            if len(path) == i + 2:
+                raise ValueError(f"{key!r} is a whole layer: name a field of it, or {_ALL_LAYERS}")
             kinds = {cast(str, target["kind"]) for target in targets}
             model = _LAYERS[kinds.pop()]
             _assign_layers(targets, model, path[i + 2 :], value, key)
@@ -169,7 +179,9 @@ def _assign_layers(
     if len(path) == 2 and isinstance(section, type) and issubclass(section, BaseModel):
         inner = [cast(dict[str, Any], target.setdefault(path[0], {})) for target in targets]
         return _assign_layers(inner, section, path[1:], value, key)
-    if len(path) != 1 or path[0] not in model.model_fields or path[0] == "kind":
+    if path == ["kind"]:
+        raise ValueError(f"{key!r}: a layer's other fields belong to its kind: {_ALL_LAYERS}")
+    if len(path) != 1 or path[0] not in model.model_fields:
         prefix = key.removesuffix("." + ".".join(path))
         raise ValueError(f"unknown key {key!r}{_nearest_key(prefix, path[0], model)}")
     for target in targets:
