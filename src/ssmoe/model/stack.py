@@ -86,7 +86,6 @@ def run(
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
     alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
-    alone = alone and not in_place
     joined = x.shape[1] > 1 and not in_place
     pending: Tensor | None = None
     stream, ops = x.dtype, None
@@ -94,7 +93,7 @@ def run(
     while i < len(layers):
         count = _equal_mambas(layers, i, cast(State, state), dtype) if alone else 0
         if count > 1:
-            x, found = _step(layers[i : i + count], x, cast(State, state)[i : i + count])
+            x, found = _step(layers[i : i + count], x, cast(State, state)[i : i + count], in_place)
             states += found
             stats += [None] * count
             i += count
@@ -153,15 +152,21 @@ def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: 
     return len(layers) - begin
 
 
-def _step(layers: Sequence[nn.Module], x: Tensor, state: State) -> tuple[Tensor, list[LayerState]]:
+def _step(
+    layers: Sequence[nn.Module], x: Tensor, state: State, in_place: bool
+) -> tuple[Tensor, list[LayerState]]:
     plain = [cast(Residual, layer) for layer in layers]
     norms = [cast(RMSNorm | LayerNorm, layer._modules["norm"]) for layer in plain]
     mixers = [cast(Mamba, layer._modules["layer"]) for layer in plain]
+    convs = [cast(MambaState, kept).conv for kept in state]
+    ssms = [cast(MambaState, kept).ssm for kept in state]
+    outs = {"out_convs": convs, "out_ssms": ssms} if in_place else {}
     y, convs, ssms = mixers[0].ops.mamba_steps(
         x.squeeze(1),
         [mixer.step_weights(norm) for mixer, norm in zip(mixers, norms, strict=True)],
         norm_eps=norms[0].eps,
-        conv_states=[cast(MambaState, kept).conv for kept in state],
-        ssm_states=[cast(MambaState, kept).ssm for kept in state],
+        conv_states=convs,
+        ssm_states=ssms,
+        **outs,
     )
     return y.unsqueeze(1), [MambaState(conv, ssm) for conv, ssm in zip(convs, ssms, strict=True)]
