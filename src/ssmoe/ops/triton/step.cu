@@ -64,6 +64,14 @@ __device__ __forceinline__ void passed(u64* barrier, u32 parity) {
     asm volatile("{ .reg .pred p;\n WAIT%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra WAIT%=;\n }"
                  ::"r"(shared_address(barrier)), "r"(parity & 1) : "memory");
 }
+// one lane of a warp that has come together, by an instruction that tells the compiler so
+__device__ __forceinline__ bool chosen(int) {
+    u32 is;
+    asm volatile("{ .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n }" : "=r"(is));
+    return is;
+}
+// what this thread read of shared memory comes before what the copy engine writes after a later arrival
+__device__ __forceinline__ void done_reading() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
@@ -136,7 +144,8 @@ constexpr int AT_LOWSUMS = AT_SUMS + up16(4 * OUTPUTS * ROWS * SUMS);  // float 
 constexpr int AT_INNER = AT_LOWSUMS + up16(4 * RX * ROWS * SUMS);  // float [ROWS][CC]
 constexpr int AT_LOW = AT_INNER + 4 * ROWS * CC;           // float [ROWS][P]
 constexpr int AT_NORMS = AT_LOW + 4 * ROWS * P;            // float [2][ROWS][WARPS]
-constexpr int END = AT_NORMS + 8 * ROWS * WARPS;
+constexpr int AT_EPOCH = AT_NORMS + 8 * ROWS * WARPS;      // u32
+constexpr int END = AT_EPOCH + 16;
 static_assert(END == SHARED_BYTES, "step_cuda.py counts the same");
 
 // What blocks exchange, words of 64 bits
@@ -214,7 +223,7 @@ struct Ring {
 
 // One warp's part: the block's weights in the order in which they are multiplied.
 // At most WINDOW stages are under way: what else the block reads would wait behind them.
-__device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int lane, int rows, u32 bytes, int stride, const char* first,
+__device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int rows, u32 bytes, int stride, const char* first,
                                       i64 step, int jump, i64 far) {
     // row i comes from first + i step, from row `jump` on from `far` bytes further
     if (ring.round > 0) passed(&ring.empty[ring.slot], ring.round - 1);
@@ -222,14 +231,13 @@ __device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int l
         passed(&behind.full[behind.slot], behind.round);
         behind.next();
     }
-    if (lane == 0) expect(&ring.full[ring.slot], rows * bytes);
-    WARP_BARRIER();
+    expect(&ring.full[ring.slot], rows * bytes);
     char* to = ring.memory + ring.slot * SLOT;
-    for (int i = lane; i < rows; i += 32)
+    for (int i = 0; i < rows; i++)
         copy_by_engine(to + i * stride, first + i * step + (i >= jump ? far : 0), bytes, &ring.full[ring.slot]);
     ring.next();
 }
-__device__ __forceinline__ void stream(const Arguments& a, char* memory, Ring ring, int lane) {
+__device__ __forceinline__ void stream(const Arguments& a, char* memory, Ring ring) {
     Ring behind = ring;
     int sent = 0;
     const int block = blockIdx.x;
@@ -237,40 +245,39 @@ __device__ __forceinline__ void stream(const Arguments& a, char* memory, Ring ri
     for (int l = 0; l < (int)a.layers; l++) {
         const Layer& layer = a.layer[l];
         if (l > 0) passed(&small[1], l - 1);
-        if (lane == 0) expect(&small[0], SMALL);
-        WARP_BARRIER();
-        auto part = [&](int who, int to, const float* from, int count) {
-            if (lane == who) copy_by_engine(memory + to, from, 4 * count, &small[0]);
+        expect(&small[0], SMALL);
+        auto part = [&](int to, const float* from, int count) {
+            copy_by_engine(memory + to, from, 4 * count, &small[0]);
         };
-        part(0, AT_WEIGHT, layer.norm, D);
-        if (LAYERNORM) part(1, AT_WEIGHT + 4 * D, layer.norm_bias, D);
-        part(2, AT_TAPS, layer.taps + block * CC * (TAPS + 1), CC * (TAPS + 1));
-        part(3, AT_SHIFT, layer.shift + block * CC, CC);
-        part(4, AT_SKIP, layer.skip + block * CC, CC);
-        part(5, AT_BIAS, layer.bias + block * CC, CC);
-        part(6, AT_A, layer.A_log + block * CC * N, CC * N);
+        part(AT_WEIGHT, layer.norm, D);
+        if (LAYERNORM) part(AT_WEIGHT + 4 * D, layer.norm_bias, D);
+        part(AT_TAPS, layer.taps + block * CC * (TAPS + 1), CC * (TAPS + 1));
+        part(AT_SHIFT, layer.shift + block * CC, CC);
+        part(AT_SKIP, layer.skip + block * CC, CC);
+        part(AT_BIAS, layer.bias + block * CC, CC);
+        part(AT_A, layer.A_log + block * CC * N, CC * N);
         UNROLL for (int r = 0; r < ROWS; r++)
-            part(7 + r, AT_STATE + 4 * r * CC * N, layer.ssm + ((i64)r * C + block * CC) * N, CC * N);
+            part(AT_STATE + 4 * r * CC * N, layer.ssm + ((i64)r * C + block * CC) * N, CC * N);
 
         auto enter = [&](int from, int to) {
             const char* in = (const char*)(layer.in_proj + (i64)block * CC * D);
             for (int t = from; t < to; t++) {
                 int begin = t * RI;
                 for (int q = 0; q < QI; q++)
-                    bring(ring, behind, sent, lane, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D,
+                    bring(ring, behind, sent, RI, 2 * KI, ROW_I, in + 2 * ((i64)begin * D + q * KI), 2 * D,
                           CC - begin, 2 * (i64)(C - CC) * D);
             }
         };
         enter(0, TI + EARLY);
         if (block * RX < P)
-            bring(ring, behind, sent, lane, RX, 2 * C, ROW_X, (const char*)(layer.x_proj + (i64)block * RX * C), 2 * C,
+            bring(ring, behind, sent, RX, 2 * C, ROW_X, (const char*)(layer.x_proj + (i64)block * RX * C), 2 * C,
                   RX, 0);
         enter(TI + EARLY, 2 * TI);
-        bring(ring, behind, sent, lane, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)block * CC * R), 0, 1, 0);
+        bring(ring, behind, sent, 1, 2 * CC * R, 0, (const char*)(layer.delta_proj + (i64)block * CC * R), 0, 1, 0);
         const char* out = (const char*)(layer.out_proj + (i64)block * DO * C);
         for (int t = 0; t < TO; t++)
             for (int q = 0; q < QO; q++)
-                bring(ring, behind, sent, lane, RO, 2 * KO, ROW_O, out + 2 * ((i64)t * RO * C + q * KO), 2 * C, RO, 0);
+                bring(ring, behind, sent, RO, 2 * KO, ROW_O, out + 2 * ((i64)t * RO * C + q * KO), 2 * C, RO, 0);
     }
 }
 
@@ -300,6 +307,7 @@ __device__ __forceinline__ void multiply_all(Ring& ring, const char* factor, flo
                 UNROLL for (int s = 0; s < AT_ONCE; s++) UNROLL for (int m = 0; m < MT; m++)
                     multiply(d[m][s], w[s][m], b[s]);
             }
+            done_reading();
             WARP_BARRIER();
             if (lane == 0) arrive(&ring.empty[ring.slot]);
             ring.next();
@@ -330,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     }
     WHOLE_BARRIER();
     if (warp == WARPS) {
-        stream(a, memory, ring, lane);
+        if (chosen(lane)) stream(a, memory, ring);
         return;
     }
     const float* weight = (const float*)(memory + AT_WEIGHT);
@@ -341,7 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
     float* low = (float*)(memory + AT_LOW);
     float* norms = (float*)(memory + AT_NORMS);
     u64* words = a.words;
-    const u32 epoch = (u32)look(words);
+    u32 epoch = 0;
+    if (tid == 0) *(u32*)(memory + AT_EPOCH) = (u32)look(words);
     // the copy of what all blocks read that this one reads: fewer blocks meet at one place
     const int copy = block % COPIES;
     const u64 *own_x = words + AT_X + copy * ROWS * D, *own_y = words + AT_Y + copy * ROWS * (C / 2),
@@ -383,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
 
     for (int l = 0; l < layers; l++) {
         const Layer& layer = a.layer[l];
-        const u32 flag = epoch + 1 + l;
+        u32 flag = epoch + 1 + l;
         // the norm of x, which all blocks made
         float x[ROWS][XV];
         UNROLL for (int q = 0; q < ROWS; q += TWO) {
@@ -435,6 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
             }
         }
         BARRIER();
+        if (l == 0) epoch = *(const u32*)(memory + AT_EPOCH), flag = epoch + 1;
         multiply_all<TI, RI, QI, KI, STRIDE_H>(ring, factor, sums, warp, lane);
         BARRIER();
 
@@ -511,6 +521,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) steps(const __grid
                 }
             }
         }
+        done_reading();
         WARP_BARRIER();
         if (lane == 0) arrive(&ring.empty[ring.slot]), arrive(&small[1]);
         ring.next();

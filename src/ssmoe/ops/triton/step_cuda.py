@@ -154,7 +154,7 @@ def shared_bytes(sizes: Sizes, found: Cut, rows: int, layernorm: bool) -> int:
     def sums(outputs: int) -> int:
         return -(-4 * outputs * rows * (WARPS + 1) // 16) * 16
 
-    total = found.stages * (_slot(sizes, found) + 16) + 16
+    total = found.stages * (_slot(sizes, found) + 16) + 32
     total += 4 * d * (1 + layernorm) + 4 * own * (taps + 4 + n + rows * n) + rows * (2 * (c + d) + 32)
     return total + sums(max(2 * own, outs)) + sums(-(-p // found.blocks)) + 4 * rows * (own + p + 2 * WARPS)
 
@@ -179,15 +179,15 @@ _words: dict[tuple[torch.device, int], Tensor] = {}
 def _exchange(x: Tensor, size: int) -> Tensor:
     """At least `size` 64-bit words through which blocks exchange numbers; one set a stream, whose kernels run in turn.
 
-    They begin as zeros. The first counts the layers so far, by which a launch knows its own numbers.
+    They begin as zeros. The first counts the layers so far, by which a launch knows its own numbers. A launch that is
+    being captured has words of its own, which its graph clears at each replay: graphs may be replayed side by side.
     """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int64, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     found = _words.get((x.device, stream))
     if found is None or found.numel() < size:
-        found = torch.zeros(size, dtype=torch.int64, device=x.device)
-        # memory taken during a capture belongs to its graph, which clears it each time
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _words[x.device, stream] = found
+        found = _words[x.device, stream] = torch.zeros(size, dtype=torch.int64, device=x.device)
     return found
 
 
