@@ -121,3 +121,33 @@ def test_layers_in_place_again_and_alone(b: int) -> None:
         assert torch.equal(one, two)
         assert torch.equal(one, three)
         assert torch.equal(one[b - some :], four)
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+@torch.no_grad()
+def test_layers_in_one_call_have_equal_bits_in_graphs_and_beside_other_kernels(b: int) -> None:
+    given = [inputs(Case(b, 2560, 5120, 16, 4, 160), torch.bfloat16, "cuda") for _ in range(3)]
+    steps = load("triton").mamba_steps
+    once = in_turn(given, steps)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def again(times: int) -> None:
+        for _ in range(times):
+            for found, expected in zip(in_turn(given, steps), once, strict=True):
+                different.add_((found != expected).any())
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again(10)
+    beside = torch.cuda.Stream()
+    matrix = torch.randn(2048, 2048, device="cuda")
+    for turn in range(40):
+        with torch.cuda.stream(beside):
+            for _ in range(turn % 8):
+                torch.sin_(matrix @ matrix)
+        graph.replay()
+        again(turn % 3)
+    torch.cuda.synchronize()
+    assert int(different) == 0

@@ -1,7 +1,7 @@
 // One token of a few rows through equal Mamba sub-layers, x + mixer(norm(x)) each, all layers in one launch.
 //
 // G blocks stay on the GPU, one a multiprocessor. A block owns C / G channels (their rows of in_proj and delta_proj,
-// their states), D / G outputs of out_proj and up to RX of x_proj. One warp streams the block's weights, layer after
+// their states), D / G outputs of out_proj and up to RX of x_proj. One thread streams the block's weights, layer after
 // layer, into a ring of shared memory; weights depend on nothing, so the stream goes on while the blocks exchange
 // results. The other warps multiply what has come, 16 x 16 weights a matrix instruction, rows of the batch as its
 // columns.
@@ -10,6 +10,28 @@
 // flag has the number, so no barrier of the grid is needed. A layer has four exchanges: the convolution's outputs,
 // which are under way while the first gates are made; x_proj's, while the other gates are; out_proj's inputs; x.
 // The order of every sum is fixed and no sum depends on the number of rows.
+//
+// What orders reads and writes of the same place:
+//
+// A stage of the ring, and what a layer reads but once: the copy engine writes, all warps read. Written before read:
+// every thread that reads waits for `full` itself, whose phase ends when all the bytes announced have come. Read before
+// written again: a lane's reads, its fence, the warp's barrier, lane 0's arrival at `empty`, the streaming thread's wait
+// for all sixteen, its next copy. Only that thread announces and copies, so its own order needs nothing. Neither barrier
+// can get two phases ahead: phase i + 1 of `full` needs phase i of `empty`, which needs phase i of `full`.
+//
+// Other shared memory: the sixteen warps write and read, and a BARRIER lies between each write and its reads, and
+// between those and the next write. For sums: those that the convolution reads are first overwritten by out_proj's,
+// those of the gates by out_proj's and the next layer's, after two barriers at least.
+//
+// Words: a number and its flag are one word, so a reader needs no order among words. In layer l a block reads all of
+// X(l - 1), sends V(l), reads all V(l), sends totals T(l), reads all T(l), sends Y(l), reads all Y(l), sends X(l), with a
+// BARRIER between what all its threads read and what any of them sends next. So a word may be written again a layer
+// later: whoever sends V(l + 1) has read X(l) of every block, which each sent after reading V(l) and T(l); T(l + 1) is sent
+// after reading V(l + 1), X(l + 1) after Y(l + 1), and both of those each block sends after reading X(l), hence Y(l).
+// The epoch is read before a block's first BARRIER and written by block 0 after it read every block's last Y.
+//
+// States may be written in place: a thread writes those that it read, the scan's after their copy has come. States of
+// different layers share no memory.
 //
 // Compiled at run time; step_cuda.py sets the macros D C R N TAPS ROWS G XBF LAYERNORM MAXL RI KI RO KO STAGES WINDOW
 // COPIES SHARED_BYTES. RI, RO: rows of a tile of in_proj and out_proj; KI, KO: its columns. XBF: x is bfloat16.
@@ -70,7 +92,8 @@ __device__ __forceinline__ bool chosen(int) {
     asm volatile("{ .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n }" : "=r"(is));
     return is;
 }
-// what this thread read of shared memory comes before what the copy engine writes after a later arrival
+// What this thread read of shared memory comes before what the copy engine writes after a later arrival. Without the
+// fence the compiler lets a warp arrive while its matrices are still on their way.
 __device__ __forceinline__ void done_reading() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void copy_by_engine(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -221,7 +244,7 @@ struct Ring {
     }
 };
 
-// One warp's part: the block's weights in the order in which they are multiplied.
+// One thread's part: the block's weights in the order in which they are multiplied.
 // At most WINDOW stages are under way: what else the block reads would wait behind them.
 __device__ __forceinline__ void bring(Ring& ring, Ring& behind, int& sent, int rows, u32 bytes, int stride, const char* first,
                                       i64 step, int jump, i64 far) {

@@ -21,7 +21,7 @@ MOST_LAYERS = 64
 """Layers of a launch, whose pointers are its parameters; more layers are several launches."""
 COPIES = 2
 """Of what all blocks read, so that fewer of them meet at one place."""
-WINDOW = 8
+WINDOW = 3
 """Stages of weights under way at a time, of a ring that may have more: what else a block reads waits behind them."""
 LEAST_STAGES = 4
 
