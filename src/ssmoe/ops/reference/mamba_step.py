@@ -72,7 +72,7 @@ def mamba_steps(
     """`mamba_step` through several layers of one shape: the last y, and the states after this token.
 
     layers: of each the norm's weight and bias (or None), then in_proj to out_proj as in `mamba_step`.
-    out_convs and out_ssms receive the states and may be conv_states and ssm_states; two layers share no memory.
+    out_convs and out_ssms receive the states; they may be conv_states and ssm_states. Layers share no memory.
     """
     return in_turn(
         mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states,
