@@ -92,7 +92,6 @@ def run(
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
     alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
-    alone = alone and out_state is None
     joined = x.shape[1] > 1 and out_state is None
     pending: Tensor | None = None
     stream, ops = x.dtype, None
@@ -100,7 +99,9 @@ def run(
     while i < len(layers):
         count = _equal_mambas(layers, i, cast(State, state), dtype) if alone else 0
         if count > 1:
-            x, found = _step(layers[i : i + count], x, cast(State, state)[i : i + count])
+            some = slice(i, i + count)
+            outs = None if out_state is None else out_state[some]
+            x, found = _step(layers[some], x, cast(State, state)[some], outs)
             states += found
             stats += [None] * count
             i += count
@@ -159,15 +160,21 @@ def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: 
     return len(layers) - begin
 
 
-def _step(layers: Sequence[nn.Module], x: Tensor, state: State) -> tuple[Tensor, list[LayerState]]:
+def _step(
+    layers: Sequence[nn.Module], x: Tensor, state: State, out_state: State | None
+) -> tuple[Tensor, list[LayerState]]:
     plain = [cast(Residual, layer) for layer in layers]
     norms = [cast(RMSNorm | LayerNorm, layer._modules["norm"]) for layer in plain]
     mixers = [cast(Mamba, layer._modules["layer"]) for layer in plain]
+    kept = cast(Sequence[MambaState], state)
+    outs = cast(Sequence[MambaState] | None, out_state)
     y, convs, ssms = mixers[0].ops.mamba_steps(
         x.squeeze(1),
         [mixer.step_weights(norm) for mixer, norm in zip(mixers, norms, strict=True)],
         norm_eps=norms[0].eps,
-        conv_states=[cast(MambaState, kept).conv for kept in state],
-        ssm_states=[cast(MambaState, kept).ssm for kept in state],
+        conv_states=[layer.conv for layer in kept],
+        ssm_states=[layer.ssm for layer in kept],
+        out_convs=None if outs is None else [layer.conv for layer in outs],
+        out_ssms=None if outs is None else [layer.ssm for layer in outs],
     )
     return y.unsqueeze(1), [MambaState(conv, ssm) for conv, ssm in zip(convs, ssms, strict=True)]
