@@ -41,4 +41,4 @@ $(DEV_STAMP): $(STAMP)
 clean:
 	rm -rf $(VENV) build dist runs .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf src/*.egg-info src/ssmoe/ops/cpu/*.so
+	rm -rf src/*.egg-info src/ssmoe/ops/cpu/*.so src/ssmoe/ops/cpu/_not_built.txt

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -7,7 +8,10 @@ from rich.console import Console
 
 import ssmoe
 from ssmoe import api
-from ssmoe.api import Interrupted, compare, train
+from ssmoe.api import Interrupted, compare, evaluator, train
+from ssmoe.data.prepare import prepare
+from ssmoe.eval.perplexity import HeldOut
+from ssmoe.model.build import build
 from ssmoe.training import loop
 from ssmoe.training.metrics import read_metrics
 
@@ -92,6 +96,30 @@ def test_an_interrupted_comparison_names_its_own_command(tiny_run, tmp_path, mon
     found = compare(runs, tmp_path, resume=True)
     assert [row.name for row in found.rows] == ["a", "b"]
     assert json.loads((tmp_path / "compare.json").read_text())["baseline"] == "a"
+
+
+def test_a_comparison_goes_on_from_a_run_that_had_no_checkpoint_yet(tiny_run, tmp_path):
+    runs = [tiny_run("name=a"), tiny_run("name=b", "model.pattern.moe.num_experts=2")]
+    first = compare(runs, tmp_path)
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    found = compare(runs, tmp_path, resume=True)
+    assert [row.final_loss for row in found.rows] == [row.final_loss for row in first.rows]
+
+
+def test_held_out_text_is_scored_as_the_run_says(tiny_run, monkeypatch):
+    asked = []
+
+    def note(model, corpus, **options):
+        asked.append((corpus, options))
+        return HeldOut(2.0, 7.4, 3.0, 5)
+
+    monkeypatch.setattr(api, "evaluate", note)
+    run = tiny_run("data.isolate_documents=false", "train.eval_rows=3", "data.mask_fraction=0.25")
+    data = prepare(run.data)
+    found = evaluator(run, data)(build(run.model))
+    assert found == {"held_out_loss": 2.0, "held_out_bits_per_byte": 3.0, "held_out_targets": 5}
+    options = {"context": 32, "batch_size": 2, "rows": 3, "isolate": False, "mask_fraction": 0.25}
+    assert asked == [(data.held_out, options)]
 
 
 def test_an_interrupted_comparison_does_not_promise_what_is_not_saved(tiny_run, tmp_path, monkeypatch):

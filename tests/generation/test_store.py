@@ -45,6 +45,13 @@ def test_the_longest_prefix_is_found(tmp_path):
     assert store.get([1, 2 + (1 << 16)]) is None
 
 
+def test_a_state_of_several_rows_is_refused(tmp_path):
+    store, ids = store_of(tmp_path), torch.tensor([[1, 2], [1, 3]])
+    with pytest.raises(ValueError, match=r"a state of 2 rows: pick one with ssmoe\.state\.select"):
+        store.put([1, 2], MODEL(ids).state)
+    assert store.num_bytes() == 0
+
+
 def test_models_and_tokenizers_do_not_meet(tmp_path):
     store_of(tmp_path).put([1, 2], state_of([1, 2]))
     other = build(small("mamba", vocab_size=257), seed=1).eval()

@@ -68,6 +68,24 @@ def test_bfloat16_compute_keeps_float32_parameters_and_residual() -> None:
     assert (out.logits.double() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_residual_stream_is_as_wide_as_asked_for(wide: bool) -> None:
+    model, seen = build(small("hybrid", residual_float32=wide), dtype=torch.bfloat16), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    model(IDS)
+    assert set(seen) == {torch.float32 if wide else torch.bfloat16}
+    assert len(seen) == len(model.layers)
+
+
+def test_whatever_stands_in_the_padding_is_not_read() -> None:
+    model, segments = build(small("mamba")), Segments.ragged([3, 5])
+    ids = IDS[:2, :5].clone()
+    expected = model(ids, segments=segments).logits
+    ids[0, 3:] = -1
+    assert torch.equal(model(ids, segments=segments).logits, expected)
+
+
 def test_a_model_cast_to_bfloat16_still_runs() -> None:
     model = build(small("moe-mamba")).to(torch.bfloat16)
     protected = {n: p.dtype for n, p in model.named_parameters() if ".ssm." in n or ".router." in n}
@@ -152,6 +170,30 @@ def test_a_state_of_another_model_is_refused() -> None:
     state = build(small("mamba", repeat=1)).init_state(3)
     with pytest.raises(ValueError, match="1 layers and the model 2"):
         build(small("mamba"))(IDS, state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@torch.no_grad()
+def test_a_state_kept_in_float32_is_read_in_the_compute_dtype(backend: str) -> None:
+    wide = build(small("mamba"), backend=backend).eval()(IDS).state
+    model = build(small("mamba"), backend=backend, dtype=torch.bfloat16).eval()
+    narrow = tuple(layer._replace(conv=layer.conv.bfloat16()) for layer in wide)
+    found, expected = (model(IDS[:, :1], state) for state in (wide, narrow))
+    assert torch.equal(found.logits, expected.logits)
+    assert [layer.conv.dtype for layer in found.state] == [torch.bfloat16] * len(wide)
+
+
+@pytest.mark.parametrize("other", [{"d_state": 3}, {"dt_rank": 2}, {"d_conv": 3}, {"expand": 1.0}])
+@torch.no_grad()
+def test_neighbouring_mambas_of_two_sizes_decode_as_they_read(other: dict[str, float]) -> None:
+    pattern = [{"kind": "mamba", "d_state": 5}, {"kind": "mamba", "d_state": 5, **other}]
+    model = build(small("mamba", pattern=pattern)).double().eval()
+    state, found = None, []
+    for column in IDS.unbind(1):
+        out = model(column.unsqueeze(1), state)
+        found.append(out.logits)
+        state = out.state
+    torch.testing.assert_close(torch.cat(found, 1), model(IDS).logits, rtol=0, atol=1e-9)
 
 
 def seen_too_early(model: LM, ids: torch.Tensor, t: int) -> tuple[float, float, float]:

@@ -96,6 +96,20 @@ def test_loaded_tensors_lie_where_torch_puts_its_own(tmp_path) -> None:
     assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("name", ["hybrid", "moe-fine", "rom", "inner-moe", "s4d"])
+@torch.no_grad()
+def test_what_is_cast_at_every_use_is_held_in_the_compute_dtype_and_nothing_else(tmp_path, name: str) -> None:
+    config = small(name, norm="layernorm", tied_embeddings=False, head_bias=True)
+    model = build(config, seed=5, dtype=torch.bfloat16).eval()
+    save_weights(model, tmp_path)
+    loaded = load_weights(tmp_path, dtype=torch.bfloat16)
+    expected = model(IDS).logits
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+    wide = {key for key, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32}
+    kept = ("norm.", ".conv.", ".ssm.", ".router.", ".routers.")
+    assert wide == {key for key in loaded.state_dict() if any(part in f".{key}" for part in kept)}
+
+
 def test_a_value_that_is_none_is_named(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"d_model": 16', '"d_model": -1'))

@@ -12,6 +12,14 @@ def test_auto_on_a_cpu_loads() -> None:
     assert loaded.name in ops.BACKENDS
 
 
+def test_auto_on_a_cpu_without_kernels_is_the_reference_and_a_name_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ops.extension, "missing", lambda: "not built")
+    assert ops.resolve("auto", "cpu") == "reference"
+    assert ops.resolve("cpu", "cpu") == "cpu"
+
+
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match="'native' is not one of: auto, reference"):
         ops.resolve("native", "cpu")

@@ -110,6 +110,14 @@ def test_what_is_no_number_is_never_written(journal, tmp_path, at_once):
     assert [r["step"] for r in read_metrics(tmp_path)] == [1]
 
 
+def test_a_gradient_that_is_no_number_is_told_with_a_finite_loss(journal, tmp_path):
+    book, _ = journal(at_once=True)
+    book.begin()
+    with pytest.raises(Diverged, match="grad_norm is inf at step 1; there is no checkpoint yet"):
+        book.add(taken(1), result()._replace(grad_norm=torch.tensor(float("inf"))))
+    assert read_metrics(tmp_path) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

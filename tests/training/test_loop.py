@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from itertools import pairwise
 
@@ -249,6 +250,26 @@ def test_windows_of_a_step_go_on_from_the_step_before(tiny_run, tmp_path, monkey
         assert before.ids.shape == (4, 32)
         assert (before.targets[:, -1] == after.ids[:, 0]).all()
         assert begun is ended is not None
+
+
+def test_no_checkpoint_is_ahead_of_the_lines_on_the_disk(tiny_run, tmp_path, monkeypatch):
+    """Else a power cut could leave steps without lines, which a resumed run would never write."""
+    run, kept = tiny_run(), []
+
+    def note(file):
+        if os.fstat(file).st_ino == (tmp_path / "r" / "metrics.jsonl").stat().st_ino:
+            kept.append((tmp_path / "r" / "metrics.jsonl").read_text().count("\n"))
+
+    def look(*args, **kwargs):
+        assert kept[-1] == len(read_metrics(tmp_path / "r"))
+        return whole(*args, **kwargs)
+
+    whole = module.save_checkpoint
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(module, "save_checkpoint", look)
+    train(run, tmp_path / "r", prepare(run.data), evaluate=evaluate)
+    # after steps 3 and 6, each with its evaluation
+    assert kept == [4, 8]
 
 
 def test_a_run_without_checkpoints_leaves_its_metrics(tiny_run, tmp_path):

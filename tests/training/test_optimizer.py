@@ -262,19 +262,17 @@ def test_the_norm_of_narrow_gradients_is_a_wide_one():
     assert float(norm) == pytest.approx(float(exact), rel=1e-6)
 
 
-def _moe(micro: int | None = None) -> tuple[torch.nn.Module, TrainConfig, torch.optim.Optimizer]:
-    train = TrainConfig(
-        steps=1, batch_size=4, micro_batch_size=micro, learning_rate=1e-3, precision="bfloat16"
-    )
+def _moe(**changes: int) -> tuple[torch.nn.Module, TrainConfig, torch.optim.Optimizer]:
+    train = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, precision="bfloat16", **changes)
     model = build(small("moe-mamba"), dtype=torch.bfloat16).train()
     return model, train, build_optimizer(parameter_groups(model), train)
 
 
-def _step_and_dtypes(monkeypatch, large: bool, micro: int | None = None) -> tuple[torch.nn.Module, set]:
+def _step_and_dtypes(monkeypatch, *, large: bool, **changes: int) -> tuple[torch.nn.Module, set]:
     """A model after a step, and the dtypes of its banks' gradients."""
     for module in (optimizer_module, adamw_module):
         monkeypatch.setattr(module, "is_large", lambda p: large and p.ndim == 3)
-    model, train, optimizer = _moe(micro)
+    model, train, optimizer = _moe(**changes)
     seen = set()
     for name, parameter in model.named_parameters():
         if role(name, parameter) == "experts":
@@ -298,8 +296,9 @@ def test_large_banks_keep_narrow_gradients(monkeypatch) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
-def test_gradients_that_are_added_up_stay_wide(monkeypatch) -> None:
-    assert _step_and_dtypes(monkeypatch, large=True, micro=2)[1] == {torch.float32}
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 2}, {"tbptt": 2}])
+def test_gradients_that_are_added_up_stay_wide(monkeypatch, changes) -> None:
+    assert _step_and_dtypes(monkeypatch, large=True, **changes)[1] == {torch.float32}
 
 
 def test_a_step_that_fails_leaves_no_narrow_gradient(monkeypatch) -> None:

@@ -5,6 +5,7 @@ from torch import nn
 from ssmoe.data.prepare import prepare
 from ssmoe.model.build import build
 from ssmoe.model.feedforwards.router import Router
+from ssmoe.training import loop
 from ssmoe.training.loop import train
 from ssmoe.training.metrics import TIMES, read_metrics
 from ssmoe.training.recompute import recompute_layers
@@ -42,6 +43,21 @@ def test_gradients_are_those_of_keeping_everything(name, tied):
             torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-12)
 
 
+def test_a_router_draws_the_same_noise_again():
+    pattern = [{**layer.model_dump(), "jitter": 0.5} for layer in small("moe").pattern]
+    ids = torch.randint(60, (8, 13), generator=torch.Generator().manual_seed(0))
+    found = []
+    for recompute in (False, True):
+        model = build(small("moe", pattern=pattern), seed=3).double().train()
+        if recompute:
+            recompute_layers(model)
+        torch.manual_seed(0)
+        model(ids[:, :-1], targets=ids[:, 1:]).loss.total.backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=1e-12)
+
+
 def saved_bytes(name, *, recompute):
     """What autograd keeps of a forward pass, parameters aside."""
     model = build(small(name, repeat=4), seed=3).train()
@@ -69,8 +85,14 @@ def test_less_is_kept(name):
     assert less < 0.6 * kept
 
 
-def test_a_run_with_recomputation_is_the_run_without(tiny_run, tmp_path):
-    lines = []
+def test_a_run_with_recomputation_is_the_run_without(tiny_run, tmp_path, monkeypatch):
+    lines, recomputed = [], []
+
+    def note(model):
+        recomputed.append(model)
+        recompute_layers(model)
+
+    monkeypatch.setattr(loop, "recompute_layers", note)
     for recompute in ("false", "true"):
         run = tiny_run(f"train.recompute={recompute}")
         folder = tmp_path / recompute
@@ -82,6 +104,7 @@ def test_a_run_with_recomputation_is_the_run_without(tiny_run, tmp_path):
         )
         lines.append([{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)])
     assert lines[0] == lines[1]
+    assert len(recomputed) == 1
 
 
 TRITON = """

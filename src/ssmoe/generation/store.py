@@ -55,8 +55,11 @@ class StateStore:
     def put(self, ids: Sequence[int], state: State) -> bool:
         """Keep `state`, of one row, which has read `ids`; False where it is larger than the whole budget.
 
-        Least recently used states, of whatever model, make room.
+        Least recently used states, of whatever model, make room. Raises ValueError for a state of several
+        rows.
         """
+        if (rows := next((leaf.shape[0] for layer in state for leaf in layer), 1)) != 1:
+            raise ValueError(f"a state of {rows} rows: pick one with ssmoe.state.select")
         key = next(iter(self._keys(ids, [len(ids)]).values()))
         path = self.folder / f"{key}{_SUFFIX}"
         with self._locked() as index:

@@ -217,6 +217,8 @@ def _loop(
             journal.settle()
         progress = Progress(step, tokens, cursor, journal.seconds)
         if saves:
+            # a checkpoint on the disk whose lines are not would leave a gap in a resumed run's
+            metrics.sync()
             save_checkpoint(
                 run.folder,
                 run.model,

@@ -76,6 +76,10 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Have every line on the disk, whatever happens to the machine."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
