@@ -247,7 +247,8 @@ class ExpertChoiceConfig(RoutingConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_choices(self.bank[2] if self.mode == "token_choice" else 2)
+        num_choices = self.bank[2]
+        self._check_choices(num_choices if self.mode == "token_choice" else 2)
         if self.group == "batch" and not self.allow_noncausal_routing:
             raise ValueError(
                 'group="batch" lets the choice for a token depend on later ones: use group="position", '
@@ -292,7 +293,8 @@ class MoTConfig(RoutingConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_choices(self.bank[2] if self.mode == "token_choice" else 2)
+        num_choices = self.bank[2]
+        self._check_choices(num_choices if self.mode == "token_choice" else 2)
         return self
 
 

@@ -26,7 +26,7 @@ from ssmoe.config.model import (
 )
 from ssmoe.config.train import TrainConfig
 
-_LAYERS: dict[str, type[Frozen]] = {
+LAYERS: dict[str, type[Frozen]] = {
     "mamba": MambaConfig,
     "s4d": S4DConfig,
     "attention": AttentionConfig,
@@ -39,7 +39,7 @@ _LAYERS: dict[str, type[Frozen]] = {
 }
 
 
-_ALL_LAYERS = 'set all layers, as in model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 512}]'
+_ALLLAYERS = 'set all layers, as in model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 512}]'
 
 
 class RunConfig(Frozen):
@@ -117,6 +117,11 @@ def load_run(preset_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no sections: it needs at least [model]")
+    if values.keys() == {"format", "model"}:
+        raise ValueError(
+            f"{path} is of a checkpoint folder, not of a run: to train on from its weights, name a preset of "
+            f"the same sizes and train.init_from={path.parent}"
+        )
     return _run_config({"name": path.stem, **values}, overrides, str(path))
 
 
@@ -160,9 +165,9 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> No
             layers = cast(list[dict[str, Any]], targets[0]["pattern"])
             targets = _pick_layers(layers, path[i + 1], key)
             if len(path) == i + 2:
-                raise ValueError(f"{key!r} is a whole layer: name a field of it, or {_ALL_LAYERS}")
+                raise ValueError(f"{key!r} is a whole layer: name a field of it, or {_ALLLAYERS}")
             kinds = {cast(str, target["kind"]) for target in targets}
-            model = _LAYERS[kinds.pop()]
+            model = LAYERS[kinds.pop()]
             _assign_layers(targets, model, path[i + 2 :], value, key)
             return
         annotation = model.model_fields[segment].annotation
@@ -180,7 +185,7 @@ def _assign_layers(
         inner = [cast(dict[str, Any], target.setdefault(path[0], {})) for target in targets]
         return _assign_layers(inner, section, path[1:], value, key)
     if path == ["kind"]:
-        raise ValueError(f"{key!r}: a layer's other fields belong to its kind: {_ALL_LAYERS}")
+        raise ValueError(f"{key!r}: a layer's other fields belong to its kind: {_ALLLAYERS}")
     if len(path) != 1 or path[0] not in model.model_fields:
         prefix = key.removesuffix("." + ".".join(path))
         raise ValueError(f"unknown key {key!r}{_nearest_key(prefix, path[0], model)}")
@@ -218,7 +223,7 @@ def _all_keys() -> list[str]:
     sections: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     keys = [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
     return keys + [
-        f"model.pattern.{kind}.{name}" for kind, model in _LAYERS.items() for name in model.model_fields
+        f"model.pattern.{kind}.{name}" for kind, model in LAYERS.items() for name in model.model_fields
     ]
 
 
