@@ -89,7 +89,7 @@ def without_a_gpu(monkeypatch):
         return work
 
     monkeypatch.setattr(graph, "why_not", lambda model: None)
-    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "Recorder", lambda: capture)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.2, seed=4), Sampling(1.2, top_k=9, top_p=0.9)])

@@ -3,8 +3,10 @@
 It knows tokens only; text, stop strings and files live above it.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat as repeated
 from typing import NamedTuple
 
 import torch
@@ -203,21 +205,35 @@ def _prefill(
 ) -> tuple[Tensor, State]:
     """The logits (b, vocab) after each prompt, and the state there; by graphs where `pieces` are given."""
     device = model.embedding.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    segments = Segments.ragged(lengths) if bool((lengths != longest).any()) else None
+    counts = [len(prompt) for prompt in prompts]
+    longest = max(counts)
+    ids = _rows(prompts, longest).to(device)
+    lengths, segments = None, None
+    if min(counts) < longest:
+        lengths = torch.tensor(counts)
+        segments = Segments.ragged(lengths)
+        lengths, segments = lengths.to(device), Segments(*(part.to(device) for part in segments))
     read_piece = partial(_read_piece, model) if pieces is None else pieces
     logits: Tensor | None = None
     for begin in range(0, longest, PREFILL_CHUNK):
         end = min(begin + PREFILL_CHUNK, longest)
         piece = None if segments is None else segments.slice(begin, end)
         found, state = read_piece(ids[:, begin:end], state, piece)
-        reached = (lengths > begin).unsqueeze(1)
-        logits = found if logits is None else torch.where(reached, found, logits)
+        if logits is not None and lengths is not None:
+            found = torch.where((lengths > begin).unsqueeze(1), found, logits)
+        logits = found
     assert logits is not None
     assert state is not None
     return logits, state if pieces is None else pieces.copied(state)
+
+
+def _rows(prompts: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(b, length) int64, zeros behind shorter prompts; by an array, since torch is slow to read lists."""
+    flat = array("q")
+    for prompt in prompts:
+        flat.extend(prompt)
+        flat.extend(repeated(0, length - len(prompt)))
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(prompts), length)
 
 
 def _read_piece(

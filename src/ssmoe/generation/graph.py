@@ -6,12 +6,12 @@ The host sees only the sampled tokens. `why_not` says, before anything runs, whi
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ssmoe.generation.pieces import Pieces
+from ssmoe.generation.pieces import Pieces, rounded
 from ssmoe.generation.sampler import Sampling, choose, sample, uniforms
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.moe import Experts, MoE
@@ -49,7 +49,7 @@ class Runner:
 
     def __init__(self, model: LM) -> None:
         self.model = _narrowed(model)
-        self.pieces = Pieces(self.model, capture)
+        self.pieces = Pieces(self.model, Recorder())
         self._step: tuple[tuple[object, ...], Step] | None = None
 
     def go_on(
@@ -105,12 +105,6 @@ class Runner:
             self._step = None
             self._step = (key, Step(self.model, rows, capacity, sampling))
         return self._step[1]
-
-
-def rounded(room: int) -> int:
-    """At least `room`, in quarters of a power of two, so that graphs serve again and little lies idle."""
-    step = max(64, 1 << max((room - 1).bit_length() - 3, 0))
-    return -(-room // step) * step
 
 
 _runners: WeakKeyDictionary[LM, tuple[tuple[object, ...], Runner]] = WeakKeyDictionary()
@@ -177,26 +171,43 @@ class Step:
         return cast(list[int], self.tokens.flatten().tolist())
 
 
-def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` once to compile what is not compiled yet, then as a graph: a function that runs it to its end.
+class Recorder:
+    """Work as CUDA graphs that never run at the same time, so that they share a stream and their memory."""
 
-    Kernels with memory of their own keep it by the stream, so the graph always runs on the stream that it was
-    captured on. What it reads must be there when it is called: it does not wait for the caller's stream.
-    """
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        work()
-        stream.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
-    def replay() -> None:
+    def __call__(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """`work` once to compile what is not compiled yet, then as a graph: a function that runs it.
+
+        Kernels with memory of their own keep it by the stream, so a graph always runs on the stream that it
+        was captured on. What it reads must be there when it is called: it does not wait for the stream of
+        its caller.
+        """
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        stream, graph = self._stream, torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            graph.replay()
-        stream.synchronize()
+            work()
+            stream.synchronize()
+        other = next(iter(self._graphs), None)
+        with torch.cuda.graph(graph, pool=None if other is None else other.pool(), stream=stream):
+            work()
+        self._graphs.add(graph)
 
-    return replay
+        def replay() -> None:
+            with torch.cuda.stream(stream):
+                graph.replay()
+            stream.synchronize()
+
+        return replay
+
+
+def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`work` as a graph with a stream and memory of its own; see `Recorder`."""
+    return Recorder()(work, device)
 
 
 def _layers(model: LM) -> list[nn.Module]:

@@ -54,7 +54,7 @@ def causal_conv1d(
     places = None
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
-        places = _places(segments, k)
+        places = segments.derived(f"places of {k} taps", lambda: _places(segments, k))
     y = direct(conv_forward, x)(
         x, weight, bias, past if k > 1 else None, *((None, None, None) if places is None else places[:3])
     )
@@ -112,7 +112,9 @@ def _window(x: Tensor, past: Tensor | None, k: int, places: _Places | None) -> T
     b, length, d = x.shape
     if places is None:
         if length >= k - 1:
-            return x[:, length - (k - 1) :].transpose(1, 2)
+            last = x[:, length - (k - 1) :].transpose(1, 2)
+            # a view would keep all of x, of every layer; the backward keeps it anyway
+            return last if torch.is_grad_enabled() else last.clone(memory_format=torch.contiguous_format)
         past = x.new_zeros(b, d, k - 1) if past is None else past
         return torch.cat((past, x.transpose(1, 2)), dim=2)[:, :, length:]
     at = places.window.to(torch.int64).unsqueeze(1).expand(-1, d, -1)

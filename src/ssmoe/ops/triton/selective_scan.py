@@ -63,7 +63,7 @@ def selective_scan(
     flags = None
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
-        flags = segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
+        flags = segments.derived("flags", lambda: _flags(segments))
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if scan_cuda.covers(x, A):
@@ -77,6 +77,10 @@ def selective_scan(
         # between the two, y and its gradient stay float32: one rounding, as when the gate is fused
         y = gate_forward(y, z if z.dtype == x.dtype else z.float(), flags).to(x.dtype)
     return y, write_state(final, slots, out_state)
+
+
+def _flags(segments: Segments) -> Tensor:
+    return segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
 
 
 class _Plan(NamedTuple):
