@@ -89,6 +89,7 @@ def without_a_gpu(monkeypatch):
         return work
 
     monkeypatch.setattr(graph, "why_not", lambda model: None)
+    monkeypatch.setattr(graph, "capture", capture)
     monkeypatch.setattr(graph, "Recorder", lambda: capture)
 
 

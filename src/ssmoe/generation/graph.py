@@ -6,12 +6,13 @@ The host sees only the sampled tokens. `why_not` says, before anything runs, whi
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ssmoe.generation.pieces import Pieces, rounded
+from ssmoe.generation.recorder import Recorder
 from ssmoe.generation.sampler import Sampling, choose, sample, uniforms
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.moe import Experts, MoE
@@ -171,43 +172,26 @@ class Step:
         return cast(list[int], self.tokens.flatten().tolist())
 
 
-class Recorder:
-    """Work as CUDA graphs that never run at the same time, so that they share a stream and their memory."""
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-
-    def __call__(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """`work` once to compile what is not compiled yet, then as a graph: a function that runs it.
-
-        Kernels with memory of their own keep it by the stream, so a graph always runs on the stream that it
-        was captured on. What it reads must be there when it is called: it does not wait for the stream of
-        its caller.
-        """
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        stream, graph = self._stream, torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            work()
-            stream.synchronize()
-        other = next(iter(self._graphs), None)
-        with torch.cuda.graph(graph, pool=None if other is None else other.pool(), stream=stream):
-            work()
-        self._graphs.add(graph)
-
-        def replay() -> None:
-            with torch.cuda.stream(stream):
-                graph.replay()
-            stream.synchronize()
-
-        return replay
-
-
 def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` as a graph with a stream and memory of its own; see `Recorder`."""
-    return Recorder()(work, device)
+    """`work` once to compile what is not compiled yet, then as a graph: a function that runs it to its end.
+
+    Kernels with memory of their own keep it by the stream, so the graph always runs on the stream that it was
+    captured on. What it reads must be there when it is called: it does not wait for the caller's stream.
+    """
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+        stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+
+    def replay() -> None:
+        with torch.cuda.stream(stream):
+            graph.replay()
+        stream.synchronize()
+
+    return replay
 
 
 def _layers(model: LM) -> list[nn.Module]:
