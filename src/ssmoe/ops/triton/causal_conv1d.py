@@ -7,14 +7,22 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import conv_kernels as kernels
 from ssmoe.ops.triton.column_sums import column_sums
-from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
+from ssmoe.ops.triton.launch import (
+    cdiv,
+    check_activations,
+    check_shape,
+    direct,
+    on_device,
+    power_of_two,
+    row_major,
+    some,
+)
 
 NONE = kernels.NONE.value
 CHANNELS = 256
@@ -129,7 +137,7 @@ def _stream(b: int, length: int, d: int) -> tuple[int, tuple[int, int, int, int]
     """Programs of the streaming forward kernel, and how it is cut."""
 
     def programs(cut: tuple[int, int, int, int]) -> int:
-        return b * triton.cdiv(length, cut[2] * cut[3]) * triton.cdiv(d, cut[0])
+        return b * cdiv(length, cut[2] * cut[3]) * cdiv(d, cut[0])
 
     cut = STREAM if programs(STREAM) >= FULL else STREAM_SPREAD
     return programs(cut), cut
@@ -160,10 +168,10 @@ def conv_forward(
                 num_warps=warps,
             )  # fmt: skip
         return y
-    channels = min(CHANNELS, triton.next_power_of_2(d))
+    channels = min(CHANNELS, power_of_two(d))
     tile = 16
     with on_device(x):
-        kernels.convolve_kernel[(b * triton.cdiv(length, tile) * triton.cdiv(d, channels),)](
+        kernels.convolve_kernel[(b * cdiv(length, tile) * cdiv(d, channels),)](
             x, *some(x, weight, bias, past, sources), y, length, d, x.stride(0), x.stride(1),
             K=weight.shape[1], BT=tile, BD=channels, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
             TABLE=sources is not None, FORWARD=True, num_warps=4,
@@ -192,12 +200,12 @@ def conv_backward(
     k = weight.shape[1]
     x, dy = row_major(x), row_major(dy)
     streams = sources is None and k > 1
-    channels = BACKWARD_CHANNELS if streams else min(CHANNELS, triton.next_power_of_2(d))
+    channels = BACKWARD_CHANNELS if streams else min(CHANNELS, power_of_two(d))
     steps, blocks = BACKWARD_BLOCK if streams else (8, 16)
     if streams and k - 1 > steps:
-        steps = triton.next_power_of_2(k - 1)
-    spans = b * triton.cdiv(length, steps * blocks)
-    grid = (spans * triton.cdiv(d, channels),)
+        steps = power_of_two(k - 1)
+    spans = b * cdiv(length, steps * blocks)
+    grid = (spans * cdiv(d, channels),)
     like = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     dweight = torch.empty(spans, d, k, **like)
@@ -220,7 +228,7 @@ def conv_backward(
                 x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
                 BT=steps, TILES=blocks, TABLE=sources is not None, num_warps=4, **constants,
             )  # fmt: skip
-            kernels.convolve_kernel[(b * triton.cdiv(length, 16) * triton.cdiv(d, channels),)](
+            kernels.convolve_kernel[(b * cdiv(length, 16) * cdiv(d, channels),)](
                 dinner, *some(x, weight, bias, past, targets), dx, length, d, dinner.stride(0), dinner.stride(1),
                 K=k, BT=16, BD=channels, HAS_BIAS=False, HAS_INITIAL=False,
                 TABLE=targets is not None, FORWARD=False, num_warps=4,

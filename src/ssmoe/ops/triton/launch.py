@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes the host a microsecond and a half."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def check_activations(**tensors: Tensor | None) -> None:
     """float32 or bfloat16, all on one device."""
     present = {name: t for name, t in tensors.items() if t is not None}

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmoe.ops.triton.launch import on_device, row_major, some
+from ssmoe.ops.triton.launch import cdiv, on_device, power_of_two, row_major, some
 
 
 class Tile(NamedTuple):
@@ -49,10 +49,10 @@ def run(
     projected = torch.empty(b, length, width, dtype=x.dtype, device=x.device)
     final = torch.empty(b, d, k - 1, dtype=x.dtype, device=x.device)
     with on_device(x):
-        scan_inputs_kernel[(b * triton.cdiv(length, tile.rows),)](
+        scan_inputs_kernel[(b * cdiv(length, tile.rows),)](
             x, *some(x, weight, bias, past, x_proj, delta_proj), y, delta, projected, final, length, x.stride(0),
             d=d, stride_xl=x.stride(1), K=k, RANK=rank, REST=width - rank,
-            RANKS=max(16, triton.next_power_of_2(rank)), RESTS=max(16, triton.next_power_of_2(width - rank)),
+            RANKS=max(16, power_of_two(rank)), RESTS=max(16, power_of_two(width - rank)),
             BM=tile.rows, BK=tile.channels, BN=tile.columns, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
             AHEAD=tile.ahead, STAGES=tile.stages, CAST=x.dtype == torch.bfloat16 and not x.is_cuda,
             num_warps=tile.warps,
