@@ -138,19 +138,38 @@ def test_a_copied_state_outlives_the_next_piece():
 
 
 @torch.no_grad()
-def test_growing_states_and_long_pieces_are_read_as_they_stand(monkeypatch):
+def test_where_a_state_grows_the_first_piece_is_recorded(monkeypatch):
     monkeypatch.setattr(pieces_module, "MOST", 100)
-    for model, ids in ((model_of("hybrid"), _ids(2, 4)), (model_of("mamba"), _ids(1, 101))):
-        pieces, state = Pieces(model, _capture), None
+    model, pieces = model_of("hybrid"), Pieces(model_of("hybrid"), _capture)
+    for length, first in ((20, True), (40, True), (20, True), (61, True), (101, False)):
+        for time in range(3):
+            ids = _ids(1, length + 7, time)
+            _, state = pieces(ids[:, :length], None, None)
+            assert (pieces.copied(state) is not state) == (first and time > 0) or length == 20
+            logits, state = pieces(ids[:, length:], pieces.copied(state), None)
+            whole = model(ids, logits="last")
+            torch.testing.assert_close(logits, whole.logits, rtol=0, atol=1e-9)
+            assert_states_close(state, whole.state)
+    # 20 was used after 40, which had to make room for 61
+    assert [shape.length for shape in pieces._graphs] == [20, 61]
+
+
+@torch.no_grad()
+def test_other_pieces_are_read_as_they_stand(monkeypatch):
+    monkeypatch.setattr(pieces_module, "MOST", 100)
+    cases = (("mamba", 101, False), ("hybrid", 40, True), ("s4d", 40, False), ("mamba", 1, True))
+    for name, length, goes_on in cases:
+        model, ids = model_of(name), _ids(1, length)
+        pieces, state = Pieces(model, _capture), model.init_state(1) if goes_on else None
         for _ in range(3):
-            _, state = pieces(ids, state, None)
-            assert pieces.copied(state) is state
+            _, end = pieces(ids, state, None)
+            assert pieces.copied(end) is end
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("name", ["mamba", "moe-mamba"])
+@pytest.mark.parametrize("name", ["mamba", "moe-mamba", "hybrid"])
 def test_prompts_on_a_gpu(name, ragged, monkeypatch):
     monkeypatch.setattr(engine, "PREFILL_CHUNK", 64)
     model = build(small(name), backend="triton", device="cuda", seed=1, dtype=torch.float32).eval()
@@ -177,7 +196,8 @@ def test_prompts_on_a_gpu(name, ragged, monkeypatch):
             for a, b in zip(mine, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     # the first piece, those that go on, and, unless all have padding, the last one
-    assert len(graph.runner(model).pieces._graphs) == (2 if ragged else 3)
+    kept = len(graph.runner(model).pieces._graphs)
+    assert kept == ((0 if ragged else 1) if name == "hybrid" else 2 if ragged else 3)
 
 
 @pytest.mark.gpu

@@ -13,12 +13,13 @@ from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.moe import MoE
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
+from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
 from ssmoe.model.state import clone
 from ssmoe.ops import Segments
 
-CAPTURED = (Mamba, Dense, MoE)
-"""Layers whose state keeps its size."""
+CAPTURED = (Mamba, Attention, Dense, MoE)
+"""Layers that read a piece without waiting for the host; beside attention only a row's first piece."""
 MOST = 16384
 """Tokens; a GPU takes longer over more than the host does, and graphs keep the memory of the largest."""
 ROUNDED = 8192
@@ -51,8 +52,9 @@ class Pieces:
         self._model, self._capture = model, capture
         layers: list[nn.Module] = [layer.get_submodule("layer") for layer in model.layers]
         self._fits = all(isinstance(layer, CAPTURED) for layer in layers)
-        # documents that begin from a learned state ask the host where they begin
-        self._pads = not any(
+        self._grows = any(isinstance(layer, Attention) for layer in layers)
+        # attention over padding, and documents that begin from a learned state, ask the host
+        self._pads = not self._grows and not any(
             isinstance(layer, Mamba) and layer.ssm.initial_state is not None for layer in layers
         )
         self._seen: dict[Shape, None] = {}
@@ -76,6 +78,8 @@ class Pieces:
         rows, length = ids.shape
         if not self._fits or length == 1 or (segments is not None and not self._pads):
             return None
+        if self._grows and state is not None:
+            return None
         padded = segments is not None
         if self._pads and rows * rounded(length) <= ROUNDED:
             padded, length = padded or length != rounded(length), rounded(length)
@@ -93,13 +97,21 @@ class Pieces:
             return None
         if found is None:
             del self._seen[shape]
-            if len(self._graphs) == KEPT:
-                del self._graphs[next(iter(self._graphs))]
+            self._make_room(shape)
             alike = [graph.state for other, graph in self._graphs.items() if other.rows == shape.rows]
-            found = _Graph(self._model, shape, alike[0] if alike else None, self._capture)
+            shared = alike[0] if alike and not self._grows else None
+            found = _Graph(self._model, shape, shared, self._capture)
         # the one that was used last stands at the end
         self._graphs[shape] = found
         return found
+
+    def _make_room(self, shape: Shape) -> None:
+        """Of states that grow with the piece, all graphs together hold no more than the largest may."""
+        while self._graphs:
+            held = sum(other.rows * other.length for other in (*self._graphs, shape))
+            if len(self._graphs) < KEPT and not (self._grows and held > MOST):
+                return
+            del self._graphs[next(iter(self._graphs))]
 
 
 def rounded(length: int) -> int:
@@ -121,7 +133,7 @@ class _Graph:
             self._segments = Segments(*kinds)
         # what another graph has left there must outlive the recording
         kept = None if state is None else clone(state)
-        self.state = model.init_state(shape.rows) if state is None else state
+        self.state = model.init_state(shape.rows, shape.length) if state is None else state
         self._logits: Tensor | None = None
         self._replay = capture(self._work, device)
         if kept is not None:
