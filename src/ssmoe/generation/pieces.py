@@ -15,7 +15,6 @@ from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
-from ssmoe.model.state import clone
 from ssmoe.ops import Segments
 
 CAPTURED = (Mamba, Attention, Dense, MoE)
@@ -71,7 +70,7 @@ class Pieces:
 
     def copied(self, state: State) -> State:
         """`state`, no longer in the memory of a graph."""
-        return clone(state) if any(state is graph.state for graph in self._graphs.values()) else state
+        return _clone(state) if any(state is graph.state for graph in self._graphs.values()) else state
 
     def _shape(self, ids: Tensor, state: State | None, segments: Segments | None) -> Shape | None:
         """The graph that would read the piece; None where none may."""
@@ -132,26 +131,18 @@ class _Graph:
             kinds = (torch.zeros(size, dtype=dtype, device=device) for dtype in (torch.int32, torch.bool))
             self._segments = Segments(*kinds)
         # what another graph has left there must outlive the recording
-        kept = None if state is None else clone(state)
+        kept = None if state is None else _clone(state)
         self.state = model.init_state(shape.rows, shape.length) if state is None else state
         self._logits: Tensor | None = None
         self._replay = capture(self._work, device)
         if kept is not None:
-            self._take(kept)
+            _copy(kept, self.state)
 
     def _work(self) -> None:
         begin = None if self._shape.begins else self.state
         out = self._model(self._ids, begin, self._segments, logits="last")
-        self._take(out.state)
+        _copy(out.state, self.state)
         self._logits = out.logits
-
-    def _take(self, state: State) -> None:
-        mine = [leaf for layer in self.state for leaf in layer]
-        given = [leaf for layer in state for leaf in layer]
-        for dtype in {leaf.dtype for leaf in mine}:
-            at = [i for i, leaf in enumerate(mine) if leaf.dtype == dtype]
-            # one launch for all layers
-            torch._foreach_copy_([mine[i] for i in at], [given[i] for i in at])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def read(self, ids: Tensor, state: State | None, segments: Segments | None) -> tuple[Tensor, State]:
         """As `Pieces`; the state is `self.state`."""
@@ -166,10 +157,25 @@ class _Graph:
                 self._segments.ids[:, :length].copy_(segments.ids)
                 self._segments.starts[:, :length].copy_(segments.starts)
         if state is not None and state is not self.state:
-            self._take(state)
+            _copy(state, self.state)
         if ids.is_cuda:
             # a graph does not wait for the stream of its caller
             torch.cuda.current_stream(self._device).synchronize()
         self._replay()
         assert self._logits is not None
         return self._logits.clone(), self.state
+
+
+def _copy(state: State, to: State) -> None:
+    """All layers in a launch or two, since the host takes longer over a launch a layer."""
+    given = [leaf for layer in state for leaf in layer]
+    places = [leaf for layer in to for leaf in layer]
+    for dtype in {leaf.dtype for leaf in places}:
+        at = [i for i, leaf in enumerate(places) if leaf.dtype == dtype]
+        torch._foreach_copy_([places[i] for i in at], [given[i] for i in at])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def _clone(state: State) -> State:
+    fresh = tuple(type(layer)(*map(torch.empty_like, layer)) if layer else layer for layer in state)
+    _copy(state, fresh)
+    return fresh
