@@ -6,6 +6,7 @@ It knows tokens only; text, stop strings and files live above it.
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from itertools import repeat as repeated
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmoe.generation import graph as graphs
-from ssmoe.generation.pieces import Pieces
+from ssmoe.generation.pieces import MOST, Pieces
 from ssmoe.generation.sampler import Sampling, sample
 from ssmoe.model.layer import LayerState, State
 from ssmoe.model.lm import LM
@@ -22,7 +23,9 @@ from ssmoe.model.state import concatenate, expand, select, with_room
 from ssmoe.ops import Segments
 
 PREFILL_CHUNK = 2048
-"""Prompts are read in pieces of this many tokens, so memory does not grow with their length."""
+"""Prompts are read in pieces of this many tokens, so memory does not grow with their length.
+
+A GPU takes longer pieces of few rows, which fill it better."""
 
 ROOM = 256
 """Tokens by which an attention layer's room grows."""
@@ -215,8 +218,8 @@ def _prefill(
         lengths, segments = lengths.to(device), Segments(*(part.to(device) for part in segments))
     read_piece = partial(_read_piece, model) if pieces is None else pieces
     logits: Tensor | None = None
-    for begin in range(0, longest, PREFILL_CHUNK):
-        end = min(begin + PREFILL_CHUNK, longest)
+    most = PREFILL_CHUNK if pieces is None else MOST // len(prompts)
+    for begin, end in pairwise((0, *_ends(longest, most))):
         piece = None if segments is None else segments.slice(begin, end)
         found, state = read_piece(ids[:, begin:end], state, piece)
         if logits is not None and lengths is not None:
@@ -225,6 +228,20 @@ def _prefill(
     assert logits is not None
     assert state is not None
     return logits, state if pieces is None else pieces.copied(state)
+
+
+def _ends(length: int, most: int) -> list[int]:
+    """Where the pieces of a row end: each PREFILL_CHUNK or that doubled, up to `most`, and a rest.
+
+    Few lengths serve all prompts, so that graphs serve again.
+    """
+    ends = [0]
+    while ends[-1] < length:
+        size = PREFILL_CHUNK
+        while 2 * size <= min(most, length - ends[-1]):
+            size *= 2
+        ends.append(min(ends[-1] + size, length))
+    return ends[1:]
 
 
 def _rows(prompts: Sequence[Sequence[int]], length: int) -> Tensor:
