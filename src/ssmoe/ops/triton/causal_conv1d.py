@@ -75,7 +75,11 @@ class _Places(NamedTuple):
     sources: Tensor  # (b, l, k), the row of each tap
     targets: Tensor  # (b, l, k), the position for which this row is tap j
     past_targets: Tensor  # (b, k - 1, k), the same for the rows of the initial state
-    window: Tensor  # (b, k - 1), the rows of the final state
+    # of the final state (b, 1, k - 1): rows of x and where they count, the same of the initial state
+    rows: Tensor
+    inside: Tensor
+    older: Tensor
+    before: Tensor
 
 
 def _places(segments: Segments, k: int) -> _Places:
@@ -107,11 +111,15 @@ def _places(segments: Segments, k: int) -> _Places:
     taps = torch.arange(k, device=device)
     past = torch.arange(room, device=device).expand(b, -1)
     last = (count + room - 1).clamp(min=0)
+    window = look(last, torch.arange(1 - room, 1, device=device)).view(b, 1, room).to(torch.int64)
     return _Places(
         sources=look(slot, taps - room),
         targets=look(slot, room - taps),
         past_targets=look(past, room - taps),
-        window=look(last, torch.arange(1 - room, 1, device=device)).view(b, room),
+        rows=window.clamp(min=0),
+        inside=window >= 0,
+        older=(window + room).clamp(0, max(room - 1, 0)),
+        before=(window < 0) & (window > -k),
     )
 
 
@@ -125,11 +133,9 @@ def _window(x: Tensor, past: Tensor | None, k: int, places: _Places | None) -> T
             return last if torch.is_grad_enabled() else last.clone(memory_format=torch.contiguous_format)
         past = x.new_zeros(b, d, k - 1) if past is None else past
         return torch.cat((past, x.transpose(1, 2)), dim=2)[:, :, length:]
-    at = places.window.to(torch.int64).unsqueeze(1).expand(-1, d, -1)
-    known = x.transpose(1, 2).gather(2, at.clamp(min=0))
-    state = torch.where(at >= 0, known, 0)
+    state = torch.where(places.inside, x.transpose(1, 2).gather(2, places.rows.expand(-1, d, -1)), 0)
     if past is not None and k > 1:
-        state = torch.where((at < 0) & (at > -k), past.gather(2, (at + k - 1).clamp(0, k - 2)), state)
+        state = torch.where(places.before, past.gather(2, places.older.expand(-1, d, -1)), state)
     return state
 
 
