@@ -9,6 +9,7 @@ from ssmoe.generation.engine import decode
 from ssmoe.generation.pieces import Pieces, rounded
 from ssmoe.generation.sampler import Sampling
 from ssmoe.model.build import build
+from ssmoe.model.mixers.attention import AttentionState
 from ssmoe.ops import Segments
 from tests.generation.test_engine import model_of
 from tests.generation.test_graph import assert_states_close
@@ -194,6 +195,9 @@ def test_prompts_on_a_gpu(name, ragged, monkeypatch):
         assert made == plain
         for mine, theirs in zip(graph_end.state, end.state, strict=True):
             for a, b in zip(mine, theirs, strict=True):
+                if isinstance(mine, AttentionState) and a.ndim == 4:
+                    used = int(mine.length.max())
+                    a, b = a[:, :, :used], b[:, :, :used]
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     # 256 tokens first, 128 that go on, and the rest
     kept = len(graph.runner(model).pieces._graphs)

@@ -124,7 +124,7 @@ class _Graph:
 
     def __init__(self, model: LM, shape: Shape, state: State | None, capture: Capture) -> None:
         size, device = (shape.rows, shape.length), model.embedding.weight.device
-        self._shape, self._model, self._device = shape, model, device
+        self._shape, self._model = shape, model
         self._ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._segments: Segments | None = None
         if shape.padded:
@@ -158,9 +158,6 @@ class _Graph:
                 self._segments.starts[:, :length].copy_(segments.starts)
         if state is not None and state is not self.state:
             _copy(state, self.state)
-        if ids.is_cuda:
-            # a graph does not wait for the stream of its caller
-            torch.cuda.current_stream(self._device).synchronize()
         self._replay()
         assert self._logits is not None
         return self._logits.clone(), self.state

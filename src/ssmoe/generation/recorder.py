@@ -14,11 +14,10 @@ class Recorder:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """`work` once to compile what is not compiled yet, then as a graph: a function that runs it.
+        """`work` once to compile what is not compiled yet, then as a graph: a function that launches it.
 
         Kernels with memory of their own keep it by the stream, so a graph always runs on the stream that it
-        was captured on. What it reads must be there when it is called: it does not wait for the stream of
-        its caller.
+        was captured on, after what the caller's stream was given before and before what it is given next.
         """
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
@@ -33,8 +32,9 @@ class Recorder:
         self._graphs.add(graph)
 
         def replay() -> None:
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 graph.replay()
-            stream.synchronize()
+            torch.cuda.current_stream(device).wait_stream(stream)
 
         return replay
