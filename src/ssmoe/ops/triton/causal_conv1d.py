@@ -22,6 +22,7 @@ from ssmoe.ops.triton.launch import (
     power_of_two,
     row_major,
     some,
+    watched,
 )
 
 NONE = kernels.NONE.value
@@ -59,6 +60,9 @@ def causal_conv1d(
     past = None
     if initial_state is not None:
         past = read_state(initial_state, slots, x.new_empty((b, d, k - 1)))
+    if segments is None and k > 1 and not watched(x):
+        state = torch.empty(b, d, k - 1, dtype=x.dtype, device=x.device)
+        return _streamed(x, weight, bias, past, state), write_state(state, slots, out_state)
     places = None
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
@@ -128,9 +132,7 @@ def _window(x: Tensor, past: Tensor | None, k: int, places: _Places | None) -> T
     b, length, d = x.shape
     if places is None:
         if length >= k - 1:
-            last = x[:, length - (k - 1) :].transpose(1, 2)
-            # a view would keep all of x, of every layer; the backward keeps it anyway
-            return last if torch.is_grad_enabled() else last.clone(memory_format=torch.contiguous_format)
+            return x[:, length - (k - 1) :].transpose(1, 2)
         past = x.new_zeros(b, d, k - 1) if past is None else past
         return torch.cat((past, x.transpose(1, 2)), dim=2)[:, :, length:]
     state = torch.where(places.inside, x.transpose(1, 2).gather(2, places.rows.expand(-1, d, -1)), 0)
@@ -149,6 +151,24 @@ def _stream(b: int, length: int, d: int) -> tuple[int, tuple[int, int, int, int]
     return programs(cut), cut
 
 
+def _streamed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, final: Tensor | None
+) -> Tensor:
+    """The convolution of rows without segments; `final` (b, d, k - 1), where given, gets what comes next."""
+    b, length, d = x.shape
+    x = row_major(x)
+    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    programs, (channels, warps, steps, blocks) = _stream(b, length, d)
+    with on_device(x):
+        kernels.stream_forward_kernel[(programs,)](
+            x, *some(x, weight, bias, past), y, y if final is None else final, length, x.stride(0), d=d,
+            stride_xl=x.stride(1), K=weight.shape[1], T=steps, BLOCKS=blocks, BD=channels,
+            HAS_BIAS=bias is not None, HAS_INITIAL=past is not None, HAS_FINAL=final is not None,
+            num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
 @torch.library.custom_op("ssmoe::conv_forward", mutates_args=())
 def conv_forward(
     x: Tensor,
@@ -161,19 +181,11 @@ def conv_forward(
 ) -> Tensor:
     """silu(conv + bias); the tables are `_Places`' fields."""
     del targets, past_targets
+    if sources is None and weight.shape[1] > 1:
+        return _streamed(x, weight, bias, past, None)
     b, length, d = x.shape
     x = row_major(x)
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
-    k = weight.shape[1]
-    if sources is None and k > 1:
-        programs, (channels, warps, steps, blocks) = _stream(b, length, d)
-        with on_device(x):
-            kernels.stream_forward_kernel[(programs,)](
-                x, *some(x, weight, bias, past), y, length, x.stride(0), d=d, stride_xl=x.stride(1), K=k, T=steps,
-                BLOCKS=blocks, BD=channels, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
-                num_warps=warps,
-            )  # fmt: skip
-        return y
     channels = min(CHANNELS, power_of_two(d))
     tile = 16
     with on_device(x):
