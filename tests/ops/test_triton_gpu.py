@@ -20,6 +20,7 @@ from tests.ops.triton_cases import (
     linear_errors,
     norm_errors,
     projection_errors,
+    reading_errors,
     route_errors,
     scan_inputs,
     sum_errors,
@@ -167,6 +168,13 @@ def test_scan_without_the_optional_inputs(dtype: torch.dtype) -> None:
 def test_convolution(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
     segments = documents(shape[0], shape[1], "cuda") if segmented else None
     within_twice_eager(errors("causal_conv1d", conv_inputs(*shape, dtype, "cuda"), segments=segments), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 2, 3, 4), (3, 300, 1030, 4), (8, 2048, 1536, 4)])
+@pytest.mark.parametrize("past", [False, True])
+def test_convolution_of_a_reader(shape: tuple[int, int, int, int], dtype: torch.dtype, past: bool) -> None:
+    within_twice_eager(reading_errors(*shape, dtype, "cuda", past=past), dtype)
 
 
 @BOTH

@@ -180,6 +180,26 @@ def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = 
     }
 
 
+def reading_errors(
+    b: int, length: int, d: int, k: int, dtype: torch.dtype, device: str = "cpu", *, past: bool
+) -> Errors:
+    """The convolution where no gradient is at work, of a slice as in a mixer."""
+    wide = conv_inputs(b, length, 2 * d, k, dtype, device)
+    inputs = {"x": wide["x"][..., :d], "weight": wide["weight"][:d], "bias": wide["bias"][:d]}
+    if past:
+        inputs["initial_state"] = normals(device)(b, d, k - 1).to(dtype)
+    exact = {name: t.double() for name, t in inputs.items()}
+    with torch.no_grad():
+        ours, eager, right = (
+            load(backend).causal_conv1d(**given)
+            for backend, given in (("triton", inputs), ("reference", inputs), ("reference", exact))
+        )
+    return {
+        name: (float((a - c).norm() / c.norm()), float((e - c).norm() / c.norm()))
+        for name, a, e, c in zip(("y", "state"), ours, eager, right, strict=True)
+    }
+
+
 def linear_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = "cpu") -> Errors:
     """A projection of several rows of a batch by a float32 weight."""
     normal = normals(device)
@@ -356,6 +376,10 @@ SMALL: dict[str, Callable[[], Errors]] = {
         "causal_conv1d", conv_inputs(3, 19, 5, 4, F32), segments=documents(3, 19)
     ),
     "convolution, bfloat16": lambda: errors("causal_conv1d", conv_inputs(2, 7, 33, 4, BF16)),
+    "convolution, reading": lambda: reading_errors(2, 150, 40, 4, F32, past=False),
+    "convolution, reading on": lambda: reading_errors(1, 128, 33, 3, F32, past=True),
+    "convolution, reading one position on": lambda: reading_errors(3, 1, 5, 4, F32, past=True),
+    "convolution, reading two positions": lambda: reading_errors(3, 2, 5, 8, F32, past=False),
     "experts, relu": lambda: errors("expert_mlp", expert_inputs(20, 24, 40, 4, 1, F32), activation="relu"),
     "experts, relu_squared": lambda: errors(
         "expert_mlp", expert_inputs(30, 33, 70, 5, 3, F32), activation="relu_squared"

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ssmoe.generation.pieces import Pieces
+from ssmoe.generation.pieces import Pieces, rounded
+from ssmoe.generation.recorder import Recorder
 from ssmoe.generation.sampler import Sampling, choose, sample, uniforms
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.moe import Experts, MoE
@@ -52,7 +53,7 @@ class Runner:
 
     def __init__(self, model: LM) -> None:
         self.model = _narrowed(model)
-        self.pieces = Pieces(self.model, capture)
+        self.pieces = Pieces(self.model, Recorder())
         self._step: tuple[tuple[object, ...], Step] | None = None
 
     def go_on(
@@ -121,12 +122,6 @@ class Runner:
             self._step = None
             self._step = (key, Step(self.model, rows, capacity, sampling))
         return self._step[1]
-
-
-def rounded(room: int) -> int:
-    """At least `room`, in quarters of a power of two, so that graphs serve again and little lies idle."""
-    step = max(64, 1 << max((room - 1).bit_length() - 3, 0))
-    return -(-room // step) * step
 
 
 _runners: WeakKeyDictionary[LM, tuple[tuple[object, ...], Runner]] = WeakKeyDictionary()
@@ -261,12 +256,6 @@ def _recorded(work: Callable[[], None], stream: torch.cuda.Stream) -> Launch:
         return done.synchronize
 
     return launch
-
-
-def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` as a graph, like `record`: a function that runs it to its end."""
-    [launch] = record([work], device)
-    return lambda: launch()()
 
 
 def _layers(model: LM) -> list[nn.Module]:

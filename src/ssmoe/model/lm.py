@@ -87,6 +87,8 @@ class LM(nn.Module):
                     f"segments of {tuple(segments.ids.shape)} for ids of {tuple(ids.shape)}: slice both alike"
                 )
             ids = ids.masked_fill(~segments.real, 0)
+            # not kept longer than this pass: the same tensors may come with other values
+            segments = segments if torch.compiler.is_compiling() else segments.noted()
         if logits not in ("all", "last"):
             raise ValueError(f"logits={logits!r} is not one of: all, last")
         self._check(ids, state)

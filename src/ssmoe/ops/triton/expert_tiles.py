@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssmoe.ops.triton.expert_kernels import HIDDEN, OUTPUT, SLOPE
+from ssmoe.ops.triton.launch import cdiv
 
 ROWS, COLUMNS, DEPTH, WARPS, STAGES = 128, 256, 64, 8, 3
 LEAST = tl.constexpr(1e-30)
@@ -56,9 +57,7 @@ def slope(a: Tensor, down: Tensor, inner: Tensor, out: Tensor, routes, weight: T
 
     Returned are parts (groups, rows) of <a down[e], inner> over the weight: its gradient.
     """
-    partial = torch.empty(
-        triton.cdiv(down.shape[2], COLUMNS), a.shape[0], dtype=torch.float32, device=a.device
-    )
+    partial = torch.empty(cdiv(down.shape[2], COLUMNS), a.shape[0], dtype=torch.float32, device=a.device)
     _launch(a, down, out, out, inner, routes, weight, partial, mode=SLOPE, transposed=True, weighted=True)
     return partial
 
