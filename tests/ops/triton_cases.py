@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -235,10 +236,36 @@ def route_errors(
     return result
 
 
+def embedding_errors(t: int, vocab: int, d: int, device: str = "cpu", *, often: float = 0.0) -> Errors:
+    """Rows of a table; `often`: how many of the ids are one and the same."""
+    normal = normals(device)
+    ids = (normal(t).sigmoid() * vocab).long().clamp(max=vocab - 1)
+    ids[normal(t).sigmoid() < often] = vocab // 2
+    return errors("embedding", {"ids": ids, "weight": normal(vocab, d)})
+
+
+def powers_errors(t: int, d: int, vocab: int, **options: Any) -> Errors:
+    """`head_errors` in bfloat16 without a pass over the logits, as on a Hopper GPU, in small tiles."""
+    load("triton")
+    kernels = sys.modules["ssmoe.ops.triton.head_kernels"]
+    with (
+        mock.patch.object(kernels, "covers", return_value=True),
+        mock.patch.multiple(kernels, ROWS=32, COLUMNS=64, DEPTH=16, SAMPLE=16, MANY=4),
+    ):
+        return head_errors(t, d, vocab, BF16, **options)
+
+
 def head_errors(
-    t: int, d: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True
+    t: int,
+    d: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    late: float = 0.0,
 ) -> Errors:
-    """The head's loss and gradients, some targets ignored."""
+    """The head's loss and gradients, some targets ignored. late: how far some columns lie above the others."""
     normal = normals(device)
     targets = (normal(t, vocab)).argmax(1)
     targets[::4] = IGNORE
@@ -247,6 +274,8 @@ def head_errors(
         "weight": normal(vocab, d),
         "bias": normal(vocab) if bias else None,
     }
+    if inputs["bias"] is not None:
+        inputs["bias"][-3::2] += late
     given = {key: value for key, value in inputs.items() if value is not None}
     fixed: dict[str, object] = {"targets": targets} if bias else {"targets": targets, "bias": None}
     return errors("head_cross_entropy", given, **fixed)
@@ -395,6 +424,11 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "head": lambda: head_errors(21, 12, 77, F32),
     "head, no bias": lambda: head_errors(7, 5, 64, F32, bias=False),
     "head, bfloat16": lambda: head_errors(40, 33, 130, BF16),
+    "head, powers, bfloat16": lambda: powers_errors(40, 64, 130),
+    "head, powers, bfloat16, no bias": lambda: powers_errors(7, 32, 64, bias=False),
+    "head, powers, bfloat16, out of range": lambda: powers_errors(13, 32, 150, late=200.0),
+    "embedding": lambda: embedding_errors(90, 20, 33),
+    "embedding, one id often": lambda: embedding_errors(300, 20, 9, often=0.8),
     "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
     "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16, truncated=True),
     "experts, one token": lambda: errors(
