@@ -265,7 +265,7 @@ def head_errors(
     bias: bool = True,
     late: float = 0.0,
 ) -> Errors:
-    """The head's loss and gradients, some targets ignored. late: how far some columns lie above the others."""
+    """The head's loss and gradients, some targets ignored. late: how far some columns lie above."""
     normal = normals(device)
     targets = (normal(t, vocab)).argmax(1)
     targets[::4] = IGNORE

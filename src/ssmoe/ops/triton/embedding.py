@@ -76,11 +76,11 @@ def add_positions(total, dy, order, begin, end, d, lane):
 def whole_blocks_kernel(dy, found, order, sums, t, d, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of the blocks that hold one id only; those of others are never read."""
     begin = tl.program_id(0) * SPAN
-    if begin + SPAN <= t:
-        if tl.load(found + begin) == tl.load(found + begin + SPAN - 1):
-            lane = tl.arange(0, BLOCK)
-            total = add_positions(tl.zeros((BLOCK,), tl.float32), dy, order, begin, begin + SPAN, d, lane)
-            tl.store(sums + tl.program_id(0).to(tl.int64) * d + lane, total, mask=lane < d)
+    end = tl.minimum(begin + SPAN, t) - 1
+    if tl.load(found + begin) == tl.load(found + end):
+        lane = tl.arange(0, BLOCK)
+        total = add_positions(tl.zeros((BLOCK,), tl.float32), dy, order, begin, end + 1, d, lane)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * d + lane, total, mask=lane < d)
 
 
 @triton.jit
