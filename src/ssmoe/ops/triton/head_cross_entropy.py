@@ -24,9 +24,8 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     inputs = (x, weight) if bias is None else (x, weight, bias)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     width = -(-weight.shape[0] // ALIGNED) * ALIGNED
-    fused = differentiable and head_kernels.covers(x, width)
-    apply = _Powers.apply if fused else _HeadCrossEntropy.apply
-    total = cast(Tensor, apply(x, weight, bias, targets, differentiable))
+    function = _Powers if differentiable and head_kernels.covers(x, width) else _HeadCrossEntropy
+    total = cast(Tensor, function.apply(x, weight, bias, targets, differentiable))
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
