@@ -114,7 +114,7 @@ def wide_tile_errors(f: int, *, gated: bool) -> Errors:
         return errors("expert_mlp", inputs, activation="silu" if gated else "relu")
 
 
-def apart_errors(*, tiled: bool = False) -> Errors:
+def apart_errors(*, tiled: bool = False, d: int = 32, width: int = 80) -> Errors:
     """Wide experts as on a GPU: weights' gradients by torch's grouped products, or everything in tiles."""
     load("triton")
     module = sys.modules["ssmoe.ops.triton.expert_mlp"]
@@ -131,7 +131,7 @@ def apart_errors(*, tiled: bool = False) -> Errors:
         mock.patch.multiple(tiles, ROWS=64 if tiled else 128, COLUMNS=32, DEPTH=16),
         mock.patch.object(torch.nn.functional, "grouped_mm", grouped),
     ):
-        inputs = expert_inputs(200, 32 if tiled else 24, 80 if tiled else 70, 4, 1, F32)
+        inputs = expert_inputs(200, d if tiled else 24, width if tiled else 70, 4, 1, F32)
         inputs["weight"][3:5] = 0
         return errors("expert_mlp", inputs, activation="relu")
 
@@ -395,6 +395,7 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, swiglu, a GPU's tiles": lambda: wide_tile_errors(192, gated=True),
     "experts, relu, products apart": apart_errors,
     "experts, relu, whole tiles": lambda: apart_errors(tiled=True),
+    "experts, relu, whole tiles, gradients too": lambda: apart_errors(tiled=True, d=64, width=128),
     "experts, relu, a GPU's tiles": lambda: wide_tile_errors(200, gated=False),
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
