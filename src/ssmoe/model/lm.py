@@ -27,6 +27,18 @@ class ModelOut(NamedTuple):
     loss: Loss | None
 
 
+class Embedding(nn.Embedding):
+    """torch's table, read by the backend's op, which has a gradient of its own."""
+
+    def __init__(self, vocab: int, d: int, *, ops: Ops) -> None:
+        super().__init__(vocab, d)
+        self.rows = ops.embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) int64 or int32 -> (..., d)"""
+        return self.rows(input, self.weight)
+
+
 class LM(nn.Module):
     """ids -> logits. Made by `ssmoe.build`; the stack is whatever `config.layers` lists.
 
@@ -46,7 +58,7 @@ class LM(nn.Module):
         self.config = config
         self.ops = ops
         self.compute_dtype = compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model, ops=ops)
         self.layers = nn.ModuleList(layers)
         self.norm = final_norm
         self.head = (

@@ -276,9 +276,10 @@ def expert_backward(
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
         if apart:
-            rows_of_x = gathered if gathered.numel() else _gathered(x, None, routes)
-            dup = _grouped(dinner, rows_of_x, up, dtype, routes)
-            ddown = _grouped(weighted, inner, down, dtype, routes)
+            tiled = gathered.numel() > 0
+            rows_of_x = gathered if tiled else _gathered(x, None, routes)
+            dup = _grouped(dinner, rows_of_x, up, dtype, routes, tiled=tiled)
+            ddown = _grouped(weighted, inner, down, dtype, routes, tiled=tiled)
             dgate = x.new_empty(0, dtype=dtype)
         else:
             dup, dgate = _weights(
@@ -314,8 +315,12 @@ def _gathered(x: Tensor, weight: Tensor | None, routes: Routes) -> Tensor:
     return out
 
 
-def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: Routes) -> Tensor:
+def _grouped(
+    a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: Routes, *, tiled: bool
+) -> Tensor:
     """a^T b over each expert's rows, in `dtype`, shaped as `like`."""
+    if tiled and like.shape[1] % expert_tiles.ROWS == 0 and like.shape[2] % (expert_tiles.COLUMNS // 2) == 0:
+        return expert_tiles.gradient(a, b, like, dtype, routes)
     narrow = torch.nn.functional.grouped_mm(a.t(), b, offs=routes.offsets[1:])
     size = like[0].numel()
     if narrow.dtype == dtype:
