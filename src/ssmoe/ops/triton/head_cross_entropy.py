@@ -87,7 +87,7 @@ class _Powers(torch.autograd.Function):
         (t, d), vocab = x.shape, weight.shape[0]
         wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
         width = -(-vocab // ALIGNED) * ALIGNED
-        narrow, targets = _padded(weight, width, x.dtype), targets.contiguous()
+        narrow, targets = _padded(weight, width, x.dtype).contiguous(), targets.contiguous()
         shift = head_kernels.shifts(bias, vocab, x.device)
         top = head_kernels.near_tops(x, narrow, shift, vocab)
         # the bias's gradient is that of columns beside x
