@@ -41,6 +41,31 @@ def test_the_overview_and_the_presets_load_no_torch():
         assert done.stdout
 
 
+TORCH_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 2048 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (RuntimeError(TORCH_SAYS), " (asked for 2048 bytes)"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
+            " (asked for 20.00 GiB)",
+        ),
+        (MemoryError(), ""),
+    ],
+)
+def test_too_little_memory_is_told_with_remedies(error, asked, monkeypatch, fails):
+    def broken():
+        raise error
+
+    monkeypatch.setattr("ssmoe.cli.presets.preset_names", broken)
+    fails("presets", says=(f"not enough memory{asked}: take fewer rows", "train.micro_batch_size"))
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == ssmoe.__version__
@@ -53,7 +78,7 @@ def test_python_dash_m_is_the_command_line():
 
 
 def test_wrong_usage_is_one_line_and_2(fails):
-    fails("tarin", says=("unknown command 'tarin'", "train, compare"), code=2)
+    fails("tarin", says=("unknown command 'tarin'; did you mean train?", "train, compare"), code=2)
     fails("train", says=("preset", "ssmoe train --help"), code=2)
     fails("train", "demo", "--frobnicate", says=("--frobnicate", "ssmoe train --help"), code=2)
     fails("generate", "runs/x", says=("--prompt",), code=2)

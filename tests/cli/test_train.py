@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ssmoe.cli.main import main
+from ssmoe.config.keys import all_keys
 from ssmoe.training.checkpoint import find_weights, list_checkpoints, load
 from ssmoe.training.metrics import TIMES, read_metrics
 
@@ -239,3 +241,18 @@ def test_a_run_without_a_checkpoint_says_to_start_again(fails, tiny_file, tmp_pa
     fails("train", out, "--resume", says=("has no checkpoint yet: start it again with --overwrite",))
     fails("eval", out, says=("holds no checkpoint: train it first",))
     fails("generate", out, "--prompt", "a", says=("holds no checkpoint: train it first",))
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"  {key.name}" in shown for key in all_keys())
+    assert "train.precision=float32\n      One of float32, bfloat16. Compute dtype." in shown
+
+
+def test_a_checkpoint_folder_is_no_run_and_the_way_to_train_on_is_told(fails, trained, tmp_path):
+    shutil.copytree(find_weights(trained), tmp_path / "w")
+    fails(
+        "train", tmp_path / "w", says=("of a checkpoint folder, not of a run", f"init_from={tmp_path / 'w'}")
+    )

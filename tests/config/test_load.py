@@ -16,6 +16,12 @@ def test_every_preset_loads_and_describes_itself() -> None:
         assert preset(name).description
 
 
+@pytest.mark.parametrize("overrides", ["train.steps=7", {"train.steps": 7}])
+def test_overrides_are_a_list(overrides: object) -> None:
+    with pytest.raises(TypeError, match=r"overrides is a .*: give a list"):
+        preset("mamba-tiny", overrides)  # type: ignore[arg-type]
+
+
 def test_overrides_reach_every_section() -> None:
     run = preset(
         "moe-mamba-tiny",
@@ -55,7 +61,11 @@ def test_a_pattern_may_be_replaced_whole() -> None:
         ("model.init.scal=1", "did you mean model.init.scale"),
         ("learning_rate=1", "did you mean train.learning_rate"),
         ("train.steps.more=1", "steps is a value"),
-        ("model.pattern.moe.kind=mamba", "unknown key"),
+        ("model.pattern.moe.kind=mamba", "fields belong to its kind: set all layers"),
+        ("model.pattern.moe=3", "'model.pattern.moe' is a whole layer: name a field of it"),
+        ("train.clip_norm=Infinity", "train.clip_norm: Input should be a finite number"),
+        ("model.pattern.mamba.expand=inf", "expand: Input should be a finite number"),
+        ("train.threads=100000", "train.threads: Input should be less than or equal to 1024"),
         ("train.steps=many", "train.steps"),
         ("name=../../elsewhere", "name: String should match pattern"),
         ("data.context=0", r"data\.context.*greater than 0.*got 0"),

@@ -44,6 +44,14 @@ def test_rank_is_a_sixteenth_rounded_up() -> None:
             {"pattern": [{"kind": "moe", "num_experts": 2, "d_expert": 4, "normalise_weights": True}]},
             "makes every weight 1",
         ),
+        (
+            {"pattern": [{"kind": "mot", "num_experts": 2, "d_expert": 4, "top_k": 3}]},
+            "lower top_k to at most 2",
+        ),
+        (
+            {"pattern": [{"kind": "expert_choice", "num_experts": 2, "d_expert": 10, "granularity": 4}]},
+            "granularity=4 does not divide d_expert=10",
+        ),
         ({"pattern": [{"kind": "mamba", "dt_min": 0.2}]}, "dt_min=0.2 is above dt_max=0.1"),
         ({"pattern": []}, "at least 1"),
         ({"pattern": [{"kind": "mamba2"}]}, "mamba2"),

@@ -199,6 +199,18 @@ def test_text_that_changes_underneath_is_refused(config, monkeypatch):
         prepare(config, tokenizer=ByteTokenizer())
 
 
+def test_bytes_that_are_no_text_are_told(config, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    lines: list[str] = []
+    sources = (*config.sources, str(tmp_path / "latin.txt"))
+    prepare(change(config, sources=sources), log=lines.append)
+    [line] = [line for line in lines if "UTF-8" in line]
+    assert f"the first one {(tmp_path / 'latin.txt').as_posix()}: convert" in line
+    lines.clear()
+    prepare(config, log=lines.append)
+    assert not [line for line in lines if "UTF-8" in line]
+
+
 def test_single_document_names_the_remedy(config, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("".join(f"line of text {number:2}\n" for number in range(100)))

@@ -67,6 +67,8 @@ def test_nothing_to_search_is_refused(changes) -> None:
         beam_search(model, ByteTokenizer(), ["a"], **changes)
     with pytest.raises(ValueError, match="empty"):
         beam_search(model, ByteTokenizer(), [""])
+    with pytest.raises(ValueError, match="prompts is one string: give a list"):
+        beam_search(model, ByteTokenizer(), "abc")
 
 
 @pytest.mark.parametrize("name", MIXING)
@@ -74,3 +76,11 @@ def test_what_cannot_generate_is_not_searched(name) -> None:
     model = build(mixing(name).model_copy(update={"vocab_size": 257}))
     with pytest.raises(ValueError, match=r"cannot generate: .*train"):
         beam_search(model, ByteTokenizer(), ["a"])
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    model = model_of("mamba", vocab_size=257)
+    with torch.no_grad():
+        model.embedding.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        beam_search(model, ByteTokenizer(), ["abc"])

@@ -168,3 +168,10 @@ def test_reading_first_and_then_generating_is_generating(name):
     further = read(model, [[4, 5] for _ in PROMPTS], start=start)
     [expected], _ = run(model, [[*PROMPTS[1], 4, 5]], 5)
     assert run(model, [[] for _ in PROMPTS], 5, start=further)[0][1] == expected
+
+
+def test_pieces_double_where_they_may():
+    ends = [(1, [1]), (2048, [2048]), (3000, [2048, 3000]), (10_000, [8192, 10_000])]
+    assert all(engine._ends(length, 16384) == right for length, right in ends)
+    assert engine._ends(40_000, 16384) == [16384, 32768, 36864, 38912, 40_000]
+    assert engine._ends(5000, 2048) == engine._ends(5000, 100) == [2048, 4096, 5000]

@@ -148,6 +148,7 @@ def test_a_plain_state_is_a_past():
         ("abc", {}, "give a list"),
         (["a"], {"max_new_tokens": 0}, "at least 1"),
         (["a"], {"stop": [""]}, "stop string is empty"),
+        (["a"], {"stop": "END"}, "stop='END' is one string: give a list"),
         (["a"], {"temperature": -1}, "temperature=-1"),
         (["a"], {"top_k": 0}, "top_k=0"),
         (["a"], {"top_p": 2}, "top_p=2"),
@@ -157,6 +158,28 @@ def test_a_plain_state_is_a_past():
 def test_bad_requests_are_refused_before_anything_is_made(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(LETTERS, TOKENIZER, prompts, on_text=lambda *_: pytest.fail("text"), **options)
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2]], [None], torch.tensor([[1, 2]])])
+def test_prompts_that_are_no_texts_are_refused(prompts):
+    with pytest.raises(TypeError, match=r"a prompt is a .*: give texts"):
+        generate(LETTERS, TOKENIZER, prompts)
+
+
+@pytest.mark.parametrize(("model", "tokenizer"), [("runs/x", TOKENIZER), (LETTERS, None)])
+def test_what_is_no_model_and_no_tokenizer_is_refused(model, tokenizer):
+    with pytest.raises(TypeError, match=r"takes a model and its tokenizer.*ssmoe.load\(FOLDER\) gives both"):
+        generate(model, tokenizer, ["a"])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_told_instead_of_text(temperature, dtype):
+    model = build(small("mamba", vocab_size=257), dtype=dtype)
+    with torch.no_grad():
+        model.embedding.weight[3].fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not numbers: its weights, or the state"):
+        generate(model, TOKENIZER, ["a"], temperature=temperature)
 
 
 def test_a_continuation_of_other_rows_is_refused():

@@ -1,8 +1,10 @@
 """Attention against the formula, its growing state, and rotary positions."""
 
+import pytest
 import torch
 
-from ssmoe.model.mixers.attention import Attention
+from ssmoe.model.mixers.attention import Attention, copy_with_room
+from ssmoe.ops import load
 
 
 def test_equals_softmax_of_scores() -> None:
@@ -75,3 +77,18 @@ def test_pieces_are_the_whole_whether_the_cache_is_full_or_not() -> None:
             out = block(piece, state)
             state, pieces = out.state, [*pieces, out.x]
         torch.testing.assert_close(torch.cat(pieces, 1), block(x).x)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("room", [3, 9])
+@torch.no_grad()
+def test_heads_of_two_channels_are_continued(backend: str, room: int) -> None:
+    """Their rotated keys look to torch like pictures with the channels last, which a pad and a clone keep."""
+    layer = Attention(8, num_heads=4, ops=load(backend))
+    x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    _, state, _ = layer(x[:, :3])
+    state = copy_with_room(state, room)
+    assert state.keys.is_contiguous()
+    assert state.values.is_contiguous()
+    whole, _, _ = layer(x)
+    torch.testing.assert_close(layer(x[:, 3:], state).x, whole[:, 3:], rtol=1e-5, atol=1e-6)

@@ -39,6 +39,18 @@ def test_an_unknown_backend_is_refused() -> None:
         build(small("mamba"), backend="fast")
 
 
+def test_sizes_that_no_memory_holds_are_refused() -> None:
+    config = small("mamba").model_copy(update={"d_model": 10**12})
+    with pytest.raises(ValueError, match="parameters, more than any memory holds"):
+        build(config, device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, "bfloat16"])
+def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype: object) -> None:
+    with pytest.raises(ValueError, match="is no dtype to compute in: use"):
+        build(small("mamba"), dtype=dtype)  # type: ignore[arg-type]
+
+
 def test_parameters_are_float32_whatever_the_compute_dtype() -> None:
     model = build(small("hybrid"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

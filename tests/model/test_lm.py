@@ -135,6 +135,37 @@ def test_what_forward_is_asked_for_must_fit() -> None:
         model(torch.zeros(2, 4, dtype=torch.int64), targets=torch.zeros(2, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (-1, "target -1 is outside the vocabulary of 61: .* -100 where nothing"),
+        (61, "target 61 is outside the vocabulary"),
+        (0.5, "targets are torch.float32: give token numbers in int64"),
+    ],
+)
+def test_targets_that_name_no_token_are_refused(target: float, message: str, backend: str) -> None:
+    targets = torch.full_like(IDS, -100, dtype=torch.int64 if isinstance(target, int) else torch.float32)
+    targets[1, 2] = target
+    with pytest.raises(ValueError, match=message):
+        build(small("mamba"), backend=backend)(IDS, targets=targets)
+
+
+def test_what_is_no_tensor_and_no_segments_is_refused() -> None:
+    model = build(small("mamba"))
+    with pytest.raises(TypeError, match="ids is a list: give a tensor"):
+        model([[1, 2]])
+    with pytest.raises(TypeError, match=r"segments is a Tensor: make it with .*Segments.packed, .padded"):
+        model(IDS, segments=torch.ones_like(IDS))
+    with pytest.raises(ValueError, match="batch=-1"):
+        model.init_state(-1)
+
+
+def test_a_model_cast_to_float16_says_what_it_computes_in() -> None:
+    with pytest.raises(ValueError, match="float16 is no dtype to compute in: use"):
+        build(small("mamba")).half()(IDS)
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     state = build(small("mamba", repeat=1)).init_state(3)
     with pytest.raises(ValueError, match="1 layers and the model 2"):

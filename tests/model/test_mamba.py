@@ -75,6 +75,12 @@ def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         Mamba(8)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_an_input_that_nothing_is_computed_in_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"{dtype} is no dtype to compute in"):
+        Mamba(8)(torch.zeros(1, 2, 8, dtype=dtype))
+
+
 @pytest.mark.skipif(missing("cpu") is not None, reason="the CPU kernels were not built")
 def test_a_layer_moved_to_a_gpu_says_how_to_get_its_kernels() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):

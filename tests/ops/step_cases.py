@@ -4,12 +4,13 @@ Run as a module under TRITON_INTERPRET=1, it prints the errors of every small ca
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ssmoe.ops import load
+from ssmoe.ops.reference.mamba_step import Layer
 from tests.ops.triton_cases import BF16, F32, Errors, normals, poisoned
 
 
@@ -70,6 +71,43 @@ def errors(given: dict[str, Any], *, in_place: bool = False) -> Errors:
             float((theirs.double() - value).norm() / scale),
         )
     return result
+
+
+NAMES = (
+    "norm_weight", "norm_bias", "in_proj", "conv_weight", "conv_bias", "x_proj", "delta_proj", "A_log", "D",
+    "delta_bias", "out_proj",
+)  # fmt: skip
+Steps = Callable[..., tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]]]
+
+
+def in_turn(given: list[dict[str, Any]], steps: Steps) -> list[torch.Tensor]:
+    """y, then every layer's new convolution states, then its scan states, in memory that nothing else wrote.
+
+    given: the arguments of every layer's step, of which the first one's x counts. steps: as `mamba_steps`.
+    """
+    layers: list[Layer] = [tuple(layer[name] for name in NAMES) for layer in given]
+    convs, ssms = ([layer[name] for layer in given] for name in ("conv_state", "ssm_state"))
+    outs = [[torch.full_like(state, float("nan")) for state in states] for states in (convs, ssms)]
+    with poisoned():
+        y, new_convs, new_ssms = steps(
+            given[0]["x"], layers, norm_eps=given[0]["norm_eps"], conv_states=convs, ssm_states=ssms,
+            out_convs=outs[0], out_ssms=outs[1],
+        )  # fmt: skip
+    return [y, *new_convs, *new_ssms]
+
+
+@torch.no_grad()
+def chain_errors(given: list[dict[str, Any]], steps: Steps) -> list[tuple[float, float]]:
+    """Each output of `in_turn`: our error and that of the reference in the same dtype, against float64."""
+    reference = load("reference").mamba_steps
+    wide = [
+        {k: t.double() if isinstance(t, torch.Tensor) else t for k, t in layer.items()} for layer in given
+    ]
+    found = zip(in_turn(given, steps), in_turn(given, reference), in_turn(wide, reference), strict=True)
+    return [
+        (float((ours - truth).norm() / truth.norm()), float((eager - truth).norm() / truth.norm()))
+        for ours, eager, truth in found
+    ]
 
 
 def small(b: int, d: int, c: int, n: int, k: int, r: int, dtype: torch.dtype, **options: bool) -> Errors:

@@ -39,6 +39,7 @@ OPS = (
     "causal_conv1d",
     "expert_mlp",
     "expert_linear",
+    "embedding",
     "linear",
     "head_cross_entropy",
     "residual_norm",

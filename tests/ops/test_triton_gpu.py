@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 
 from ssmoe.ops import load
+from ssmoe.ops.reference.cross_entropy import IGNORE
 from tests.ops.triton_cases import (
+    BF16,
+    F32,
     Errors,
     conv_inputs,
     cross_entropy_errors,
     documents,
+    embedding_errors,
     errors,
     everything,
     expert_inputs,
     head_errors,
     linear_errors,
     norm_errors,
+    normals,
     projection_errors,
+    reading_errors,
     route_errors,
     scan_inputs,
     sum_errors,
@@ -113,6 +119,42 @@ def test_head(shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> No
     within_twice_eager(head_errors(*shape, dtype, "cuda", bias=bias), dtype)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64, 8192), (300, 512, 50257), (9000, 128, 8200)])
+def test_head_without_a_pass_over_logits(shape: tuple[int, int, int], bias: bool) -> None:
+    within_twice_eager(head_errors(*shape, BF16, "cuda", bias=bias), BF16)
+    if bias:
+        within_twice_eager(head_errors(*shape, BF16, "cuda", late=300.0), BF16)
+
+
+def test_head_twice_is_bitwise_equal() -> None:
+    normal = normals("cuda")
+    x, weight, bias = normal(9000, 128).bfloat16(), normal(8200, 128), normal(8200)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    targets = {"targets": torch.arange(9000, device="cuda") % 8200}
+    first, second = (everything(load("triton").head_cross_entropy, inputs, dict(targets)) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_row_without_a_target_reaches_no_other() -> None:
+    normal = normals("cuda")
+    inputs = {"x": normal(200, 64).bfloat16(), "weight": normal(9000, 64), "bias": normal(9000)}
+    targets = torch.arange(200, device="cuda")
+    targets[7] = IGNORE
+    good = everything(load("triton").head_cross_entropy, inputs, {"targets": targets})
+    inputs["x"][7] = float("nan")
+    found = everything(load("triton").head_cross_entropy, inputs, {"targets": targets})
+    for name, value in good.items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("often", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1000, 300, 512), (65536, 50304, 512), (5000, 7, 2100)])
+def test_embedding(shape: tuple[int, int, int], often: float) -> None:
+    within_twice_eager(embedding_errors(*shape, "cuda", often=often), F32)
+
+
 @BOTH
 @pytest.mark.parametrize("shape", [(70, 33, 20), (4096, 512, 336), (3, 64, 150), (70000, 512, 32)])
 def test_wide_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -167,6 +209,13 @@ def test_scan_without_the_optional_inputs(dtype: torch.dtype) -> None:
 def test_convolution(shape: tuple[int, int, int, int], dtype: torch.dtype, segmented: bool) -> None:
     segments = documents(shape[0], shape[1], "cuda") if segmented else None
     within_twice_eager(errors("causal_conv1d", conv_inputs(*shape, dtype, "cuda"), segments=segments), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 2, 3, 4), (3, 300, 1030, 4), (8, 2048, 1536, 4)])
+@pytest.mark.parametrize("past", [False, True])
+def test_convolution_of_a_reader(shape: tuple[int, int, int, int], dtype: torch.dtype, past: bool) -> None:
+    within_twice_eager(reading_errors(*shape, dtype, "cuda", past=past), dtype)
 
 
 @BOTH

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -113,7 +114,7 @@ def wide_tile_errors(f: int, *, gated: bool) -> Errors:
         return errors("expert_mlp", inputs, activation="silu" if gated else "relu")
 
 
-def apart_errors(*, tiled: bool = False) -> Errors:
+def apart_errors(*, tiled: bool = False, d: int = 32, width: int = 80) -> Errors:
     """Wide experts as on a GPU: weights' gradients by torch's grouped products, or everything in tiles."""
     load("triton")
     module = sys.modules["ssmoe.ops.triton.expert_mlp"]
@@ -130,7 +131,7 @@ def apart_errors(*, tiled: bool = False) -> Errors:
         mock.patch.multiple(tiles, ROWS=64 if tiled else 128, COLUMNS=32, DEPTH=16),
         mock.patch.object(torch.nn.functional, "grouped_mm", grouped),
     ):
-        inputs = expert_inputs(200, 32 if tiled else 24, 80 if tiled else 70, 4, 1, F32)
+        inputs = expert_inputs(200, d if tiled else 24, width if tiled else 70, 4, 1, F32)
         inputs["weight"][3:5] = 0
         return errors("expert_mlp", inputs, activation="relu")
 
@@ -177,6 +178,26 @@ def projection_errors(t: int, d: int, n: int, dtype: torch.dtype, device: str = 
         f"{name} {key}": found
         for name, part in (("split", split), ("fork", fork))
         for key, found in part.items()
+    }
+
+
+def reading_errors(
+    b: int, length: int, d: int, k: int, dtype: torch.dtype, device: str = "cpu", *, past: bool
+) -> Errors:
+    """The convolution where no gradient is at work, of a slice as in a mixer."""
+    wide = conv_inputs(b, length, 2 * d, k, dtype, device)
+    inputs = {"x": wide["x"][..., :d], "weight": wide["weight"][:d], "bias": wide["bias"][:d]}
+    if past:
+        inputs["initial_state"] = normals(device)(b, d, k - 1).to(dtype)
+    exact = {name: t.double() for name, t in inputs.items()}
+    with torch.no_grad():
+        ours, eager, right = (
+            load(backend).causal_conv1d(**given)
+            for backend, given in (("triton", inputs), ("reference", inputs), ("reference", exact))
+        )
+    return {
+        name: (float((a - c).norm() / c.norm()), float((e - c).norm() / c.norm()))
+        for name, a, e, c in zip(("y", "state"), ours, eager, right, strict=True)
     }
 
 
@@ -235,10 +256,36 @@ def route_errors(
     return result
 
 
+def embedding_errors(t: int, vocab: int, d: int, device: str = "cpu", *, often: float = 0.0) -> Errors:
+    """Rows of a table; `often`: how many of the ids are one and the same."""
+    normal = normals(device)
+    ids = (normal(t).sigmoid() * vocab).long().clamp(max=vocab - 1)
+    ids[normal(t).sigmoid() < often] = vocab // 2
+    return errors("embedding", {"ids": ids, "weight": normal(vocab, d)})
+
+
+def powers_errors(t: int, d: int, vocab: int, **options: Any) -> Errors:
+    """`head_errors` in bfloat16 without a pass over the logits, as on a Hopper GPU, in small tiles."""
+    load("triton")
+    kernels = sys.modules["ssmoe.ops.triton.head_kernels"]
+    with (
+        mock.patch.object(kernels, "covers", return_value=True),
+        mock.patch.multiple(kernels, ROWS=32, COLUMNS=64, DEPTH=16, SAMPLE=16, MANY=4),
+    ):
+        return head_errors(t, d, vocab, BF16, **options)
+
+
 def head_errors(
-    t: int, d: int, vocab: int, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True
+    t: int,
+    d: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    late: float = 0.0,
 ) -> Errors:
-    """The head's loss and gradients, some targets ignored."""
+    """The head's loss and gradients, some targets ignored. late: how far some columns lie above."""
     normal = normals(device)
     targets = (normal(t, vocab)).argmax(1)
     targets[::4] = IGNORE
@@ -247,6 +294,8 @@ def head_errors(
         "weight": normal(vocab, d),
         "bias": normal(vocab) if bias else None,
     }
+    if inputs["bias"] is not None:
+        inputs["bias"][-3::2] += late
     given = {key: value for key, value in inputs.items() if value is not None}
     fixed: dict[str, object] = {"targets": targets} if bias else {"targets": targets, "bias": None}
     return errors("head_cross_entropy", given, **fixed)
@@ -356,6 +405,10 @@ SMALL: dict[str, Callable[[], Errors]] = {
         "causal_conv1d", conv_inputs(3, 19, 5, 4, F32), segments=documents(3, 19)
     ),
     "convolution, bfloat16": lambda: errors("causal_conv1d", conv_inputs(2, 7, 33, 4, BF16)),
+    "convolution, reading": lambda: reading_errors(2, 150, 40, 4, F32, past=False),
+    "convolution, reading on": lambda: reading_errors(1, 128, 33, 3, F32, past=True),
+    "convolution, reading one position on": lambda: reading_errors(3, 1, 5, 4, F32, past=True),
+    "convolution, reading two positions": lambda: reading_errors(3, 2, 5, 8, F32, past=False),
     "experts, relu": lambda: errors("expert_mlp", expert_inputs(20, 24, 40, 4, 1, F32), activation="relu"),
     "experts, relu_squared": lambda: errors(
         "expert_mlp", expert_inputs(30, 33, 70, 5, 3, F32), activation="relu_squared"
@@ -366,6 +419,7 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "experts, swiglu, a GPU's tiles": lambda: wide_tile_errors(192, gated=True),
     "experts, relu, products apart": apart_errors,
     "experts, relu, whole tiles": lambda: apart_errors(tiled=True),
+    "experts, relu, whole tiles, gradients too": lambda: apart_errors(tiled=True, d=64, width=128),
     "experts, relu, a GPU's tiles": lambda: wide_tile_errors(200, gated=False),
     "experts, many rows": lambda: errors(
         "expert_mlp", expert_inputs(150, 16, 40, 3, 1, F32), activation="silu"
@@ -395,6 +449,11 @@ SMALL: dict[str, Callable[[], Errors]] = {
     "head": lambda: head_errors(21, 12, 77, F32),
     "head, no bias": lambda: head_errors(7, 5, 64, F32, bias=False),
     "head, bfloat16": lambda: head_errors(40, 33, 130, BF16),
+    "head, powers, bfloat16": lambda: powers_errors(40, 64, 130),
+    "head, powers, bfloat16, no bias": lambda: powers_errors(7, 32, 64, bias=False),
+    "head, powers, bfloat16, out of range": lambda: powers_errors(13, 32, 150, late=200.0),
+    "embedding": lambda: embedding_errors(90, 20, 33),
+    "embedding, one id often": lambda: embedding_errors(300, 20, 9, often=0.8),
     "cross-entropy, several blocks": lambda: cross_entropy_errors(5, 9000, F32),
     "cross-entropy, bfloat16": lambda: cross_entropy_errors(9, 300, BF16, truncated=True),
     "experts, one token": lambda: errors(

@@ -67,8 +67,10 @@ def test_refusals() -> None:
         (([], "mean"), "nothing to mix"),
         ((MEMORIES, "stir"), "'stir' is not one of: mean, sum"),
         ((MEMORIES, "sum", [1, 1, 1, 1]), "only with mean"),
-        ((MEMORIES, "mean", [1]), "1 weights for mean of 4"),
+        ((MEMORIES, "mean", [1]), r"1 weights \[1\] for mean of 4"),
         ((MEMORIES, "mean", [1, -1, 0, 0]), "adding up to 0"),
+        ((MEMORIES, "mean", [1, float("nan"), 0, 0]), "finite"),
+        ((MEMORIES, "mean", [1, float("inf"), 0, 0]), "finite"),
     ):
         with pytest.raises(ValueError, match=says):
             mix(MODEL, *arguments)

@@ -13,7 +13,6 @@ from ssmoe.training.folder import (
     lock_folder,
     read_environment,
     read_run,
-    resolve_device,
 )
 
 DATA = {"content": "abc", "tokenizer": "def"}
@@ -119,12 +118,6 @@ def test_damaged_files_are_named(folder):
     (folder / CONFIG).write_text("{")
     with pytest.raises(ValueError, match=r"is not the configuration of a run \(Invalid JSON"):
         read_run(folder)
-
-
-def test_devices():
-    assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="is no device"):
-        resolve_device("abacus")
 
 
 HOLD = """

@@ -13,9 +13,9 @@ from ssmoe.training.watch import RouterWatch, describe_collapse
 from tests.model.test_mode import run_config
 
 
-def stats(load: list[int] | list[list[int]]) -> RouterStats:
+def stats(load: list[int] | list[list[int]], dropped: int = 0) -> RouterStats:
     zero = torch.zeros(())
-    return RouterStats(zero, zero, torch.tensor(load), torch.tensor(0), zero, zero)
+    return RouterStats(zero, zero, torch.tensor(load), torch.tensor(dropped), zero, zero)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,17 @@ def test_each_layer_is_told_once_and_again_after_recovery() -> None:
     assert watch.check(3, 15, {1: good, 3: bad}) == []
     assert watch.check(4, 15, {1: good, 3: good}) == ["step 4: the router of layer 3 has recovered"]
     assert len(watch.check(5, 15, {1: good, 3: bad})) == 1
+
+
+def test_a_capacity_that_drops_most_tokens_is_told_once() -> None:
+    watch = RouterWatch()
+    good, bad = stats([5, 5, 5], dropped=7), stats([5, 5, 5], dropped=8)
+    assert watch.check(1, 15, {1: good}) == []
+    [line] = watch.check(2, 15, {1: bad, 3: good})
+    assert "step 2: capacity takes 53% of the assignments of layer 1 away: raise capacity_factor" in line
+    assert watch.check(3, 15, {1: bad}) == []
+    [line] = watch.check(4, 15, {1: good})
+    assert "takes 47% of the assignments of layer 1 away, no more" in line
 
 
 def test_a_forced_collapse_is_told_at_once(tmp_path, monkeypatch) -> None:

@@ -21,7 +21,8 @@ class Timing(NamedTuple):
 def bench(model: LM, *, batch: int, context: int, decode_tokens: int = 32, repeats: int = 5) -> list[Timing]:
     """Time `model` on random tokens: rows of `context` tokens, then single tokens from the state after them.
 
-    The model's weights are changed by the training steps. Medians of `repeats` after one warm-up.
+    A model that cannot generate (`ModelConfig.why_no_generation`) has no decoding to time. The model's
+    weights are changed by the training steps. Medians of `repeats` after one warm-up.
     """
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +62,10 @@ def bench(model: LM, *, batch: int, context: int, decode_tokens: int = 32, repea
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     rows.append(_time("prefill", prefill, tokens, repeats, device))
-    rows.append(_time(f"decode {decode_tokens} tokens", decode, batch * (decode_tokens + 1), repeats, device))
+    if model.config.why_no_generation() is None:
+        rows.append(
+            _time(f"decode {decode_tokens} tokens", decode, batch * (decode_tokens + 1), repeats, device)
+        )
     return rows
 
 

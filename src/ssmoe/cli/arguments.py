@@ -65,14 +65,21 @@ def load_model(arguments: argparse.Namespace) -> Any:
     import torch
 
     from ssmoe.training.checkpoint import load
-    from ssmoe.training.folder import resolve_device
 
     return load(
         arguments.run,
         backend=arguments.backend,
-        device=resolve_device(arguments.device),
+        device=arguments.device,
         dtype=torch.bfloat16 if arguments.precision == "bfloat16" else None,
     )
+
+
+def check_output(path: str, option: str = "") -> None:
+    """Raise, before any work, for a file that cannot be written: `option` is what named it, with a space."""
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{option}{path}: its folder does not exist; make it first")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{option}{path} is a folder: name a file in it")
 
 
 def print_json(value: Any) -> None:

@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ssmoe.check.bench import bench
     from ssmoe.model.build import build
-    from ssmoe.training.folder import device_name, resolve_device
+    from ssmoe.ops.device import resolve_device
+    from ssmoe.training.folder import device_name
 
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else None
     device = resolve_device(config.train.device)
@@ -46,4 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{config.name}: {batch} rows of {context} tokens, {config.train.precision}; {where}")
     for row in rows:
         print(f"  {row.name:<20} {row.seconds * 1e3:>10.1f} ms {row.tokens_per_second:>12,.0f} tokens/s")
+    if reason := config.model.why_no_generation():
+        print(f"  no decoding: {reason}")
     return 0

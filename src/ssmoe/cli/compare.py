@@ -66,7 +66,8 @@ def _print(comparison: "Comparison", folder: str) -> None:
         "fewer steps",
         "less time",
     ):
-        table.add_column(title, justify="left" if title == "run" else "right")
+        # on a narrow page a name is wrapped, never cut
+        table.add_column(title, justify="left" if title == "run" else "right", overflow="fold")
     for row in comparison.rows:
         table.add_row(
             row.name,

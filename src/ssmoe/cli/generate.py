@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from ssmoe.cli.arguments import add_json, add_model, load_model, print_json
+from ssmoe.cli.arguments import add_json, add_model, check_output, load_model, print_json
 
 HELP = "continue a prompt with a trained model"
 
@@ -15,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
@@ -42,11 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--store", metavar="FOLDER", help="keep states of prompts here and begin from them")
     parser.add_argument(
-        "--store-every", type=int, default=256, metavar="TOKENS", help="--store: a state each (default: 256)"
+        "--store-every", type=int, metavar="TOKENS", help="--store: a state each (default: 256)"
     )
-    parser.add_argument(
-        "--store-mb", type=int, default=1024, metavar="MB", help="--store: room for states (default: 1024)"
-    )
+    parser.add_argument("--store-mb", type=int, metavar="MB", help="--store: room for states (default: 1024)")
     add_json(parser)
 
 
@@ -59,10 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.prompt and arguments.state_in is None:
         raise ValueError("the prompt is empty: give some text after --prompt")
     prompt = arguments.prompt or ""
-    if arguments.state_out and not Path(arguments.state_out).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"--state-out {arguments.state_out}: its folder does not exist; make it first"
-        )
+    if arguments.state_out:
+        check_output(arguments.state_out, "--state-out ")
     _check(arguments)
     model, tokenizer = load_model(arguments)
 
@@ -93,10 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer,
         [unread],
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
+        temperature=0.8 if arguments.temperature is None else arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         stop=arguments.stop,
         state=start,
         n=arguments.n,
@@ -126,8 +121,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"-n {arguments.n} ends in as many places: leave --state-out away, or -n")
     if arguments.store and arguments.state_in:
         raise ValueError("--store begins from the prompt: leave --state-in away, or --store")
+    for name, value in (("--store-every", arguments.store_every), ("--store-mb", arguments.store_mb)):
+        if value is not None and not arguments.store:
+            raise ValueError(f"{name} belongs to --store FOLDER: name one, or leave {name} away")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}: give at least 1")
     if arguments.beams is not None:
         given = {"--top-k": arguments.top_k, "--top-p": arguments.top_p, "--stop": arguments.stop or None}
+        given |= {"--temperature": arguments.temperature, "--seed": arguments.seed}
         given["--state-out"] = arguments.state_out
         given |= {"--graph": arguments.graph, "--batch-invariant": arguments.batch_invariant or None}
         for name, value in given.items():
@@ -140,9 +141,9 @@ def _read_through(arguments: argparse.Namespace, model: Any, tokenizer: Any, pro
     from ssmoe.generation.engine import Continuation
     from ssmoe.generation.store import StateStore, read_through
 
-    store = StateStore(arguments.store, model, tokenizer, budget_bytes=arguments.store_mb << 20)
+    store = StateStore(arguments.store, model, tokenizer, budget_bytes=(arguments.store_mb or 1024) << 20)
     ids = [tokenizer.end_id, *tokenizer.encode(prompt)]
-    found = read_through(store, ids, every=arguments.store_every)
+    found = read_through(store, ids, every=arguments.store_every or 256)
     return Continuation(found.state, (found.tokens,), ((ids[-1],),))
 
 

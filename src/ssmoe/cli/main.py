@@ -6,8 +6,10 @@ line, 2 wrong usage.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
@@ -39,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_version())
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"ssmoe: unknown command {arguments[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        near = get_close_matches(arguments[0], COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(
+            f"ssmoe: unknown command {arguments[0]!r}{meant}; one of: {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     command = _module(arguments[0])
     parser = _Parser(prog=f"ssmoe {arguments[0]}", description=command.HELP)
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ssmoe: interrupted", file=sys.stderr)
         return 1
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError, MemoryError) as error:
         print(f"ssmoe: {_one_line(error)}", file=sys.stderr)
         return 1
 
@@ -93,5 +99,17 @@ def _version() -> str:
     return import_module("ssmoe").__version__
 
 
+_NO_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
+"""What torch says on a CPU and on a GPU."""
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(text):
+        return text
+    asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
+    return (
+        f"not enough memory{f' (asked for {asked[1]})' if asked else ''}: take fewer rows at a time "
+        "(train.micro_batch_size, --batch-size), shorter ones (data.context, --context) or a smaller model; "
+        "train.recompute=true trains with less"
+    )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ssmoe.cli.arguments import add_device, add_json, load_model, print_json
+from ssmoe.cli.arguments import add_device, add_json, check_output, load_model, print_json
 from ssmoe.cli.extras import require
 
 HELP = "save, inspect, mix and retrieve recurrent states as files"
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixable", action="store_true", help="save: as mix and retrieve need it, as with --task"
     )
-    parser.add_argument("--shots", type=int, default=32, help="examples of --task (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="which examples of --task (default: 0)")
-    parser.add_argument("--method", default="mean", help="mix: mean, sum, norm-kept, decay or any-order")
+    parser.add_argument("--shots", type=int, help="examples of --task (default: 32)")
+    parser.add_argument("--seed", type=int, help="which examples of --task (default: 0)")
+    parser.add_argument("--method", help="mix: mean, sum, norm-kept, decay or any-order (default: mean)")
     parser.add_argument("--weights", type=float, nargs="+", help="mix: of a weighted mean")
     parser.add_argument("--layers", type=int, nargs="+", help="retrieve: layers to compare (default: all)")
     parser.add_argument(
@@ -42,8 +42,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+_OPTIONS = {
+    "text": ("save", "retrieve"),
+    "file": ("save", "retrieve"),
+    "task": ("save", "retrieve"),
+    "shots": ("save", "retrieve"),
+    "seed": ("save", "retrieve"),
+    "mixable": ("save",),
+    "method": ("mix",),
+    "weights": ("mix",),
+    "layers": ("retrieve",),
+    "centre": ("retrieve",),
+    "plot": ("inspect",),
+    "json": ("inspect", "retrieve"),
+}
+"""The actions that an option is for."""
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Do one of them."""
+    for name, actions in _OPTIONS.items():
+        if getattr(arguments, name) not in (None, False) and arguments.action not in actions:
+            raise ValueError(
+                f"--{name} is for {' and '.join(actions)}: leave it away with {arguments.action}"
+            )
+    for name in ("shots", "seed"):
+        if getattr(arguments, name) is not None and arguments.task is None:
+            raise ValueError(f"--{name} chooses examples of --task: name one, or leave --{name} away")
     match arguments.action:
         case "save":
             return _save(arguments)
@@ -60,7 +85,7 @@ def _save(arguments: argparse.Namespace) -> int:
         raise ValueError("ssmoe state save takes a run and a file: ssmoe state save RUN FILE --text TEXT")
     text = _text(arguments)
     arguments.run, out = arguments.paths
-    _check_folder(out)
+    check_output(out)
     model, tokenizer = load_model(arguments)
 
     from ssmoe.generation import continuation
@@ -70,7 +95,7 @@ def _save(arguments: argparse.Namespace) -> int:
     if arguments.task is not None or arguments.mixable:
         memory = _capture(model, tokenizer, text)
         save_memory(memory, out, model=model, tokenizer=tokenizer)
-        what = "the text" if arguments.task is None else f"{arguments.shots} examples of {arguments.task}"
+        what = "the text" if arguments.task is None else f"{_shots(arguments)} examples of {arguments.task}"
         print(f"{out}: {what} in {memory.tokens} tokens, to be mixed or found")
         return 0
     found = read(model, [[tokenizer.end_id, *tokenizer.encode(text)]])
@@ -84,16 +109,17 @@ def _mix(arguments: argparse.Namespace) -> int:
     if len(arguments.paths) < 4:
         raise ValueError("ssmoe state mix takes a run, a file to write and at least two states to mix")
     arguments.run, out, *sources = arguments.paths
-    _check_folder(out)
+    check_output(out)
     model, tokenizer = load_model(arguments)
 
     from ssmoe.soup.library import load_memory, save_memory
     from ssmoe.soup.mix import mix
 
     memories = [load_memory(path, model=model, tokenizer=tokenizer) for path in sources]
-    mixed = mix(model, memories, arguments.method, arguments.weights)
+    method = arguments.method or "mean"
+    mixed = mix(model, memories, method, arguments.weights)
     save_memory(mixed, out, model=model, tokenizer=tokenizer)
-    print(f"{out}: {arguments.method} of {len(memories)} states, {mixed.tokens} tokens in all")
+    print(f"{out}: {method} of {len(memories)} states, {mixed.tokens} tokens in all")
     return 0
 
 
@@ -132,14 +158,19 @@ def _text(arguments: argparse.Namespace) -> str:
     if arguments.task is not None:
         from ssmoe.eval.tasks import Template, read_task, split_task
 
-        shots, _ = split_task(read_task(arguments.task), seed=arguments.seed)
-        if not 1 <= arguments.shots <= len(shots):
-            raise ValueError(f"--shots {arguments.shots}: the task has 1 to {len(shots)} examples to show")
-        return "".join(Template().example(pair) for pair in shots[: arguments.shots])
+        shots, _ = split_task(read_task(arguments.task), seed=arguments.seed or 0)
+        number = _shots(arguments)
+        if not 1 <= number <= len(shots):
+            raise ValueError(f"--shots {number}: the task has 1 to {len(shots)} examples to show")
+        return "".join(Template().example(pair) for pair in shots[:number])
     text = arguments.text if arguments.file is None else Path(arguments.file).read_text(encoding="utf-8")
     if not text:
         raise ValueError("the text is empty: give some to read")
     return text
+
+
+def _shots(arguments: argparse.Namespace) -> int:
+    return 32 if arguments.shots is None else arguments.shots
 
 
 def _capture(model: Any, tokenizer: Any, text: str) -> Any:
@@ -149,11 +180,6 @@ def _capture(model: Any, tokenizer: Any, text: str) -> Any:
 
     ids = torch.tensor([[tokenizer.end_id, *tokenizer.encode(text)]], device=model.embedding.weight.device)
     return capture(model, ids)
-
-
-def _check_folder(path: str) -> None:
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder does not exist; make it first")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -190,7 +216,7 @@ def _check_plot(path: str) -> None:
     require("matplotlib", "plots")
     if not path.endswith(".png"):
         raise ValueError(f"--plot {path}: give a name that ends in .png")
-    _check_folder(path)
+    check_output(path)
 
 
 def _draw(states: dict[str, dict[str, Any]], path: Path) -> None:

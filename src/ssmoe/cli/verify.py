@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ssmoe.check.verify import verify
     from ssmoe.model.lm import LM
     from ssmoe.ops import BACKENDS
+    from ssmoe.ops.device import resolve_device
     from ssmoe.training.checkpoint import load
-    from ssmoe.training.folder import resolve_device
 
     device = resolve_device(arguments.device)
     reference, tokenizer = load(arguments.run, backend="reference", device=device)

@@ -21,9 +21,10 @@ Projection = Literal["conv", "gate", "out"]
 
 
 class Frozen(BaseModel):
-    """Base of every configuration: immutable, and an unknown key is an error."""
+    """Base of every configuration: immutable, every number finite, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # JSON has no infinity: a run that was begun with one could not be read again
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class MambaConfig(Frozen):
@@ -246,7 +247,8 @@ class ExpertChoiceConfig(RoutingConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_choices(self.bank[2] if self.mode == "token_choice" else 2)
+        num_choices = self.bank[2]
+        self._check_choices(num_choices if self.mode == "token_choice" else 2)
         if self.group == "batch" and not self.allow_noncausal_routing:
             raise ValueError(
                 'group="batch" lets the choice for a token depend on later ones: use group="position", '
@@ -291,7 +293,8 @@ class MoTConfig(RoutingConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_choices(self.bank[2] if self.mode == "token_choice" else 2)
+        num_choices = self.bank[2]
+        self._check_choices(num_choices if self.mode == "token_choice" else 2)
         return self
 
 

@@ -26,7 +26,7 @@ from ssmoe.config.model import (
 )
 from ssmoe.config.train import TrainConfig
 
-_LAYERS: dict[str, type[Frozen]] = {
+LAYERS: dict[str, type[Frozen]] = {
     "mamba": MambaConfig,
     "s4d": S4DConfig,
     "attention": AttentionConfig,
@@ -37,6 +37,9 @@ _LAYERS: dict[str, type[Frozen]] = {
     "expert_choice": ExpertChoiceConfig,
     "mot": MoTConfig,
 }
+
+
+_ALLLAYERS = 'set all layers, as in model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 512}]'
 
 
 class RunConfig(Frozen):
@@ -86,7 +89,8 @@ def preset_names() -> list[str]:
 def preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A shipped preset with `key=value` overrides, such as "model.repeat=4" or "model.pattern.moe.top_k=2".
 
-    Raises ValueError for an unknown preset or key, naming the nearest, or for a value that does not fit.
+    Raises ValueError for an unknown preset or key, naming the nearest, or for a value that does not fit;
+    TypeError for overrides that are no list of texts.
     """
     if name not in preset_names():
         raise ValueError(
@@ -113,10 +117,19 @@ def load_run(preset_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no sections: it needs at least [model]")
+    if values.keys() == {"format", "model"}:
+        raise ValueError(
+            f"{path} is of a checkpoint folder, not of a run: to train on from its weights, name a preset of "
+            f"the same sizes and train.init_from={path.parent}"
+        )
     return _run_config({"name": path.stem, **values}, overrides, str(path))
 
 
 def _run_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> RunConfig:
+    if isinstance(overrides, (str, dict)):
+        raise TypeError(
+            f'overrides is a {type(overrides).__name__}: give a list, such as ["train.steps=100"]'
+        )
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -148,11 +161,13 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> No
             for target in targets:
                 target[segment] = value
             return
-        if segment == "pattern" and len(path) > i + 2:
+        if segment == "pattern":
             layers = cast(list[dict[str, Any]], targets[0]["pattern"])
             targets = _pick_layers(layers, path[i + 1], key)
+            if len(path) == i + 2:
+                raise ValueError(f"{key!r} is a whole layer: name a field of it, or {_ALLLAYERS}")
             kinds = {cast(str, target["kind"]) for target in targets}
-            model = _LAYERS[kinds.pop()]
+            model = LAYERS[kinds.pop()]
             _assign_layers(targets, model, path[i + 2 :], value, key)
             return
         annotation = model.model_fields[segment].annotation
@@ -169,7 +184,9 @@ def _assign_layers(
     if len(path) == 2 and isinstance(section, type) and issubclass(section, BaseModel):
         inner = [cast(dict[str, Any], target.setdefault(path[0], {})) for target in targets]
         return _assign_layers(inner, section, path[1:], value, key)
-    if len(path) != 1 or path[0] not in model.model_fields or path[0] == "kind":
+    if path == ["kind"]:
+        raise ValueError(f"{key!r}: a layer's other fields belong to its kind: {_ALLLAYERS}")
+    if len(path) != 1 or path[0] not in model.model_fields:
         prefix = key.removesuffix("." + ".".join(path))
         raise ValueError(f"unknown key {key!r}{_nearest_key(prefix, path[0], model)}")
     for target in targets:
@@ -206,7 +223,7 @@ def _all_keys() -> list[str]:
     sections: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     keys = [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
     return keys + [
-        f"model.pattern.{kind}.{name}" for kind, model in _LAYERS.items() for name in model.model_fields
+        f"model.pattern.{kind}.{name}" for kind, model in LAYERS.items() for name in model.model_fields
     ]
 
 

@@ -89,9 +89,9 @@ class TrainConfig(Frozen):
     optimiser, the schedule and the data begin anew."""
     device: str = "auto"
     """"auto" is cuda where present, else cpu."""
-    threads: PositiveInt | None = None
-    """CPU threads while training; None is torch's choice, as many as cores. Small models gain little from a
-    second one, and lose much when another process holds its core."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads while training, at most 1,024; None is torch's choice, as many as cores. Small models gain
+    little from a second one, and lose much when another process holds its core."""
     backend: str = "auto"
     """Kernels: "auto" or a name that `ssmoe doctor` lists."""
     eval_every: PositiveInt = 100

@@ -92,7 +92,7 @@ def held_out_batches(corpus: TokenCorpus, *, context: int, batch_size: int, rows
 
 def _check(corpus: TokenCorpus, context: int, batch_size: int, world_size: int, *, consecutive: bool) -> None:
     """Raise ValueError for too little text, and for a batch that ranks cannot share."""
-    if context > corpus.num_targets:
+    if context > corpus.num_targets and not consecutive:
         raise ValueError(
             f"data.context={context} is more than the {corpus.num_targets} tokens of training text: "
             f"set data.context to at most {corpus.num_targets} or add text"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ssmoe.config.data import DataConfig
 from ssmoe.data.corpus import Encoded, TokenCorpus, open_replacing, read_corpus, write_corpus
 from ssmoe.data.sources import Document, read_documents
-from ssmoe.data.split import choose_held_out
+from ssmoe.data.split import choose_held_out, describe_split
 from ssmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 
 BPE_SAMPLE_BYTES = 16 << 20
@@ -41,6 +41,9 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, log: Log 
     log = log or _say_nothing
     survey = _survey(config)
     held_out = choose_held_out(survey.sizes, config.held_out)
+    for line in (describe_split(survey.sizes, held_out, config.held_out), _describe_garbled(survey)):
+        if line is not None:
+            log(line)
     train = survey.sizes.keys() - held_out
     folder = Path(config.cache_dir).expanduser()
     tokenizer = tokenizer or _find_tokenizer(survey, train, folder, log)
@@ -65,6 +68,8 @@ class _Survey(NamedTuple):
     """Every document in order."""
     sizes: dict[bytes, int]
     """Its bytes of UTF-8."""
+    garbled: list[str]
+    """Names of those that hold what stands for bytes that are no UTF-8."""
 
     def read(self, chosen: Collection[bytes]) -> Iterator[Document]:
         """The chosen documents, in order."""
@@ -76,12 +81,23 @@ class _Survey(NamedTuple):
 
 
 def _survey(config: DataConfig) -> _Survey:
-    survey = _Survey(config, [], {})
+    survey = _Survey(config, [], {}, [])
     for document in read_documents(config):
         digest = document.digest
         survey.digests.append(digest)
         survey.sizes[digest] = len(document.text.encode())
+        if "\N{REPLACEMENT CHARACTER}" in document.text:
+            survey.garbled.append(document.name)
     return survey
+
+
+def _describe_garbled(survey: _Survey) -> str | None:
+    if not survey.garbled:
+        return None
+    return (
+        f"{len(survey.garbled):,} of {len(survey.digests):,} documents hold bytes that are not UTF-8, read "
+        f"as U+FFFD, the first one {survey.garbled[0]}: convert them or leave them out"
+    )
 
 
 def _find_tokenizer(survey: _Survey, train: Collection[bytes], folder: Path, log: Log) -> Tokenizer:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ssmoe.data.tokenizer import Tokenizer
 from ssmoe.generation.engine import Continuation, read
+from ssmoe.generation.sampler import check_logits
+from ssmoe.generation.text import check_prompts
 from ssmoe.model.lm import LM
 from ssmoe.model.state import expand, select
 
@@ -40,11 +42,12 @@ def beam_search(
     """The `n` best of `beams` hypotheses for each prompt, best first, each prompt as if it were alone.
 
     A hypothesis ends with the end token or at `max_new_tokens`. A prompt opens a document unless `start` is
-    given. Raises ValueError for a model that cannot generate, for no prompts or an empty one, and for numbers
-    that leave nothing to search.
+    given. Raises ValueError for a model that cannot generate, for no prompts or an empty one, numbers that
+    leave nothing to search, or logits that are none; TypeError for prompts that are no texts.
     """
     if reason := model.config.why_no_generation():
         raise ValueError(f"this model cannot generate: {reason}")
+    check_prompts(prompts)
     if not prompts or (start is None and not all(prompts)):
         raise ValueError("a prompt is empty or there is none: give some text to continue")
     if not 1 <= n <= beams or max_new_tokens < 1:
@@ -111,6 +114,7 @@ def _search(
 
 def _best(logits: Tensor, totals: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor]:
     """Totals, parents and tokens, (b, beams) each, of the likeliest extensions; ties go to the lower id."""
+    check_logits(logits.amax(dim=1).isfinite().all())
     extended = totals.unsqueeze(-1) + logits.double().cpu().log_softmax(-1).view(*totals.shape, -1)
     vocab = extended.shape[-1]
     values, index = extended.flatten(1).sort(dim=1, descending=True, stable=True)

@@ -3,24 +3,29 @@
 It knows tokens only; text, stop strings and files live above it.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from itertools import repeat as repeated
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssmoe.generation import graph as graphs
-from ssmoe.generation.pieces import Pieces
+from ssmoe.generation.pieces import MOST, Pieces
 from ssmoe.generation.sampler import Sampling, sample
-from ssmoe.model.layer import LayerState, State
+from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import AttentionState
-from ssmoe.model.state import concatenate, expand, select, with_room
+from ssmoe.model.state import alone, concatenate, expand, select, with_room
 from ssmoe.ops import Segments
 
 PREFILL_CHUNK = 2048
-"""Prompts are read in pieces of this many tokens, so memory does not grow with their length."""
+"""Prompts are read in pieces of this many tokens, so memory does not grow with their length.
+
+A GPU takes longer pieces of few rows, which fill it better."""
 
 ROOM = 256
 """Tokens by which an attention layer's room grows."""
@@ -80,7 +85,7 @@ def decode(
         rows = range(first, min(first + group, len(prompts)))
         state = None if start is None else start.state
         if state is not None and batch_invariant:
-            state = _alone(state, first)
+            state = alone(state, first)
         count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
         logits, state = _prefill(model, prompts[first : rows.stop], state, pieces)
         row_seeds = None if seeds is None else seeds[first : rows.stop]
@@ -101,17 +106,6 @@ def decode(
         pending += found[1]
         counts += count
     return Continuation(concatenate(ends), tuple(counts), tuple(pending))
-
-
-def _alone(state: State, row: int) -> State:
-    """One row, its attention layers without the room that longer rows needed."""
-    layers: list[LayerState] = []
-    for layer in select(state, [row]):
-        if isinstance(layer, AttentionState):
-            used = int(layer.length)
-            layer = AttentionState(layer.keys[:, :, :used], layer.values[:, :, :used], layer.length)
-        layers.append(layer)
-    return tuple(layers)
 
 
 def _go_on(
@@ -140,7 +134,7 @@ def _go_on(
         for i, row in enumerate(active):
             if not on[i]:
                 pending[row] = (tokens[i],)
-                ends[row] = _alone(state, i)
+                ends[row] = alone(state, i)
         going = [i for i in range(len(active)) if on[i]]
         if not going:
             break
@@ -152,7 +146,7 @@ def _go_on(
             room = max(count[row] for row in active) + ROOM
             state = with_room(state, room)
         column = torch.tensor(tokens, device=model.embedding.weight.device).unsqueeze(1)
-        out = model(column, state, logits="last", in_place=caches)
+        out = model(column, state, logits="last", out_state=state if caches else None)
         logits, state = out.logits, out.state
         for row in active:
             count[row] += 1
@@ -179,7 +173,7 @@ def read(
     state = model.init_state(len(prompts)) if start is None else start.state
     rest = [prompt[:-1] for prompt in prompts]
     if batch_invariant:
-        rows = [_alone(state, i) for i in range(len(prompts))]
+        rows = [alone(state, i) for i in range(len(prompts))]
         state = concatenate(
             [_prefill(model, [row], own)[1] if row else own for row, own in zip(rest, rows, strict=True)]
         )
@@ -203,21 +197,49 @@ def _prefill(
 ) -> tuple[Tensor, State]:
     """The logits (b, vocab) after each prompt, and the state there; by graphs where `pieces` are given."""
     device = model.embedding.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    segments = Segments.ragged(lengths) if bool((lengths != longest).any()) else None
+    counts = [len(prompt) for prompt in prompts]
+    longest = max(counts)
+    ids = _rows(prompts, longest).to(device)
+    lengths, segments = None, None
+    if min(counts) < longest:
+        lengths = torch.tensor(counts)
+        segments = Segments.ragged(lengths)
+        lengths, segments = lengths.to(device), Segments(*(part.to(device) for part in segments))
     read_piece = partial(_read_piece, model) if pieces is None else pieces
     logits: Tensor | None = None
-    for begin in range(0, longest, PREFILL_CHUNK):
-        end = min(begin + PREFILL_CHUNK, longest)
+    most = PREFILL_CHUNK if pieces is None else MOST // len(prompts)
+    for begin, end in pairwise((0, *_ends(longest, most))):
         piece = None if segments is None else segments.slice(begin, end)
         found, state = read_piece(ids[:, begin:end], state, piece)
-        reached = (lengths > begin).unsqueeze(1)
-        logits = found if logits is None else torch.where(reached, found, logits)
+        if logits is not None and lengths is not None:
+            found = torch.where((lengths > begin).unsqueeze(1), found, logits)
+        logits = found
     assert logits is not None
     assert state is not None
     return logits, state if pieces is None else pieces.copied(state)
+
+
+def _ends(length: int, most: int) -> list[int]:
+    """Where the pieces of a row end: each PREFILL_CHUNK or that doubled, up to `most`, and a rest.
+
+    Few lengths serve all prompts, so that graphs serve again.
+    """
+    ends = [0]
+    while ends[-1] < length:
+        size = PREFILL_CHUNK
+        while 2 * size <= min(most, length - ends[-1]):
+            size *= 2
+        ends.append(min(ends[-1] + size, length))
+    return ends[1:]
+
+
+def _rows(prompts: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(b, length) int64, zeros behind shorter prompts; by an array, since torch is slow to read lists."""
+    flat = array("q")
+    for prompt in prompts:
+        flat.extend(prompt)
+        flat.extend(repeated(0, length - len(prompt)))
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(prompts), length)
 
 
 def _read_piece(

@@ -41,14 +41,25 @@ def sample(
     """One token a row. logits: (b, vocab). positions: each row's index of the token to come.
 
     seeds: one a row, in place of the one of `sampling`. A row's choice depends on its logits, its seed and
-    its position, not on the other rows.
+    its position, not on the other rows. Raises ValueError for logits on the CPU that are not numbers.
     """
     if sampling.temperature == 0:
         if logits.device.type == "cpu":
             return _largest(logits[:, : sampling.num_tokens])
         return [int(token) for token in choose(logits, None, sampling).cpu()]
     draws = torch.tensor(uniforms(positions, sampling, seeds), dtype=torch.float64)
-    return [int(token) for token in choose(logits.cpu(), draws, sampling)]
+    logits = logits.cpu()
+    check_logits(logits[:, : sampling.num_tokens].amax(dim=1).isfinite().all())
+    return [int(token) for token in choose(logits, draws, sampling)]
+
+
+def check_logits(finite: Tensor | np.bool) -> None:
+    """Raise ValueError where the largest logit of a row is not a finite number."""
+    if not finite:
+        raise ValueError(
+            "the model's logits are not numbers: its weights, or the state that it goes on from, hold NaN or "
+            "infinity; load another checkpoint or state"
+        )
 
 
 def _largest(logits: Tensor) -> list[int]:
@@ -59,8 +70,12 @@ def _largest(logits: Tensor) -> list[int]:
     """
     if logits.dtype == torch.bfloat16:
         bits = logits.contiguous().view(torch.int16).numpy().astype(np.int32) << 16
-        return [int(token) for token in bits.view(np.float32).argmax(axis=1)]
-    return [int(token) for token in logits.numpy().argmax(axis=1)]
+        values = bits.view(np.float32)
+    else:
+        values = logits.numpy()
+    found = values.argmax(axis=1)  # of a row with NaN, the first of these
+    check_logits(np.isfinite(values[np.arange(len(found)), found]).all())
+    return [int(token) for token in found]
 
 
 def uniforms(positions: list[int], sampling: Sampling, seeds: list[int] | None = None) -> list[float]:

@@ -50,14 +50,20 @@ def generate(
     The i-th of a prompt's continuations is the one that seed + i gives.
 
     A prompt opens a document unless `state` is given: then it goes on from there (one row a prompt, and the
-    prompt may be empty after a Continuation). Raises ValueError for no prompts, an empty prompt or a
-    sampling value out of range. The model is put in eval mode.
+    prompt may be empty after a Continuation). Raises ValueError for no prompts, an empty prompt, one string
+    where a list is expected, a sampling value out of range or (on the CPU) logits that are not numbers;
+    TypeError for prompts that are no texts. The model is put in eval mode.
 
     graph: decode by CUDA graphs, which on a GPU is the default where the model can; True raises a ValueError
     that says why where it cannot.
     batch_invariant: a prompt gets the same bits whatever other prompts there are, at the price of reading and
     continuing one after another.
     """
+    if not hasattr(model, "config") or not hasattr(tokenizer, "vocab_size"):
+        raise TypeError(
+            f"generate takes a model and its tokenizer, not {type(model).__name__} and "
+            f"{type(tokenizer).__name__}: ssmoe.load(FOLDER) gives both"
+        )
     sampling = Sampling(temperature, top_k, top_p, seed, tokenizer.vocab_size).check()
     _check(prompts, max_new_tokens, stop, state)
     if n < 1:
@@ -147,15 +153,25 @@ def _start(state: State | Continuation | None, rows: int) -> Continuation | None
     return Continuation(state, (0,) * rows, ((),) * rows)
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ValueError for one string, TypeError for anything but texts."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string: give a list of prompts")
+    other = [type(prompt).__name__ for prompt in prompts if not hasattr(prompt, "encode")]
+    if other:
+        raise TypeError(f"a prompt is a {other[0]}: give texts (tokenizer.decode makes one of token numbers)")
+
+
 def _check(
     prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str], state: State | Continuation | None
 ) -> None:
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string: give a list of prompts")
+    check_prompts(prompts)
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least 1")
+    if isinstance(stop, str):
+        raise ValueError(f"stop={stop!r} is one string: give a list of stop strings")
     if not all(stop):
         raise ValueError("a stop string is empty: leave it away")
     if not isinstance(state, Continuation) and not all(prompts):

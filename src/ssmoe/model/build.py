@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ssmoe.config.count import count_parameters
 from ssmoe.config.model import (
     AttentionConfig,
     DenseConfig,
@@ -24,6 +25,7 @@ from ssmoe.model.feedforwards.moe import Experts, MoE
 from ssmoe.model.feedforwards.mot import MixtureOfTokens
 from ssmoe.model.feedforwards.router import Router
 from ssmoe.model.init import init_weights
+from ssmoe.model.layer import check_dtype
 from ssmoe.model.lm import LM, Residual
 from ssmoe.model.mixers.attention import Attention
 from ssmoe.model.mixers.mamba import Mamba
@@ -32,6 +34,9 @@ from ssmoe.model.mixers.parallel import Parallel
 from ssmoe.model.mixers.s4d import S4D
 from ssmoe.model.norm import LayerNorm, Linear, RMSNorm, use_products
 from ssmoe.ops import Ops, load
+from ssmoe.ops.device import check_home, resolve_device
+
+_MOST_PARAMETERS = 1 << 48
 
 
 def build(
@@ -45,14 +50,22 @@ def build(
     """A freshly initialised model; the same seed gives the same weights on every device.
 
     backend: "auto" or a name of `ssmoe.ops.BACKENDS`, fixed here for the model's life. device: None is the
-    CPU; "meta" builds shapes without memory. dtype: the compute dtype, None for the parameters' float32.
+    CPU, "auto" a GPU where there is one; "meta" builds shapes without memory. dtype: the compute dtype,
+    float32, bfloat16 or (on a CPU) float64, None for the parameters' float32.
+    Raises ValueError for a device that is not there, a backend whose kernels do not run on it, another dtype
+    and sizes that no memory holds.
     """
     if not hasattr(config, "layers"):
         raise TypeError(
             f"build takes a ModelConfig, not {type(config).__name__}: ssmoe.preset(NAME).model is one"
         )
-    device = torch.device("cpu" if device is None else device)
+    check_dtype(dtype)
+    if (total := count_parameters(config).total) >= _MOST_PARAMETERS:
+        raise ValueError(f"the model has {total:.2g} parameters, more than any memory holds: lower its sizes")
+    device = resolve_device(device)
     ops = load(backend, "cpu" if device.type == "meta" else device.type)
+    if device.type != "meta":
+        check_home(ops.name, device.type)
     with torch.device("meta"):
         layers = [Residual(_norm(config), _layer(layer, config.d_model, ops), ops) for layer in config.layers]
         final_norm = _norm(config) if config.final_norm else None

@@ -70,8 +70,21 @@ class Layer(Protocol):
         ...
 
 
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype that nothing is computed in; None is left to the parameters."""
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"{dtype!r} is no dtype to compute in: use torch.float32, torch.bfloat16 or, on a CPU, "
+            "torch.float64"
+        )
+
+
 def check_input(x: Tensor, d_model: int, ops: Ops) -> None:
     """Raise ValueError for an x that a layer of width `d_model` with the kernels `ops` does not take."""
+    check_dtype(x.dtype)
     if x.ndim != 3 or x.shape[2] != d_model:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length, {d_model})")
     if ops.name == "cpu" and x.device.type not in ("cpu", "meta"):

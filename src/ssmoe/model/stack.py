@@ -33,11 +33,12 @@ class Residual(nn.Module):
         segments: Segments | None,
         dtype: torch.dtype,
         *,
-        in_place: bool = False,
+        out_state: LayerState | None = None,
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream.
 
-        in_place: `state` is overwritten with the new state, whose memory it shares; for one position.
+        out_state: where the new state is written, for one position; `state` itself, or of the same shapes.
+        Attention adds to the keys and values that lie in it; what it shares with `state` is not copied.
         """
         if (
             x.shape[1] == 1
@@ -45,28 +46,33 @@ class Residual(nn.Module):
             and not torch.is_grad_enabled()
             and isinstance(self.layer, Mamba)
         ):
-            return self.layer.step(
-                x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
-            )
+            kept, new = cast(MambaState | None, state), cast(MambaState | None, out_state)
+            return self.layer.step(x, self.norm, kept, dtype, out_state=new)
         x, normed = self.enter(x, None, dtype)
         out: LayerOut
-        if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
-            out = self.layer.append(normed, state)
-        elif in_place and isinstance(self.layer, MoE) and not self.layer.training:
+        if isinstance(self.layer, Attention) and isinstance(out_state, AttentionState):
+            write(out_state, cast(AttentionState, state))
+            out = self.layer.append(normed, out_state)
+        elif out_state is not None and isinstance(self.layer, MoE) and not self.layer.training:
             out = LayerOut(self.layer.step(normed), (), None)
         else:
             out = self.layer(normed, state, segments)
-        if in_place and state is not None:
-            for old, new in zip(state, out.state, strict=True):
-                if old is not new:
-                    old.copy_(new)
-            out = out._replace(state=state)
+            if out_state is not None:
+                write(out_state, out.state)
+                out = out._replace(state=out_state)
         return LayerOut(x + out.x, out.state, out.stats)
 
     def enter(self, x: Tensor, pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x + pending, what the layer before has yet to add, and its norm: what this layer reads."""
         norm = self.norm
         return self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending)
+
+
+def write(place: LayerState, state: LayerState) -> None:
+    """The values of `state` into the tensors of `place`, but for those that the two share."""
+    for old, new in zip(place, state, strict=True):
+        if old is not new:
+            old.copy_(new)
 
 
 def run(
@@ -76,25 +82,26 @@ def run(
     segments: Segments | None,
     dtype: torch.dtype,
     *,
-    in_place: bool = False,
+    out_state: State | None = None,
     take: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, State, tuple[RouterStats | None, ...]]:
     """x: (b, l, d_model) through all layers: stream, what is yet to be added to it, states, statistics.
 
-    in_place as in `Residual`. take: of the result, what is wanted, such as the last position.
+    out_state as in `Residual`. take: of the result, what is wanted, such as the last position.
     """
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
     alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
-    alone = alone and not in_place
-    joined = x.shape[1] > 1 and not in_place
+    joined = x.shape[1] > 1 and out_state is None
     pending: Tensor | None = None
     stream, ops = x.dtype, None
     i = 0
     while i < len(layers):
         count = _equal_mambas(layers, i, cast(State, state), dtype) if alone else 0
         if count > 1:
-            x, found = _step(layers[i : i + count], x, cast(State, state)[i : i + count])
+            some = slice(i, i + count)
+            outs = None if out_state is None else out_state[some]
+            x, found = _step(layers[some], x, cast(State, state)[some], outs)
             states += found
             stats += [None] * count
             i += count
@@ -115,7 +122,7 @@ def run(
             assert ops is not None
             x, pending = ops.residual_sum(x, pending, dtype=stream), None
         # whatever wraps a layer need only know the four
-        out = layer(x, before, segments, dtype, **({"in_place": True} if in_place else {}))
+        out = layer(x, before, segments, dtype, **({} if out_state is None else {"out_state": out_state[i]}))
         x = out.x
         states.append(out.state)
         stats.append(out.stats)
@@ -153,15 +160,21 @@ def _equal_mambas(layers: Sequence[nn.Module], begin: int, state: State, dtype: 
     return len(layers) - begin
 
 
-def _step(layers: Sequence[nn.Module], x: Tensor, state: State) -> tuple[Tensor, list[LayerState]]:
+def _step(
+    layers: Sequence[nn.Module], x: Tensor, state: State, out_state: State | None
+) -> tuple[Tensor, list[LayerState]]:
     plain = [cast(Residual, layer) for layer in layers]
     norms = [cast(RMSNorm | LayerNorm, layer._modules["norm"]) for layer in plain]
     mixers = [cast(Mamba, layer._modules["layer"]) for layer in plain]
+    kept = cast(Sequence[MambaState], state)
+    outs = cast(Sequence[MambaState] | None, out_state)
     y, convs, ssms = mixers[0].ops.mamba_steps(
         x.squeeze(1),
         [mixer.step_weights(norm) for mixer, norm in zip(mixers, norms, strict=True)],
         norm_eps=norms[0].eps,
-        conv_states=[cast(MambaState, kept).conv for kept in state],
-        ssm_states=[cast(MambaState, kept).ssm for kept in state],
+        conv_states=[layer.conv for layer in kept],
+        ssm_states=[layer.ssm for layer in kept],
+        out_convs=None if outs is None else [layer.conv for layer in outs],
+        out_ssms=None if outs is None else [layer.ssm for layer in outs],
     )
     return y.unsqueeze(1), [MambaState(conv, ssm) for conv, ssm in zip(convs, ssms, strict=True)]

@@ -19,6 +19,7 @@ from ssmoe.model.lm import LM
 from ssmoe.model.mixers.mamba_experts import LinearExperts, NetworkExperts
 from ssmoe.model.norm import Linear
 from ssmoe.ops import resolve, settled
+from ssmoe.ops.device import check_home, resolve_device
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -45,11 +46,14 @@ def load_weights(
     With a `dtype`, the compute dtype, matrices that are cast to it at every use are held in it, so that a
     token of generation does not cast them anew; norms, convolutions, the scan's parameters and routers keep
     the file's float32. Tied embeddings are such a matrix.
-    Raises FileNotFoundError for a missing file, ValueError for files that do not belong together.
+    Raises FileNotFoundError for a missing file, ValueError for files that do not belong together and for what
+    `build` refuses.
     """
     config = read_config(folder)
-    device = torch.device("cpu" if device is None else device)
-    model = build(config, backend=resolve(backend, device.type), device="meta", dtype=dtype)
+    device = resolve_device(device)
+    backend = resolve(backend, device.type)
+    check_home(backend, device.type)
+    model = build(config, backend=backend, device="meta", dtype=dtype)
     tensors = read_tensors(folder, device)
     if problems := differences(model.state_dict(), tensors):
         raise ValueError(f"{folder / WEIGHTS} is not of the model in {CONFIG}: {'; '.join(problems)}")

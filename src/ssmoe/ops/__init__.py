@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
     expert_mlp: Callable[..., Tensor]
     expert_linear: Callable[..., Tensor]
+    embedding: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     muon_step: Callable[..., None]
     adamw_step: Callable[..., None]
@@ -120,6 +121,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Ops:
         causal_conv1d=module.causal_conv1d,
         expert_mlp=module.expert_mlp,
         expert_linear=module.expert_linear,
+        embedding=module.embedding,
         linear=module.linear,
         muon_step=module.muon_step,
         adamw_step=module.adamw_step,

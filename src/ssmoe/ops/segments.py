@@ -1,12 +1,13 @@
 """Where documents begin and where padding lies in a batch of rows: one object for every op and layer."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
+T = TypeVar("T")
 
 
 class Segments(NamedTuple):
@@ -31,6 +32,15 @@ class Segments(NamedTuple):
     def resets(self) -> Tensor:
         """(b, l) bool, starts of real positions."""
         return self.starts & self.real
+
+    def derived(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` makes of these segments; `noted` ones keep it."""
+        del name
+        return make()
+
+    def noted(self) -> "Segments":
+        """The same for one pass through a model, whose layers ask for the same things again and again."""
+        return _Noted(self.ids, self.starts)
 
     def slice(self, begin: int, end: int) -> "Segments":
         """The columns begin to end."""
@@ -154,6 +164,13 @@ class Segments(NamedTuple):
         # documents count from 0 whether or not the row opens with a start
         first = torch.where(real, number, torch.full_like(number, 2**30)).amin(1, keepdim=True)
         return Segments((number - first).masked_fill(~real, -1), starts)
+
+
+class _Noted(Segments):
+    def derived(self, name: str, make: Callable[[], T]) -> T:
+        if name not in self.__dict__:
+            self.__dict__[name] = make()
+        return self.__dict__[name]
 
 
 def _previous_real(ids: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Scan states are mixed; a convolution's window means nothing when it is, so it is
 """
 
 from collections.abc import Callable, Sequence
-from math import comb
+from math import comb, isfinite
 from typing import Literal, get_args
 
 import torch
@@ -32,10 +32,12 @@ def mix(
         raise ValueError("there is nothing to mix: give at least one memory")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of: {', '.join(METHODS)}")
-    if weights is not None and (method != "mean" or len(weights) != len(memories) or sum(weights) == 0):
+    if weights is not None and (
+        method != "mean" or len(weights) != len(memories) or not isfinite(sum(weights)) or sum(weights) == 0
+    ):
         raise ValueError(
-            f"{len(weights)} weights for {method} of {len(memories)} memories: give one a memory, not adding "
-            "up to 0, and only with mean"
+            f"{len(weights)} weights {list(weights)} for {method} of {len(memories)} memories: give one a "
+            "memory, finite and not adding up to 0, and only with mean"
         )
     shares = [1.0] * len(memories) if weights is None else list(weights)
     shares = [share / sum(shares) for share in shares]

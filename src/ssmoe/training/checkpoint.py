@@ -157,7 +157,9 @@ def find_weights(path: str | Path) -> Path:
     """The weights folder that is meant by a run folder (its newest checkpoint), a checkpoint or itself."""
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}; give a run folder or a checkpoint folder")
+        near = Path("runs") / folder
+        remedy = f"did you mean {near}?" if near.is_dir() else "give a run folder or a checkpoint folder"
+        raise FileNotFoundError(f"no such folder: {folder}; {remedy}")
     if (folder / "weights").is_dir():
         return folder / "weights"
     if (folder / CHECKPOINTS).is_dir() or not (folder / "model.safetensors").is_file():

@@ -47,7 +47,7 @@ def check_comparable(runs: Sequence[RunConfig], baseline: str | None) -> None:
     if len(runs) < 2:
         raise ValueError("a comparison needs at least two presets or run files")
     if len(set(names)) < len(names):
-        raise ValueError(f"two runs have the same name among {', '.join(names)}: rename one with name=...")
+        raise ValueError(f"two runs have the same name among {', '.join(names)}: give one a file of its own")
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline {baseline!r} is not one of the runs {', '.join(names)}")
     first = runs[0]

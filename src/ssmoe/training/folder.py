@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ssmoe.config.load import RunConfig
 from ssmoe.config.load import describe as problem_of
 from ssmoe.ops import describe
+from ssmoe.ops.device import resolve_device
 from ssmoe.training.checkpoint import list_checkpoints
 
 CONFIG = "config.json"
@@ -117,19 +118,6 @@ def device_name(device: str) -> str:
     if resolve_device(device).type == "cuda":
         return torch.cuda.get_device_name(resolve_device(device))
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is cuda where present, else cpu. Raises ValueError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device: use auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} but torch sees no GPU here: use device=cpu")
-    return chosen
 
 
 def find_run(path: Path) -> Path | None:

@@ -20,6 +20,7 @@ from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.ops import missing
+from ssmoe.ops.device import resolve_device
 from ssmoe.training.average import Average
 from ssmoe.training.captured import CapturedStep, why_not
 from ssmoe.training.checkpoint import (
@@ -31,20 +32,22 @@ from ssmoe.training.checkpoint import (
     start_from,
 )
 from ssmoe.training.console import Reporter, Silent
+from ssmoe.training.diagnosis import where_not_finite
 from ssmoe.training.folder import (
     check_data,
     create_folder,
+    device_name,
     lock_folder,
     read_environment,
-    resolve_device,
 )
 from ssmoe.training.journal import Diverged as Diverged
 from ssmoe.training.journal import Journal, Taken
 from ssmoe.training.metrics import MetricsFile, eval_record, truncate_metrics
 from ssmoe.training.optimizer import build_optimizer, parameter_groups
+from ssmoe.training.outline import outline
 from ssmoe.training.recompute import recompute_layers
 from ssmoe.training.schedule import learning_rate
-from ssmoe.training.step import StepResult, train_step
+from ssmoe.training.step import StepResult, accumulate, inputs_of, train_step
 
 Evaluate = Callable[[LM], Mapping[str, float]]
 """The model to "held_out_loss", "held_out_bits_per_byte" and whatever else an evaluation line should hold."""
@@ -137,7 +140,8 @@ def _resumed(
 def _train(run: _Run, progress: Progress, state: State | None) -> bool:
     """From `progress` on, in a folder that is locked; True when finished."""
     train = run.config.train
-    for line in parameter_groups(run.model).describe(train):
+    groups = parameter_groups(run.model)
+    for line in (*_outline(run.config, run.data, run.model), *groups.describe(train)):
         run.reporter.message(line)
     with (
         closing(MetricsFile(run.folder)) as metrics,
@@ -195,12 +199,15 @@ def _loop(
         journal.begin()
         batch, cursor = _next(run, progress.cursor)
         rate = learning_rate(train, step - 1)
-        result = take(batch, rate, state)
+        before, result = state, take(batch, rate, state)
         state = result.state
         if run.average is not None:
             run.average.update(step)
         tokens += batch.ids.size
-        journal.add(Taken(step, tokens, batch.ids.size, rate), result)
+        try:
+            journal.add(Taken(step, tokens, batch.ids.size, rate), result)
+        except Diverged as error:
+            raise Diverged(f"{error}{_explain(run, batch, before)}") from None
         if step % train.eval_every == 0 or step == train.steps:
             journal.settle()
             journal.write(eval_record(step, tokens, journal.seconds, _evaluate(run)))
@@ -226,6 +233,16 @@ def _loop(
         if last:
             break
     return progress
+
+
+def _explain(run: _Run, batch: Batch, state: State | None) -> str:
+    """Where a step left the numbers; nothing where its weights have been written over."""
+    device = run.model.embedding.weight.device
+    if device.type != "cpu":
+        return ""
+    inputs = inputs_of(batch, device, isolate=run.config.data.isolate_documents)
+    train = run.config.train
+    return f"; {where_not_finite(run.model, lambda: accumulate(run.model, inputs, train, state))}"
 
 
 def _evaluate(run: _Run) -> Mapping[str, float]:
@@ -261,6 +278,11 @@ def _next(run: _Run, cursor: Cursor) -> tuple[Batch, Cursor]:
         mask_id = run.model.config.vocab_size - 1
         batch = hide(batch, mask_id=mask_id, fraction=data.mask_fraction, seed=data.seed, number=cursor.rows)
     return batch, after
+
+
+def _outline(config: RunConfig, data: Prepared, model: LM) -> list[str]:
+    device = device_name(config.train.device)
+    return outline(config, text_tokens=data.train.num_tokens, backend=model.backend, device=device)
 
 
 def _describe_data(data: Prepared) -> dict[str, str | int]:

@@ -82,17 +82,12 @@ def update(
     state: State | None = None,
 ) -> StepResult:
     """`train_step` where the batch and the learning rate have reached the device."""
-    rows = inputs.ids.shape[0]
-    size = train.micro_batch_size or rows
-    results: list[StepResult] = []
     with narrow_gradients(optimizer):
-        for begin in range(0, rows, size):
-            micro = inputs.rows(begin, min(begin + size, rows))
-            share = micro.ids.shape[0] / rows
-            past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
-            results.append(_accumulate(model, micro, share, past, train.tbptt))
+        results = accumulate(model, inputs, train, state)
         grad_norm = clip(model.parameters(), optimizer, train.clip_norm)
-        optimizer.step()
+        # on a CPU looking costs nothing, and weights that are still numbers can be asked what went wrong
+        if grad_norm.device.type != "cpu" or bool(grad_norm.isfinite()):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     routers = {i: _merge([r.routers[i] for r in results]) for i in results[0].routers}
     for i, stats in routers.items():
@@ -105,6 +100,19 @@ def update(
         routers=routers,
         state=None if train.tbptt is None else concatenate([r.state for r in results if r.state is not None]),
     )
+
+
+def accumulate(model: LM, inputs: Inputs, train: TrainConfig, state: State | None) -> list[StepResult]:
+    """Forward and backward over every micro-batch: the gradients of a step, and what each part gave."""
+    rows = inputs.ids.shape[0]
+    size = train.micro_batch_size or rows
+    results: list[StepResult] = []
+    for begin in range(0, rows, size):
+        micro = inputs.rows(begin, min(begin + size, rows))
+        share = micro.ids.shape[0] / rows
+        past = None if state is None else select(state, list(range(begin, begin + micro.ids.shape[0])))
+        results.append(_accumulate(model, micro, share, past, train.tbptt))
+    return results
 
 
 def segments_of(batch: Batch, device: torch.device) -> Segments:

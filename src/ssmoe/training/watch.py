@@ -1,4 +1,4 @@
-"""An alert when a router collapses, and a line when it has recovered."""
+"""An alert when a router collapses or drops most tokens, and a line when it has recovered."""
 
 from typing import cast
 
@@ -6,14 +6,16 @@ from ssmoe.model.layer import RouterStats
 
 
 class RouterWatch:
-    """Remembers which layers have collapsed, so that each is told once.
+    """Remembers what was told of which layer, so that it is told once.
 
     A router has collapsed when its busiest expert's load is more than half of the way from even to
-    everything, or when more than half of its experts get nothing.
+    everything, or when more than half of its experts get nothing. It drops too much when capacity takes more
+    than half of its assignments away.
     """
 
     def __init__(self) -> None:
         self._collapsed: set[int] = set()
+        self._dropping: set[int] = set()
 
     def check(self, step: int, tokens: int, routers: dict[int, RouterStats]) -> list[str]:
         """The lines to tell after a step over `tokens` tokens."""
@@ -29,7 +31,27 @@ class RouterWatch:
             elif problem is None and layer in self._collapsed:
                 self._collapsed.remove(layer)
                 lines.append(f"step {step}: the router of layer {layer} has recovered")
+            lines += self._check_dropped(step, layer, dropped_share(stats))
         return lines
+
+    def _check_dropped(self, step: int, layer: int, share: float) -> list[str]:
+        if share > 0.5 and layer not in self._dropping:
+            self._dropping.add(layer)
+            return [
+                f"step {step}: capacity takes {share:.0%} of the assignments of layer {layer} away: raise "
+                "capacity_factor, set it to null for none, or balance the router"
+            ]
+        if share <= 0.5 and layer in self._dropping:
+            self._dropping.remove(layer)
+            return [
+                f"step {step}: capacity takes {share:.0%} of the assignments of layer {layer} away, no more"
+            ]
+        return []
+
+
+def dropped_share(stats: RouterStats) -> float:
+    """The share of a layer's assignments that capacity took away."""
+    return int(stats.dropped) / max(1, int(stats.load.sum()))
 
 
 def describe_collapse(stats: RouterStats, tokens: int) -> str | None:

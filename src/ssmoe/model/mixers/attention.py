@@ -105,10 +105,13 @@ def _positions(past: Tensor, length: int, segments: Segments | None) -> Tensor:
 
 
 def copy_with_room(state: AttentionState, room: int) -> AttentionState:
-    """The state with room for `room` tokens, or as many as it holds, in memory of its own."""
+    """The state with room for `room` tokens, or as many as it holds, in dense memory of its own."""
     more = room - state.keys.shape[2]
-    # a pad of nothing is the tensor itself
-    keys, values = (F.pad(t, (0, 0, 0, more)) if more > 0 else t.clone() for t in (state.keys, state.values))
+    # a pad of nothing is the tensor itself, and both keep heads innermost where narrow ones lie so
+    keys, values = (
+        F.pad(t, (0, 0, 0, more)).contiguous() if more > 0 else t.clone(memory_format=torch.contiguous_format)
+        for t in (state.keys, state.values)
+    )
     return AttentionState(keys, values, state.length.clone())
 
 

@@ -22,6 +22,7 @@ from ssmoe.ops.cpu.residual_norm import residual_norm
 from ssmoe.ops.cpu.selective_scan import selective_scan
 from ssmoe.ops.reference.adamw_step import adamw_step
 from ssmoe.ops.reference.argmax import argmax
+from ssmoe.ops.reference.embedding import embedding
 from ssmoe.ops.reference.residual_sum import residual_sum
 from ssmoe.ops.reference.route import route
 from ssmoe.ops.reference.wide_linear import fork_wide, wide_linear
@@ -32,6 +33,7 @@ __all__ = [
     "attention_step",
     "causal_conv1d",
     "describe",
+    "embedding",
     "expert_linear",
     "expert_mlp",
     "fork_linear",

@@ -83,17 +83,23 @@ def mamba_steps(
     norm_eps: float,
     conv_states: Sequence[Tensor],
     ssm_states: Sequence[Tensor],
+    out_convs: Sequence[Tensor] | None = None,
+    out_ssms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """`mamba_step` through several layers of one shape; see the reference."""
     rows, dtype, wide = x.shape[0], conv_states[0].dtype, ssm_states[0].dtype
-    if rows <= _MOST and x.dtype in (dtype, wide) and not torch.is_grad_enabled() and layers:
+    fresh = out_convs is None and out_ssms is None
+    if fresh and rows <= _MOST and x.dtype in (dtype, wide) and not torch.is_grad_enabled() and layers:
         biased = layers[0][1] is not None
         weights = [t for weight, bias, *rest in layers for t in (weight, *rest, *((bias,) if biased else ()))]
         y, convs, ssms = torch.ops.ssmoe.mamba_steps(
             x, weights, biased, norm_eps, list(conv_states), list(ssm_states)
         )
         return y, convs.unbind(0), ssms.unbind(0)
-    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
+    return in_turn(
+        mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states,
+        out_convs=out_convs, out_ssms=out_ssms,
+    )  # fmt: skip
 
 
 def _step_fake(x: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,12 +66,18 @@ def mamba_steps(
     norm_eps: float,
     conv_states: Sequence[Tensor],
     ssm_states: Sequence[Tensor],
+    out_convs: Sequence[Tensor] | None = None,
+    out_ssms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """`mamba_step` through several layers of one shape: the last y, and the states after this token.
 
     layers: of each the norm's weight and bias (or None), then in_proj to out_proj as in `mamba_step`.
+    out_convs and out_ssms receive the states; they may be conv_states and ssm_states. Layers share no memory.
     """
-    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
+    return in_turn(
+        mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states,
+        out_convs=out_convs, out_ssms=out_ssms,
+    )  # fmt: skip
 
 
 def in_turn(
@@ -82,14 +88,19 @@ def in_turn(
     norm_eps: float,
     conv_states: Sequence[Tensor],
     ssm_states: Sequence[Tensor],
+    out_convs: Sequence[Tensor] | None,
+    out_ssms: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """`mamba_steps` by a backend's `mamba_step`."""
     convs: list[Tensor] = []
     ssms: list[Tensor] = []
-    for (weight, bias, *rest), conv, ssm in zip(layers, conv_states, ssm_states, strict=True):
+    none = [None] * len(layers)
+    kept = zip(conv_states, ssm_states, out_convs or none, out_ssms or none, strict=True)
+    for (weight, bias, *rest), (conv, ssm, out_conv, out_ssm) in zip(layers, kept, strict=True):
         x, conv, ssm = step(
-            x, weight, *rest, norm_eps=norm_eps, norm_bias=bias, conv_state=conv, ssm_state=ssm
-        )
+            x, weight, *rest, norm_eps=norm_eps, norm_bias=bias, conv_state=conv, ssm_state=ssm,
+            out_conv=out_conv, out_ssm=out_ssm,
+        )  # fmt: skip
         convs.append(conv)
         ssms.append(ssm)
     return x, convs, ssms

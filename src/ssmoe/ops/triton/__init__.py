@@ -4,6 +4,7 @@ from ssmoe.ops.triton.adamw_step import adamw_step
 from ssmoe.ops.triton.argmax import argmax
 from ssmoe.ops.triton.attention_step import attention_step
 from ssmoe.ops.triton.causal_conv1d import causal_conv1d
+from ssmoe.ops.triton.embedding import embedding
 from ssmoe.ops.triton.expert_linear import expert_linear
 from ssmoe.ops.triton.expert_mlp import expert_mlp
 from ssmoe.ops.triton.head_cross_entropy import head_cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "argmax",
     "attention_step",
     "causal_conv1d",
+    "embedding",
     "expert_linear",
     "expert_mlp",
     "fork_linear",

@@ -7,14 +7,23 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import conv_kernels as kernels
 from ssmoe.ops.triton.column_sums import column_sums
-from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
+from ssmoe.ops.triton.launch import (
+    cdiv,
+    check_activations,
+    check_shape,
+    direct,
+    on_device,
+    power_of_two,
+    row_major,
+    some,
+    watched,
+)
 
 NONE = kernels.NONE.value
 CHANNELS = 256
@@ -51,10 +60,13 @@ def causal_conv1d(
     past = None
     if initial_state is not None:
         past = read_state(initial_state, slots, x.new_empty((b, d, k - 1)))
+    if segments is None and k > 1 and not watched(x):
+        state = torch.empty(b, d, k - 1, dtype=x.dtype, device=x.device)
+        return _streamed(x, weight, bias, past, state), write_state(state, slots, out_state)
     places = None
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
-        places = _places(segments, k)
+        places = segments.derived(f"places of {k} taps", lambda: _places(segments, k))
     y = direct(conv_forward, x)(
         x, weight, bias, past if k > 1 else None, *((None, None, None) if places is None else places[:3])
     )
@@ -67,7 +79,11 @@ class _Places(NamedTuple):
     sources: Tensor  # (b, l, k), the row of each tap
     targets: Tensor  # (b, l, k), the position for which this row is tap j
     past_targets: Tensor  # (b, k - 1, k), the same for the rows of the initial state
-    window: Tensor  # (b, k - 1), the rows of the final state
+    # of the final state (b, 1, k - 1): rows of x and where they count, the same of the initial state
+    rows: Tensor
+    inside: Tensor
+    older: Tensor
+    before: Tensor
 
 
 def _places(segments: Segments, k: int) -> _Places:
@@ -99,11 +115,15 @@ def _places(segments: Segments, k: int) -> _Places:
     taps = torch.arange(k, device=device)
     past = torch.arange(room, device=device).expand(b, -1)
     last = (count + room - 1).clamp(min=0)
+    window = look(last, torch.arange(1 - room, 1, device=device)).view(b, 1, room).to(torch.int64)
     return _Places(
         sources=look(slot, taps - room),
         targets=look(slot, room - taps),
         past_targets=look(past, room - taps),
-        window=look(last, torch.arange(1 - room, 1, device=device)).view(b, room),
+        rows=window.clamp(min=0),
+        inside=window >= 0,
+        older=(window + room).clamp(0, max(room - 1, 0)),
+        before=(window < 0) & (window > -k),
     )
 
 
@@ -115,11 +135,9 @@ def _window(x: Tensor, past: Tensor | None, k: int, places: _Places | None) -> T
             return x[:, length - (k - 1) :].transpose(1, 2)
         past = x.new_zeros(b, d, k - 1) if past is None else past
         return torch.cat((past, x.transpose(1, 2)), dim=2)[:, :, length:]
-    at = places.window.to(torch.int64).unsqueeze(1).expand(-1, d, -1)
-    known = x.transpose(1, 2).gather(2, at.clamp(min=0))
-    state = torch.where(at >= 0, known, 0)
+    state = torch.where(places.inside, x.transpose(1, 2).gather(2, places.rows.expand(-1, d, -1)), 0)
     if past is not None and k > 1:
-        state = torch.where((at < 0) & (at > -k), past.gather(2, (at + k - 1).clamp(0, k - 2)), state)
+        state = torch.where(places.before, past.gather(2, places.older.expand(-1, d, -1)), state)
     return state
 
 
@@ -127,10 +145,28 @@ def _stream(b: int, length: int, d: int) -> tuple[int, tuple[int, int, int, int]
     """Programs of the streaming forward kernel, and how it is cut."""
 
     def programs(cut: tuple[int, int, int, int]) -> int:
-        return b * triton.cdiv(length, cut[2] * cut[3]) * triton.cdiv(d, cut[0])
+        return b * cdiv(length, cut[2] * cut[3]) * cdiv(d, cut[0])
 
     cut = STREAM if programs(STREAM) >= FULL else STREAM_SPREAD
     return programs(cut), cut
+
+
+def _streamed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, final: Tensor | None
+) -> Tensor:
+    """The convolution of rows without segments; `final` (b, d, k - 1), where given, gets what comes next."""
+    b, length, d = x.shape
+    x = row_major(x)
+    y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
+    programs, (channels, warps, steps, blocks) = _stream(b, length, d)
+    with on_device(x):
+        kernels.stream_forward_kernel[(programs,)](
+            x, *some(x, weight, bias, past), y, y if final is None else final, length, x.stride(0), d=d,
+            stride_xl=x.stride(1), K=weight.shape[1], T=steps, BLOCKS=blocks, BD=channels,
+            HAS_BIAS=bias is not None, HAS_INITIAL=past is not None, HAS_FINAL=final is not None,
+            num_warps=warps,
+        )  # fmt: skip
+    return y
 
 
 @torch.library.custom_op("ssmoe::conv_forward", mutates_args=())
@@ -145,23 +181,15 @@ def conv_forward(
 ) -> Tensor:
     """silu(conv + bias); the tables are `_Places`' fields."""
     del targets, past_targets
+    if sources is None and weight.shape[1] > 1:
+        return _streamed(x, weight, bias, past, None)
     b, length, d = x.shape
     x = row_major(x)
     y = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
-    k = weight.shape[1]
-    if sources is None and k > 1:
-        programs, (channels, warps, steps, blocks) = _stream(b, length, d)
-        with on_device(x):
-            kernels.stream_forward_kernel[(programs,)](
-                x, *some(x, weight, bias, past), y, length, x.stride(0), d=d, stride_xl=x.stride(1), K=k, T=steps,
-                BLOCKS=blocks, BD=channels, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
-                num_warps=warps,
-            )  # fmt: skip
-        return y
-    channels = min(CHANNELS, triton.next_power_of_2(d))
+    channels = min(CHANNELS, power_of_two(d))
     tile = 16
     with on_device(x):
-        kernels.convolve_kernel[(b * triton.cdiv(length, tile) * triton.cdiv(d, channels),)](
+        kernels.convolve_kernel[(b * cdiv(length, tile) * cdiv(d, channels),)](
             x, *some(x, weight, bias, past, sources), y, length, d, x.stride(0), x.stride(1),
             K=weight.shape[1], BT=tile, BD=channels, HAS_BIAS=bias is not None, HAS_INITIAL=past is not None,
             TABLE=sources is not None, FORWARD=True, num_warps=4,
@@ -190,12 +218,12 @@ def conv_backward(
     k = weight.shape[1]
     x, dy = row_major(x), row_major(dy)
     streams = sources is None and k > 1
-    channels = BACKWARD_CHANNELS if streams else min(CHANNELS, triton.next_power_of_2(d))
+    channels = BACKWARD_CHANNELS if streams else min(CHANNELS, power_of_two(d))
     steps, blocks = BACKWARD_BLOCK if streams else (8, 16)
     if streams and k - 1 > steps:
-        steps = triton.next_power_of_2(k - 1)
-    spans = b * triton.cdiv(length, steps * blocks)
-    grid = (spans * triton.cdiv(d, channels),)
+        steps = power_of_two(k - 1)
+    spans = b * cdiv(length, steps * blocks)
+    grid = (spans * cdiv(d, channels),)
     like = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     dweight = torch.empty(spans, d, k, **like)
@@ -218,7 +246,7 @@ def conv_backward(
                 x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
                 BT=steps, TILES=blocks, TABLE=sources is not None, num_warps=4, **constants,
             )  # fmt: skip
-            kernels.convolve_kernel[(b * triton.cdiv(length, 16) * triton.cdiv(d, channels),)](
+            kernels.convolve_kernel[(b * cdiv(length, 16) * cdiv(d, channels),)](
                 dinner, *some(x, weight, bias, past, targets), dx, length, d, dinner.stride(0), dinner.stride(1),
                 K=k, BT=16, BD=channels, HAS_BIAS=False, HAS_INITIAL=False,
                 TABLE=targets is not None, FORWARD=False, num_warps=4,

@@ -178,11 +178,11 @@ def taps_of(weight, channel, keep, K: tl.constexpr):
 
 @triton.jit
 def stream_forward_kernel(
-    x, weight, bias, initial, y, length, stride_xb, d: tl.constexpr, stride_xl: tl.constexpr,
+    x, weight, bias, initial, y, final, length, stride_xb, d: tl.constexpr, stride_xl: tl.constexpr,
     K: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr, BD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
-    """T * BLOCKS positions of BD channels."""
+    """T * BLOCKS positions of BD channels; the last of a row leave its last inputs in `final`."""
     pid = tl.program_id(0)
     groups = tl.cdiv(d, BD)
     spans = tl.cdiv(length, T * BLOCKS)
@@ -212,6 +212,25 @@ def stream_forward_kernel(
             tl.store(at, out.to(y.dtype.element_ty), mask=keep & (t + i < length))
             window = window[1:] + (row,)
         t += T
+    if HAS_FINAL:  # noqa: SIM102
+        if t >= length:
+            end = b * 0 + length  # in 64 bits
+            for j in tl.static_range(K - 1):
+                row = past_row(
+                    x,
+                    initial,
+                    b,
+                    end - (K - 1) + j,
+                    channel,
+                    keep,
+                    d,
+                    stride_xb,
+                    stride_xl,
+                    K,
+                    HAS_INITIAL,
+                )
+                at = final + (b * d + channel) * (K - 1) + j
+                tl.store(at, row.to(final.dtype.element_ty), mask=keep)
 
 
 @triton.jit

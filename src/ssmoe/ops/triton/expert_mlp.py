@@ -7,18 +7,19 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ssmoe.ops.triton import expert_kernels as kernels
 from ssmoe.ops.triton import expert_tiles
 from ssmoe.ops.triton.expert_routes import Routes, dispatch
 from ssmoe.ops.triton.launch import (
+    cdiv,
     check_activations,
     check_shape,
     direct,
     gradient_dtype,
     on_device,
+    power_of_two,
     row_major,
     some,
 )
@@ -127,7 +128,7 @@ def _rows(a, w, out, routes, weight, tiling, *, transposed, mode, gather, activa
     e = w.shape[0]
     n, k = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
     num_tiles = routes.tiles.shape[0]
-    kernels.rows_kernel[(num_tiles * triton.cdiv(n, tiling.n),)](
+    kernels.rows_kernel[(num_tiles * cdiv(n, tiling.n),)](
         a, *some(a, a2), w, *some(w, w2), out, *some(out, out2, wide), routes.assignments, routes.tiles, weight,
         *some(a, inner, inner2), *some(weight, partial), num_tiles * tiling.m, n, k, a.stride(0), w.stride(0),
         1 if transposed else k, n if transposed else 1,
@@ -147,8 +148,8 @@ def _gather_output(slots: Tensor, routes: Routes, t: int, top_k: int) -> Tensor:
         return slots
     d = slots.shape[1]
     y = torch.empty(t, d, dtype=slots.dtype, device=slots.device)
-    width = min(512, triton.next_power_of_2(d))
-    kernels.combine_kernel[(triton.cdiv(t, 4) * triton.cdiv(d, width),)](
+    width = min(512, power_of_two(d))
+    kernels.combine_kernel[(cdiv(t, 4) * cdiv(d, width),)](
         slots, routes.rows, y, t, d, TOP_K=top_k, BT=4, BD=width, num_warps=4
     )
     return y
@@ -265,7 +266,7 @@ def expert_backward(
         if gathered.numel():
             partial = expert_tiles.slope(weighted, down, inner, dinner, routes, weight)
         else:
-            groups = triton.cdiv(up.shape[1], tilings.slope.n)
+            groups = cdiv(up.shape[1], tilings.slope.n)
             partial = torch.empty(groups, inner.shape[0], dtype=torch.float32, device=x.device)
             _rows(dy, down, dinner, routes, weight, tilings.slope, transposed=True, mode=kernels.SLOPE, gather=True,
                   activation=activation, top_k=top_k, out2=dgate_inner, wide=active, inner=inner, inner2=inner2,
@@ -275,9 +276,10 @@ def expert_backward(
               activation=activation, top_k=top_k, a2=dgate_inner, w2=gate)  # fmt: skip
         dx = _gather_output(slots, routes, t, top_k)
         if apart:
-            rows_of_x = gathered if gathered.numel() else _gathered(x, None, routes)
-            dup = _grouped(dinner, rows_of_x, up, dtype, routes)
-            ddown = _grouped(weighted, inner, down, dtype, routes)
+            tiled = gathered.numel() > 0
+            rows_of_x = gathered if tiled else _gathered(x, None, routes)
+            dup = _grouped(dinner, rows_of_x, up, dtype, routes, tiled=tiled)
+            ddown = _grouped(weighted, inner, down, dtype, routes, tiled=tiled)
             dgate = x.new_empty(0, dtype=dtype)
         else:
             dup, dgate = _weights(
@@ -285,7 +287,7 @@ def expert_backward(
             )
             ddown, _ = _weights(dy, active, down, dtype, routes, tilings.down, top_k, gather_a=True)
         dweight = torch.empty(t, top_k, dtype=torch.float32, device=x.device)
-        kernels.shares_kernel[(triton.cdiv(t * top_k, 256),)](
+        kernels.shares_kernel[(cdiv(t * top_k, 256),)](
             partial, rows, dweight, slots, t * top_k, inner.shape[0], partial.shape[0], x.shape[1], CLEAR=top_k == 1,
             BLOCK=256, num_warps=4,
         )  # fmt: skip
@@ -304,28 +306,28 @@ def _gathered(x: Tensor, weight: Tensor | None, routes: Routes) -> Tensor:
     """The token of each row, times the router's weight where one is given; one choice a token."""
     rows, d = routes.assignments.shape[0], x.shape[1]
     out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
-    width = min(512, triton.next_power_of_2(d))
+    width = min(512, power_of_two(d))
     # tiles are multiples of 16 rows
-    kernels.gather_kernel[(rows // 16 * triton.cdiv(d, width),)](
+    kernels.gather_kernel[(rows // 16 * cdiv(d, width),)](
         x, routes.assignments, *some(x, weight), out, d, TOP_K=1, WEIGHTED=weight is not None, BT=16, BD=width,
         num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _grouped(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: Routes) -> Tensor:
+def _grouped(
+    a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes: Routes, *, tiled: bool
+) -> Tensor:
     """a^T b over each expert's rows, in `dtype`, shaped as `like`."""
+    if tiled and like.shape[1] % expert_tiles.ROWS == 0 and like.shape[2] % (expert_tiles.COLUMNS // 2) == 0:
+        return expert_tiles.gradient(a, b, like, dtype, routes)
     narrow = torch.nn.functional.grouped_mm(a.t(), b, offs=routes.offsets[1:])
     size = like[0].numel()
     if narrow.dtype == dtype:
-        kernels.blank_kernel[(triton.cdiv(size, 4096), like.shape[0])](
-            narrow, routes.offsets, size, BLOCK=4096
-        )
+        kernels.blank_kernel[(cdiv(size, 4096), like.shape[0])](narrow, routes.offsets, size, BLOCK=4096)
         return narrow
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
-    kernels.widen_kernel[(triton.cdiv(size, 4096), like.shape[0])](
-        narrow, routes.offsets, out, size, BLOCK=4096
-    )
+    kernels.widen_kernel[(cdiv(size, 4096), like.shape[0])](narrow, routes.offsets, out, size, BLOCK=4096)
     return out
 
 
@@ -334,7 +336,7 @@ def _weights(a, b, like, dtype, routes, tiling, top_k, *, gather_a, a2=None):
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
     out2 = torch.empty((0,) if a2 is None else like.shape, dtype=dtype, device=like.device)
     e, m, n = like.shape
-    kernels.weights_kernel[(e * triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
+    kernels.weights_kernel[(e * cdiv(m, tiling.m) * cdiv(n, tiling.n),)](
         a, *some(a, a2), b, out, out2, routes.assignments, routes.offsets, m, n,
         TOP_K=top_k, BM=tiling.m, BN=tiling.n, BK=tiling.k, EVEN=m % tiling.m == 0 and n % tiling.n == 0,
         GATHER_A=gather_a, SECOND=a2 is not None, PRECISION=_precision(a), num_warps=tiling.warps, num_stages=tiling.stages,

@@ -7,10 +7,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ssmoe.ops.triton import expert_kernels as kernels
+from ssmoe.ops.triton.launch import cdiv, power_of_two
 
 BLOCK = 256
 
@@ -28,8 +28,8 @@ def dispatch(expert: Tensor, e: int, tile: int, y: Tensor | None = None) -> Rout
     """Where every assignment goes. y (t, d): zeroed where a token's only assignment was dropped."""
     expert = expert.to(torch.int32).contiguous()
     count = expert.numel()
-    blocks = triton.cdiv(count, BLOCK)
-    bins = max(triton.next_power_of_2(e + 1), 16)
+    blocks = cdiv(count, BLOCK)
+    bins = max(power_of_two(e + 1), 16)
     device = expert.device
     num_tiles = count // tile + min(e, count)
     counts = torch.empty(bins, blocks, dtype=torch.int32, device=device)

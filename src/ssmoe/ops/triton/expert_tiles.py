@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssmoe.ops.triton.expert_kernels import HIDDEN, OUTPUT, SLOPE
+from ssmoe.ops.triton.launch import cdiv
 
 ROWS, COLUMNS, DEPTH, WARPS, STAGES = 128, 256, 64, 8, 3
 LEAST = tl.constexpr(1e-30)
@@ -56,11 +57,24 @@ def slope(a: Tensor, down: Tensor, inner: Tensor, out: Tensor, routes, weight: T
 
     Returned are parts (groups, rows) of <a down[e], inner> over the weight: its gradient.
     """
-    partial = torch.empty(
-        triton.cdiv(down.shape[2], COLUMNS), a.shape[0], dtype=torch.float32, device=a.device
-    )
+    partial = torch.empty(cdiv(down.shape[2], COLUMNS), a.shape[0], dtype=torch.float32, device=a.device)
     _launch(a, down, out, out, inner, routes, weight, partial, mode=SLOPE, transposed=True, weighted=True)
     return partial
+
+
+def gradient(a: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype, routes) -> Tensor:
+    """a^T b over each expert's rows, in `dtype`, shaped as `like` (e, m, n), for a (rows, m) and b (rows, n)."""
+    e, m, n = like.shape
+    out = torch.empty(like.shape, dtype=dtype, device=a.device)
+    # a float32 tile leaves less room for what is on its way
+    half = COLUMNS // 2
+    bank_kernel[(_programs(a.device),)](
+        TensorDescriptor.from_tensor(a, [DEPTH, ROWS]), TensorDescriptor.from_tensor(b, [DEPTH, COLUMNS]),
+        TensorDescriptor.from_tensor(out.view(e * m, n), [ROWS, half]), routes.offsets, m, n,
+        E=e, SLOTS=max(16, triton.next_power_of_2(e)), BM=ROWS, BN=COLUMNS, BK=DEPTH,
+        DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out
 
 
 def _launch(a, w, out, dense, inner, routes, weight, partial, *, mode, transposed, weighted) -> None:
@@ -123,3 +137,29 @@ def tiles_kernel(
                 total = tl.sum(value * acc, axis=1) / scale
                 dense.store([tile * BM, column], tl.where(value > 0, acc, 0.0).to(out.dtype.element_ty))
                 tl.store(partial + (pid % groups).to(tl.int64) * rows + row, total)
+
+
+@triton.jit
+def bank_kernel(
+    a, b, out, offsets, M, N, E: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the experts with most rows first, so that programs end together."""
+    e = tl.arange(0, SLOTS)
+    begin = tl.load(offsets + e, mask=e < E, other=0)
+    count = tl.load(offsets + e + 1, mask=e < E, other=-1) - begin
+    before = (count[None, :] > count[:, None]) | (
+        (count[None, :] == count[:, None]) & (e[None, :] < e[:, None])
+    )
+    place = tl.sum(before.to(tl.int32), axis=1)
+    across = tl.cdiv(N, BN)
+    each = M // BM * across
+    for tile in tl.range(tl.program_id(0), E * each, tl.num_programs(0), flatten=True):
+        expert = tl.sum(tl.where(place == tile // each, e, 0), axis=0)
+        row, column = (tile % each) // across * BM, tile % across * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for at in tl.range(tl.load(offsets + expert), tl.load(offsets + expert + 1), BK):
+            acc = tl.dot(a.load([at, row]).T, b.load([at, column]), acc)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        out.store([expert * M + row, column], left.to(DTYPE))
+        out.store([expert * M + row, column + BN // 2], right.to(DTYPE))

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes the host a microsecond and a half."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def check_activations(**tensors: Tensor | None) -> None:
     """float32 or bfloat16, all on one device."""
     present = {name: t for name, t in tensors.items() if t is not None}
@@ -42,8 +52,12 @@ def direct(op: Any, x: Tensor) -> Callable[..., Any]:
     That is where x is a plain tensor and neither gradients nor a compiler are at work. torch's way to the function
     takes the host longer than the launch of a kernel.
     """
-    seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-    return op if seen else op._init_fn
+    return op if watched(x) else op._init_fn
+
+
+def watched(x: Tensor) -> bool:
+    """Whether gradients, a compiler or a subclass of Tensor have to see what is done with x."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def some(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:

@@ -13,15 +13,21 @@ import triton
 from torch import Tensor
 
 from ssmoe.ops.reference.mamba_step import Layer, check, in_turn
+from ssmoe.ops.triton import step_cuda
 from ssmoe.ops.triton import step_kernels as kernels
 from ssmoe.ops.triton.launch import counters, on_device
+from ssmoe.ops.triton.step_cuda import Sizes
 
 FEW = 4
 """Up to so many rows each is its own matrix-vector products; beyond, rows share tensor-core tiles.
 
-On either side a row's bits do not depend on the other rows: tile sizes and the order of every sum are fixed.
+`mamba_steps` takes big layers of up to so many rows in one launch, whose sums have another order. In every case a
+row's bits do not depend on the other rows: tile sizes and the order of every sum are fixed.
 """
 
+
+BIG = 1 << 22
+"""Weights of out_proj beyond which layers have larger tiles, and few rows a stream of weights (`step_cuda`)."""
 
 UPDATE_ROWS = 16
 """Rows that one program updates; tensor-core products have no fewer."""
@@ -60,16 +66,6 @@ class Many(NamedTuple):
     out: Product
     update_channels: int
     update_warps: int
-
-
-class Sizes(NamedTuple):
-    """d: d_model. c: d_inner. r: dt_rank. n: d_state. taps: of the convolution's past, d_conv - 1."""
-
-    d: int
-    c: int
-    r: int
-    n: int
-    taps: int
 
 
 def mamba_step(
@@ -193,7 +189,7 @@ def _power(n: int, low: int = 1) -> int:
 @cache
 def few(sizes: Sizes) -> Few:
     """Tiles for few rows."""
-    big = sizes.d * sizes.c > 1 << 22
+    big = sizes.d * sizes.c > BIG
     return Few(
         enter_channels=min(16, _power(sizes.c)),
         enter_columns=min(128 if big else 1024, _power(sizes.d)),
@@ -210,7 +206,7 @@ def few(sizes: Sizes) -> Few:
 @cache
 def many(sizes: Sizes, dtype: torch.dtype) -> Many:
     """Tiles for many rows; they do not depend on how many."""
-    big = sizes.d * sizes.c > 1 << 22
+    big = sizes.d * sizes.c > BIG
     if dtype == torch.float32:
         plain = Product(32, 32, 32, 1, 4, 2)
         return Many(plain, plain, plain, 16, 4)
@@ -333,6 +329,52 @@ def mamba_steps(
     norm_eps: float,
     conv_states: Sequence[Tensor],
     ssm_states: Sequence[Tensor],
+    out_convs: Sequence[Tensor] | None = None,
+    out_ssms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """`mamba_step` through several layers of one shape; see the reference."""
-    return in_turn(mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states)
+    found = _streamed(x, layers, norm_eps, conv_states, ssm_states, out_convs, out_ssms)
+    if found is not None:
+        return found
+    return in_turn(
+        mamba_step, x, layers, norm_eps=norm_eps, conv_states=conv_states, ssm_states=ssm_states,
+        out_convs=out_convs, out_ssms=out_ssms,
+    )  # fmt: skip
+
+
+def _streamed(
+    x: Tensor,
+    layers: Sequence[Layer],
+    norm_eps: float,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+    out_convs: Sequence[Tensor] | None,
+    out_ssms: Sequence[Tensor] | None,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
+    """All layers in one launch, None where `step_cuda` does not take them or `step_few` is as fast."""
+    few_rows = x.is_cuda and 0 < x.shape[0] <= step_cuda.MOST_ROWS
+    # in_proj is the third, twice as large as out_proj
+    if not few_rows or not layers or layers[0][2].numel() <= 2 * BIG:
+        return None
+    none = [None] * len(layers)
+    kept = zip(conv_states, ssm_states, out_convs or none, out_ssms or none, strict=True)
+    for (weight, bias, *rest), (conv, ssm, out_conv, out_ssm) in zip(layers, kept, strict=True):
+        check(
+            x,
+            weight,
+            *rest,
+            norm_bias=bias,
+            conv_state=conv,
+            ssm_state=ssm,
+            out_conv=out_conv,
+            out_ssm=out_ssm,
+        )
+    convs = [torch.empty_like(conv) for conv in conv_states] if out_convs is None else out_convs
+    ssms = [torch.empty_like(ssm) for ssm in ssm_states] if out_ssms is None else out_ssms
+    if not step_cuda.takes(x, layers, [*conv_states, *convs], [*ssm_states, *ssms]):
+        return None
+    cut = step_cuda.cut_for(x, layers[0])
+    if cut is None:
+        return None
+    y = step_cuda.steps(x, layers, cut, norm_eps, conv_states, ssm_states, convs, ssms)
+    return y, convs, ssms

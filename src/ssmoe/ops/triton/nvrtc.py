@@ -115,6 +115,34 @@ def _function(source: Path, kernel: str, macros: Macros, shared: int, device: in
     return function
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: the number of an attribute and a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
+
+
+_COOPERATIVE = 2
+"""The driver's number of the attribute of a launch whose blocks are all on the GPU at once."""
+
+
+def double_bits(value: float) -> int:
+    """The 64 bits of a double, as a word of a launch."""
+    return ctypes.c_int64.from_buffer_copy(ctypes.c_double(value)).value
+
+
 def launch(
     source: Path,
     kernel: str,
@@ -123,11 +151,13 @@ def launch(
     threads: int,
     words: Sequence[int],
     shared: int = 0,
+    *,
+    together: bool = False,
 ) -> None:
     """Start `kernel`, whose one parameter is a struct of 64-bit words, on the current device and stream.
 
-    shared: bytes of memory that each block is given. A source and its macros are compiled when first launched on
-    a device, and kept.
+    shared: bytes of memory that each block is given. together: all blocks are on the GPU at once, so that they can
+    wait for one another. A source and its macros are compiled when first launched on a device, and kept.
     """
     if blocks > 2**31 - 1:
         raise ValueError(f"{kernel} would need {blocks} blocks: a launch has at most {2**31 - 1}")
@@ -136,6 +166,11 @@ def launch(
     function = _function(source, kernel, macros, shared, device)
     values = (ctypes.c_int64 * len(words))(*words)
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(values))
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None)
+    attribute = _Attribute(id=_COOPERATIVE)
+    attribute.value[0] = 1
+    config = _Config(
+        (blocks, 1, 1), (threads, 1, 1), shared, torch.cuda.current_stream(device).cuda_stream,
+        ctypes.addressof(attribute), int(together),
+    )  # fmt: skip
+    result = _driver().cuLaunchKernelEx(ctypes.byref(config), function, parameters, None)
     _check(result, f"launching {kernel}")

@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.triton.column_sums import column_sums
-from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
+from ssmoe.ops.triton.launch import (
+    cdiv,
+    check_activations,
+    check_shape,
+    direct,
+    on_device,
+    power_of_two,
+    some,
+)
 
 WIDEST = 16384
 CELLS = 512
@@ -40,7 +48,10 @@ def residual_norm(
         raise ValueError(f"x has {d} channels: at most {WIDEST}, or build the model with backend='reference'")
     if add is not None and torch.promote_types(x.dtype, add.dtype) != x.dtype:
         x, add = x + add, None
-    return _ResidualNorm.apply(x, weight, bias, add, eps, dtype)
+    if torch.is_grad_enabled():
+        return _ResidualNorm.apply(x, weight, bias, add, eps, dtype)
+    y, total = direct(norm_forward, x)(x, weight, bias, add, eps, dtype)
+    return x if add is None else total, y
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -72,11 +83,11 @@ def norm_forward(
     x = x.contiguous()
     total = x.new_empty(0) if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows, block = x.numel() // d, triton.next_power_of_2(d)
+    rows, block = x.numel() // d, power_of_two(d)
     many = max(1, 2048 // block)
     if rows:
         with on_device(x):
-            norm_forward_kernel[(triton.cdiv(rows, many),)](
+            norm_forward_kernel[(cdiv(rows, many),)](
                 x, *some(x, weight, bias, add), total, y, rows, d, eps,
                 CENTRE=bias is not None, ADD=add is not None, ROWS=many, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
@@ -106,10 +117,10 @@ def norm_backward(
     dx = torch.empty_like(x)
     copied = narrow is not None and narrow != x.dtype
     copy = torch.empty(x.shape, dtype=narrow, device=x.device) if copied else x.new_empty(0)
-    rows, block = x.numel() // d, triton.next_power_of_2(d)
+    rows, block = x.numel() // d, power_of_two(d)
     # a warp has whole rows, so that their sums stay inside it
     many, warps = max(1, CELLS // block), max(1, min(16, block // 1024))
-    programs = max(1, min(WARPS // warps, triton.cdiv(rows, many)))
+    programs = max(1, min(WARPS // warps, cdiv(rows, many)))
     partial = torch.empty(programs, 2 if centre else 1, d, dtype=torch.float32, device=x.device)
     with on_device(x):
         norm_backward_kernel[(programs,)](

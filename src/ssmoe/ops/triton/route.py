@@ -12,7 +12,15 @@ from torch import Tensor
 from ssmoe.ops.reference.route import SMALLEST, Routed
 from ssmoe.ops.reference.route import route as torch_route
 from ssmoe.ops.triton.column_sums import add_rows
-from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, some
+from ssmoe.ops.triton.launch import (
+    cdiv,
+    check_activations,
+    check_shape,
+    direct,
+    on_device,
+    power_of_two,
+    some,
+)
 
 MOST = 16
 """Choices a token that the kernels take; beyond, torch sorts."""
@@ -45,10 +53,10 @@ def route(
 def _launch(logits: Tensor) -> tuple[int, dict[str, int]]:
     """Programs, and how a tile is laid out."""
     t, e = logits.shape
-    block = triton.next_power_of_2(e)
+    block = power_of_two(e)
     rows = max(1, CELLS // block)
     layout = {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // CELLS)}
-    return min(PROGRAMS, triton.cdiv(t, rows)), layout
+    return min(PROGRAMS, cdiv(t, rows)), layout
 
 
 @torch.library.custom_op("ssmoe::route_forward", mutates_args=())
@@ -73,8 +81,8 @@ def route_forward(
         load = torch.empty(e, dtype=torch.int64, device=device)
         share = torch.empty(e, dtype=torch.float32, device=device)
         total = torch.empty(3, dtype=torch.float32, device=device)
-        totals_kernel[(triton.cdiv(e, 16) + 1,)](
-            loads, shares, sums, load, share, total, programs, e, ROWS=min(512, triton.next_power_of_2(programs)),
+        totals_kernel[(cdiv(e, 16) + 1,)](
+            loads, shares, sums, load, share, total, programs, e, ROWS=min(512, power_of_two(programs)),
             BLOCK=16, num_warps=8,
         )  # fmt: skip
     return expert, weight, load, share, total

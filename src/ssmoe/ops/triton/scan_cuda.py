@@ -2,15 +2,15 @@
 # a custom op's fake, its context and its gradient are called by torch with what the op was given
 # pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ssmoe.ops.triton import nvrtc
-from ssmoe.ops.triton.launch import on_device, row_major
+from ssmoe.ops.triton.launch import cdiv, on_device, row_major
 from ssmoe.ops.triton.scan_gradient import Sums, carries, fake_outputs, register
 
 SOURCE = Path(__file__).with_name("scan.cu")
@@ -138,6 +138,15 @@ def _macros(cut: Cut, n: int, **values: object) -> nvrtc.Macros:
     return tuple((k, str(int(v) if isinstance(v, bool) else v)) for k, v in (cut_values | values).items())
 
 
+@cache
+def _forward_macros(
+    cut: Cut, n: int, saved_every: int, aligned: bool, segments: bool, gated: bool, types: tuple[str, ...]
+) -> nvrtc.Macros:
+    named = dict(zip(("XT", "DT", "ZT", "BT", "CT"), types, strict=True))
+    flags = {"FORWARD": 1, "CKPT": saved_every, "ALIGNED": aligned, "SEGMENTS": segments, "HAS_Z": gated}
+    return _macros(cut, n, **flags, **named)
+
+
 def backward_shared(cut: Cut, n: int, aligned: bool, segments: bool, rows: tuple[Tensor, ...]) -> int:
     """Bytes of the backward's `Shared`. rows: x, delta, dy and, where there is one, z."""
     channels, owned = cut.warps * cut.tile * (32 // cut.lanes) * cut.channels, cut.tile // cut.lanes
@@ -190,11 +199,9 @@ def run_forward(
     saved = torch.empty((b, cdiv(length, saved_every), d, n) if saved_every else (0,), **like)
     chunks, chunk_tiles = _whole_chunks(cut, length, chunks)
     states, steps = carries(x, n, chunks)
-    macros = _macros(
-        cut, n, FORWARD=1, CKPT=saved_every, ALIGNED=_aligned(cut.channels, x, delta, z),
-        SEGMENTS=flags is not None, HAS_Z=z is not None,
-        XT=_type(x), DT=_type(delta), ZT=_type(z), BT=_type(B), CT=_type(C),
-    )  # fmt: skip
+    aligned = _aligned(cut.channels, x, delta, z)
+    types = (_type(x), _type(delta), _type(z), _type(B), _type(C))
+    macros = _forward_macros(cut, n, saved_every, aligned, flags is not None, z is not None, types)
     kept = [_plain(t) for t in (A, D, delta_bias, initial)]
     with on_device(x):
         for phase in (1, 2) if chunks > 1 else (0,):

@@ -7,14 +7,22 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ssmoe.ops.reference.pool import read_state, write_state
 from ssmoe.ops.segments import Segments
 from ssmoe.ops.triton import scan_cuda
 from ssmoe.ops.triton import scan_kernels as kernels
-from ssmoe.ops.triton.launch import check_activations, check_shape, direct, on_device, row_major, some
+from ssmoe.ops.triton.launch import (
+    cdiv,
+    check_activations,
+    check_shape,
+    direct,
+    on_device,
+    power_of_two,
+    row_major,
+    some,
+)
 from ssmoe.ops.triton.scan_gradient import Sums, carries, fake_outputs, register
 
 # positions between two saved states; the backward replays this many from registers
@@ -63,7 +71,7 @@ def selective_scan(
     flags = None
     if segments is not None:
         check_shape(ids=(segments.ids, (b, length)), starts=(segments.starts, (b, length)))
-        flags = segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
+        flags = segments.derived("flags", lambda: _flags(segments))
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if scan_cuda.covers(x, A):
@@ -79,6 +87,10 @@ def selective_scan(
     return y, write_state(final, slots, out_state)
 
 
+def _flags(segments: Segments) -> Tensor:
+    return segments.real.to(torch.int8) + 2 * segments.resets.to(torch.int8)
+
+
 class _Plan(NamedTuple):
     """How the length is cut: blocks of T positions, chunks of blocks that run side by side."""
 
@@ -90,26 +102,26 @@ class _Plan(NamedTuple):
 
 def _plan(b: int, length: int, d: int, channels: int, *, below: int) -> _Plan:
     """Chunks that together make FULL warps, where there would be fewer than `below`; each costs another pass."""
-    blocks = triton.cdiv(length, CHECKPOINT)
-    warps = b * triton.cdiv(d, channels)
+    blocks = cdiv(length, CHECKPOINT)
+    warps = b * cdiv(d, channels)
     chunks = max(1, min(FULL // warps, blocks // 16)) if warps < below else 1
-    chunk_blocks = triton.cdiv(blocks, chunks)
-    return _Plan(CHECKPOINT, blocks, triton.cdiv(blocks, chunk_blocks), chunk_blocks)
+    chunk_blocks = cdiv(blocks, chunks)
+    return _Plan(CHECKPOINT, blocks, cdiv(blocks, chunk_blocks), chunk_blocks)
 
 
 def _backward_channels(b: int, d: int) -> int:
     """Few channels a warp where the many would leave schedulers idle and chunks would not pay."""
-    warps = b * triton.cdiv(d, BACKWARD_CHANNELS)
+    warps = b * cdiv(d, BACKWARD_CHANNELS)
     return FEW_CHANNELS if FULL // 8 <= warps < FULL // 2 else BACKWARD_CHANNELS
 
 
 def _pack(B: Tensor, C: Tensor, flags: Tensor | None) -> Tensor:
     b, length, n = B.shape
-    width = triton.next_power_of_2(n)
+    width = power_of_two(n)
     packed = torch.empty(b, length, 2 * width, dtype=torch.float32, device=B.device)
     B, C = row_major(B), row_major(C)
     tile = max(1, 1024 // width)
-    kernels.pack_kernel[(triton.cdiv(b * length, tile),)](
+    kernels.pack_kernel[(cdiv(b * length, tile),)](
         B, C, packed if flags is None else flags, packed, b * length, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
         N=n, NP=width, ROWS=tile, SEGMENTS=flags is not None, num_warps=4,
     )  # fmt: skip
@@ -144,7 +156,7 @@ def scan_forward(
     zz = x if z is None else z
     constants = {
         "d": d, "stride_xl": x.stride(1), "stride_dl": delta.stride(1), "stride_zl": zz.stride(1),
-        "N": n, "NP": triton.next_power_of_2(n), "BD": FORWARD_CHANNELS, "T": plan.t,
+        "N": n, "NP": power_of_two(n), "BD": FORWARD_CHANNELS, "T": plan.t,
         "EVEN": length % plan.t == 0, "HAS_Z": z is not None, "HAS_SKIP": D is not None,
         "HAS_BIAS": delta_bias is not None, "HAS_INITIAL": initial is not None,
         "SEGMENTS": flags is not None, "CHUNKED": plan.chunks > 1, "num_warps": 1, "num_stages": 1,
@@ -158,7 +170,7 @@ def scan_forward(
             x, delta, zz, packed, scaled, *some(x, D, delta_bias, initial, flags), y, checkpoints, final, states, steps,
             length, d, 0, plan.blocks, plan.chunks, plan.chunk_blocks, x.stride(0), delta.stride(0), zz.stride(0),
         )  # fmt: skip
-        groups = triton.cdiv(d, FORWARD_CHANNELS)
+        groups = cdiv(d, FORWARD_CHANNELS)
         if plan.chunks > 1:
             kernels.forward_kernel[(groups * (plan.chunks - 1) * b,)](
                 *arguments, SAVE=False, LOCAL=True, **constants
@@ -172,8 +184,8 @@ def _combine(
     A: Tensor, initial: Tensor | None, states: Tensor, steps: Tensor, segments: bool, *, reverse: bool
 ):
     b, chunks, d, n = states.shape
-    kernels.combine_kernel[(triton.cdiv(d, 8), b)](
-        A.contiguous(), *some(A, initial), states, steps, d, chunks, N=n, NP=triton.next_power_of_2(n), BD=8, T=8,
+    kernels.combine_kernel[(cdiv(d, 8), b)](
+        A.contiguous(), *some(A, initial), states, steps, d, chunks, N=n, NP=power_of_two(n), BD=8, T=8,
         HAS_INITIAL=initial is not None, SEGMENTS=segments, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
 
@@ -203,12 +215,12 @@ def scan_backward(
     assert z is None, "with gradients the gate is gate_forward's"
     b, length, d = x.shape
     n = A.shape[1]
-    width = triton.next_power_of_2(n)
+    width = power_of_two(n)
     channels = _backward_channels(b, d)
     plan = _plan(b, length, d, channels, below=FULL // 8)
     x, delta, dy = row_major(x), row_major(delta), row_major(dy)
     dfinal = dfinal.contiguous()
-    groups = triton.cdiv(d, channels)
+    groups = cdiv(d, channels)
     like = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(b, length, d, dtype=x.dtype, device=x.device)
     ddelta = torch.empty(b, length, d, dtype=delta.dtype, device=x.device)
@@ -248,9 +260,9 @@ def _gate(y: Tensor, z: Tensor, flags: Tensor | None, dout: Tensor | None, out: 
     b, length, d = y.shape
     z = row_major(z)
     given = y if dout is None else row_major(dout)
-    width = min(512, triton.next_power_of_2(d))
+    width = min(512, power_of_two(d))
     with on_device(y):
-        kernels.gate_kernel[(triton.cdiv(b * length, 4) * triton.cdiv(d, width),)](
+        kernels.gate_kernel[(cdiv(b * length, 4) * cdiv(d, width),)](
             y, z, *some(y, flags), given, out, dz, b * length, length,
             z.stride(0), z.stride(1), given.stride(0), given.stride(1),
             d=d, BT=4, BD=width, SEGMENTS=flags is not None, BACKWARD=dout is not None, num_warps=4,

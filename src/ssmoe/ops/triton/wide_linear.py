@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmoe.ops.reference.wide_linear import wide_linear as torch_wide_linear
-from ssmoe.ops.triton.launch import direct, on_device, product
+from ssmoe.ops.triton.launch import cdiv, direct, on_device, power_of_two, product
 from ssmoe.ops.triton.split_linear import NARROW, add_product
 
 PARTS = 3
@@ -61,10 +61,10 @@ def wide_forward(x: Tensor, weight: Tensor) -> Tensor:
     (t, k), n = x.shape, weight.shape[0]
     x = x.contiguous()
     y = torch.empty(t, n, dtype=torch.float32, device=x.device)
-    tile = min(128, max(16, triton.next_power_of_2(n)))
+    tile = min(128, max(16, power_of_two(n)))
     rows = 128 if t > 64 else 16
     with on_device(x):
-        wide_kernel[(triton.cdiv(t, rows) * triton.cdiv(n, tile),)](
+        wide_kernel[(cdiv(t, rows) * cdiv(n, tile),)](
             x, split(weight, PARTS), y, t, n, k, PARTS=PARTS, BM=rows, BN=tile, BK=64, EVEN_K=k % 64 == 0,
             CAST=tl.bfloat16 if x.is_cuda else tl.float32,
             num_warps=8 if rows == 128 and tile == 128 else 4, num_stages=3,
@@ -125,7 +125,7 @@ def split(x: Tensor, parts: int, beside: int = 0) -> Tensor:
     shape = (x.shape[0], parts * beside) if beside else (parts, *x.shape)
     out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
     with on_device(x):
-        split_kernel[(triton.cdiv(x.numel(), 1024),)](
+        split_kernel[(cdiv(x.numel(), 1024),)](
             x, out, x.numel(), beside or x.numel(), PARTS=parts, BLOCK=1024, num_warps=4
         )
     return out
