@@ -89,29 +89,14 @@ class LM(nn.Module):
         shape; TypeError for ids that are no tensor and segments that are none.
         """
         if segments is not None:
-            if not hasattr(segments, "starts"):
-                raise TypeError(
-                    f"segments is a {type(segments).__name__}: make it with ssmoe.ops.Segments.packed, "
-                    ".padded (of a mask) or .ragged (of lengths)"
-                )
-            if segments.ids.shape != ids.shape or segments.starts.shape != ids.shape:
-                raise ValueError(
-                    f"segments of {tuple(segments.ids.shape)} for ids of {tuple(ids.shape)}: slice both alike"
-                )
+            _check_segments(segments, ids)
             ids = ids.masked_fill(~segments.real, 0)
             # not kept longer than this pass: the same tensors may come with other values
             segments = segments if torch.compiler.is_compiling() else segments.noted()
-        if logits not in ("all", "last"):
-            raise ValueError(f"logits={logits!r} is not one of: all, last")
         self._check(ids, state)
         if targets is not None:
             self._check_targets(targets, ids)
-        if out_state is not None and (
-            state is None or ids.shape[1] != 1 or segments is not None or torch.is_grad_enabled()
-        ):
-            raise ValueError(
-                "out_state needs a state and one position a row, under torch.no_grad(): leave it away"
-            )
+        _check_request(ids, state, segments, logits, out_state)
         dtype = self.compute_dtype or self.embedding.weight.dtype
         check_dtype(dtype)
         x = self.embedding(ids).to(
@@ -186,6 +171,31 @@ class LM(nn.Module):
                     f"target {int(wrong[0])} is outside the vocabulary of {self.config.vocab_size}: give "
                     f"token numbers, and {IGNORE} where nothing is to be predicted"
                 )
+
+
+def _check_segments(segments: Segments, ids: Tensor) -> None:
+    if not hasattr(segments, "starts"):
+        raise TypeError(
+            f"segments is a {type(segments).__name__}: make it with ssmoe.ops.Segments.packed, "
+            ".padded (of a mask) or .ragged (of lengths)"
+        )
+    if segments.ids.shape != ids.shape or segments.starts.shape != ids.shape:
+        raise ValueError(
+            f"segments of {tuple(segments.ids.shape)} for ids of {tuple(ids.shape)}: slice both alike"
+        )
+
+
+def _check_request(
+    ids: Tensor, state: State | None, segments: Segments | None, logits: str, out_state: State | None
+) -> None:
+    if logits not in ("all", "last"):
+        raise ValueError(f"logits={logits!r} is not one of: all, last")
+    if out_state is not None and (
+        state is None or ids.shape[1] != 1 or segments is not None or torch.is_grad_enabled()
+    ):
+        raise ValueError(
+            "out_state needs a state and one position a row, under torch.no_grad(): leave it away"
+        )
 
 
 def _last_real(x: Tensor, segments: Segments | None) -> Tensor:
