@@ -139,10 +139,13 @@ def start_from(model: LM, path: str) -> None:
     """Load the weights of a run or checkpoint folder into `model`, which may be configured otherwise.
 
     Names and shapes must be equal, but a balancing bias that only one of them has is left at zero or out.
-    Raises FileNotFoundError where there are no weights, ValueError for those of another model.
+    Raises FileNotFoundError where there are none, ValueError for damaged ones and those of another model.
     """
     folder = find_weights(path)
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"train.init_from={path!r} is damaged ({error}): use another checkpoint") from error
     own, biases = model.state_dict(), dict(model.named_buffers())
     tensors = {name: t for name, t in tensors.items() if name in own or not name.endswith("router.bias")}
     tensors = {name: t for name, t in biases.items() if name not in tensors} | tensors
