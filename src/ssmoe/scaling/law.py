@@ -29,6 +29,8 @@ class Coefficients(Frozen):
 class Range(Frozen):
     """Where the runs behind a law lay; outside it the law extrapolates."""
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
     parameters: tuple[float, float]
     """In the law's own count N."""
     tokens: tuple[float, float] = (0.0, float("inf"))
@@ -39,7 +41,8 @@ class Range(Frozen):
 class Law(Frozen):
     """A fitted law, the blocks it was fitted on and its uncertainty."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")
+    # an interval or a range may be open, which the file writes as a word
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     name: str
     source: str
