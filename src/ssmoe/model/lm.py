@@ -68,7 +68,9 @@ class LM(nn.Module):
         """Read `ids` (b, l) int64, l >= 1, after `state` (None is `init_state`).
 
         With `targets` (b, l) int64 (-100 is ignored, and so is padding) the loss is returned and logits are
-        not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
+        not kept. Nothing is shifted: the target of a position is the token after it, as in ids = rows[:, :-1]
+        and targets = rows[:, 1:]. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position
+        (b, vocab).
         in_place (one position, inference): the new state is written over `state`, so that a CUDA graph can
         run again and again; attention then has the room that `init_state` was asked for, and no more.
         Raises ValueError for ids that are no integers, for ids and targets outside the vocabulary (checked on
