@@ -9,7 +9,7 @@ import torch
 from ssmoe.data.prepare import prepare
 from ssmoe.ops import extension
 from ssmoe.training import loop as module
-from ssmoe.training.checkpoint import list_checkpoints, load
+from ssmoe.training.checkpoint import find_weights, list_checkpoints, load
 from ssmoe.training.console import Silent
 from ssmoe.training.folder import lock_folder
 from ssmoe.training.loop import Diverged, train
@@ -155,6 +155,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_checkpoint_stands(tiny_r
     train(run, tmp_path / "whole", data, evaluate=evaluate)
     train(run, tmp_path / "r", data, evaluate=evaluate, resume=True)
     assert steady(tmp_path / "r") == steady(tmp_path / "whole")
+
+
+class Lines(Silent):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.told.append(text)
+
+
+def test_weights_of_another_tokenizer_are_told_and_damaged_ones_refused(tiny_run, tmp_path):
+    run = tiny_run("train.steps=1")
+    train(run, tmp_path / "first", prepare(run.data), evaluate=evaluate)
+    first = f"train.init_from={tmp_path / 'first'}"
+    for tokenizer, told in (("bytes", 0), ("bpe:257", 1)):
+        other, lines = tiny_run("train.steps=1", first, f"data.tokenizer={tokenizer}"), Lines()
+        train(other, tmp_path / tokenizer[:3], prepare(other.data), evaluate=evaluate, reporter=lines)
+        assert sum("another tokenizer, so its embeddings" in line for line in lines.told) == told
+    path = find_weights(tmp_path / "first") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"first.*is damaged \(.*\): use another"):
+        train(tiny_run(first), tmp_path / "none", prepare(run.data), evaluate=evaluate)
 
 
 def test_bfloat16_keeps_float32_parameters_and_about_the_same_loss(tiny_run, tmp_path):

@@ -80,7 +80,9 @@ class LM(nn.Module):
         """Read `ids` (b, l) int64, l >= 1, after `state` (None is `init_state`).
 
         With `targets` (b, l) int64 (-100 is ignored, and so is padding) the loss is returned and logits are
-        not kept. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position (b, vocab).
+        not kept. Nothing is shifted: the target of a position is the token after it, as in ids = rows[:, :-1]
+        and targets = rows[:, 1:]. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position
+        (b, vocab).
         out_state (one position, inference): where the new state is written, so that a CUDA graph can run
         again and again; `state` itself, or another whose attention layers share its keys and values, which
         then have the room that `init_state` was asked for, and no more.

@@ -41,7 +41,8 @@ class Range(Frozen):
 class Law(Frozen):
     """A fitted law, the blocks it was fitted on and its uncertainty."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)
+    # an interval or a range may be open, which the file writes as a word
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     name: str
     source: str

@@ -15,7 +15,7 @@ from ssmoe.data.loader import Cursor, batches
 from ssmoe.data.masking import hide
 from ssmoe.data.packing import Batch
 from ssmoe.data.prepare import Prepared
-from ssmoe.data.tokenizer import Tokenizer
+from ssmoe.data.tokenizer import Tokenizer, load_tokenizer
 from ssmoe.model.build import build
 from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
@@ -25,6 +25,7 @@ from ssmoe.training.average import Average
 from ssmoe.training.captured import CapturedStep, why_not
 from ssmoe.training.checkpoint import (
     Progress,
+    find_weights,
     latest_checkpoint,
     restore_checkpoint,
     restore_state,
@@ -92,6 +93,8 @@ def train(
     run = _fresh(config, folder, data, evaluate, reporter)
     with lock_folder(folder):
         create_folder(folder, config, run.model.backend, data=_describe_data(data))
+        if (other := _other_tokenizer(config.train.init_from, data)) is not None:
+            reporter.message(other)
         if config.train.backend == "auto" and run.model.backend == "reference":
             reporter.message(f"slow, on the reference backend: {missing('cpu')}")
         return _train(run, Progress(step=0, tokens=0, cursor=Cursor(), seconds=0.0), None)
@@ -278,6 +281,19 @@ def _next(run: _Run, cursor: Cursor) -> tuple[Batch, Cursor]:
         mask_id = run.model.config.vocab_size - 1
         batch = hide(batch, mask_id=mask_id, fraction=data.mask_fraction, seed=data.seed, number=cursor.rows)
     return batch, after
+
+
+def _other_tokenizer(init_from: str | None, data: Prepared) -> str | None:
+    """What to tell where the initial weights were trained on other tokens than the run's."""
+    if init_from is None:
+        return None
+    folder = find_weights(init_from)
+    if load_tokenizer(folder).fingerprint == data.tokenizer.fingerprint:
+        return None
+    return (
+        f"train.init_from={init_from} was trained with another tokenizer, so its embeddings stand for other "
+        f"tokens: set data.tokenizer={folder / 'tokenizer.json'} to keep it"
+    )
 
 
 def _outline(config: RunConfig, data: Prepared, model: LM) -> list[str]:

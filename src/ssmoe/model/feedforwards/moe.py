@@ -48,6 +48,10 @@ class MoE(nn.Module):
     4 * d_model. `granularity` G makes num_experts * G experts of d_expert / G and takes top_k * G of them.
     With a `capacity_factor`, training drops tokens beyond floor(capacity_factor * top_k * tokens /
     num_experts) an expert, in the order (position, row, rank). `MoEConfig` says what the other options mean.
+
+    In a training loop of your own nothing keeps the load even by itself: add `out.stats.balance` and
+    `out.stats.z`, () each, to what you minimise, and with balance = "bias" call
+    `moe.router.rebalance(out.stats.load)` after every optimiser step. `ssmoe.train` does both.
     """
 
     def __init__(
