@@ -177,7 +177,7 @@ def test_weights_of_another_tokenizer_are_told_and_damaged_ones_refused(tiny_run
         assert sum("another tokenizer, so its embeddings" in line for line in lines.told) == told
     path = find_weights(tmp_path / "first") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"first.*model\.safetensors is damaged \(.*\): use another"):
+    with pytest.raises(ValueError, match=r"first.*is damaged \(.*\): use another"):
         train(tiny_run(first), tmp_path / "none", prepare(run.data), evaluate=evaluate)
 
 

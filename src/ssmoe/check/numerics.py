@@ -106,10 +106,9 @@ def _products(ops: Ops, draw: Draw) -> dict[str, float]:
     both = [[*row, *plain.vector(old)] for row, old in zip(product, x, strict=True)]
     kept, forked = ops.fork_linear(x, weight)
     whole, widened = ops.fork_wide(x, weight)
+    rows = [plain.vector(row) for row in x]
     return {
-        "embedding": _error(
-            ops.embedding(torch.arange(7, device=x.device), x), [plain.vector(row) for row in x]
-        ),
+        "embedding": _error(ops.embedding(torch.arange(7, device=x.device), x), rows),
         "linear": _error(ops.linear(x, weight), product),
         "split_linear": _error(torch.cat(ops.split_linear(x, weight, (2, 3)), dim=1), product),
         "fork_linear": _error(torch.cat((forked, kept), dim=1), both),
