@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ import prose  # noqa: E402
 import results  # noqa: E402
 import rules  # noqa: E402
 import run as runner  # noqa: E402
+import schedule  # noqa: E402
 import worker  # noqa: E402
 
 MINI = """
@@ -250,6 +252,26 @@ def test_every_hundredth_piece_is_held_out_and_never_trained_on(tmp_path: Path) 
     assert not set(trained.splitlines()) & set("".join(held).splitlines())
     again = corpus.prepare(tmp_path, tmp_path / "cache", tokenizer, piece=4 * len(lines[0]))
     assert again.content_hash == found.content_hash
+
+
+def test_a_known_run_keeps_its_own_record_and_lends_it_to_others(tmp_path: Path) -> None:
+    path = tmp_path / "mini.toml"
+    path.write_text(MINI)
+    stage = plan.Stage(path)
+    first = stage.tries[0]
+    known = made(
+        first.name,
+        entry=first.entry["name"],
+        stage=stage.name,
+        configuration=first.config.model_dump(mode="json"),
+    )
+    queue = schedule.Queue([stage], tmp_path / "own", lambda one: one, deadline=inf, speed=1.0, known=[known])
+    assert results.read(queue.path(first)) == known
+    other = known | {"name": "elsewhere", "stage": "older"}
+    queue = schedule.Queue(
+        [stage], tmp_path / "lent", lambda one: one, deadline=inf, speed=1.0, known=[other]
+    )
+    assert results.read(queue.path(first)) == known | {"run_as": "older/elsewhere"}
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def agree(model: LM) -> None:
     whole = model(ids).logits
     state = with_room(model(ids[:, :-3], logits="last").state, 64)
     for i in range(37, 40):
-        out = model(ids[:, i : i + 1], state, logits="last", in_place=True)
+        out = model(ids[:, i : i + 1], state, logits="last", out_state=state)
         apart = (out.logits - whole[:, i]).float().norm() / whole[:, i].float().norm()
         if not apart < 1e-2:
             raise SystemExit(f"token by token and at once differ by {float(apart):.1e}: nothing is timed")
@@ -220,11 +220,13 @@ def graph_times(model: LM, rows: int, context: int) -> list[float]:
     steps = WARM + STEPS["cuda"] + 1
     step = runner(model).prepare(rows, context + steps + 2, GREEDY)
     fill(step.state, context)
-    torch.cuda.synchronize()
     times: list[float] = []
+    step.begin(None)
     for _ in range(steps):
         times.append(perf_counter())
-        step.run(None)
+        step.begin(None)
+        step.end()
+    step.settle()
     return times
 
 

@@ -90,11 +90,12 @@ class Queue:
         self.left.sort(key=lambda made: (made.priority, -made.tokens))
 
     def _taken_over(self, made: Try) -> bool:
-        """A run of another name with the same configuration that has ended is not made again."""
+        """A run with the same configuration that has ended is not made again; another's is named."""
         for found in [*self.known, *results.collect(self.out)]:
             if results.finished(found, made.config):
                 head = {"name": made.name, "stage": made.stage, "entry": made.entry["name"]}
-                head["run_as"] = f"{found['stage']}/{found['name']}"
+                if (found["stage"], found["name"]) != (made.stage, made.name):
+                    head["run_as"] = f"{found['stage']}/{found['name']}"
                 if not self.dry:
                     self.path(made).parent.mkdir(parents=True, exist_ok=True)
                     self.path(made).write_text(results.compact(found | head))

@@ -13,10 +13,10 @@ from torch import Tensor
 from ssmoe.generation import graph as graphs
 from ssmoe.generation.pieces import Pieces
 from ssmoe.generation.sampler import Sampling, sample
-from ssmoe.model.layer import LayerState, State
+from ssmoe.model.layer import State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import AttentionState
-from ssmoe.model.state import concatenate, expand, select, with_room
+from ssmoe.model.state import alone, concatenate, expand, select, with_room
 from ssmoe.ops import Segments
 
 PREFILL_CHUNK = 2048
@@ -80,7 +80,7 @@ def decode(
         rows = range(first, min(first + group, len(prompts)))
         state = None if start is None else start.state
         if state is not None and batch_invariant:
-            state = _alone(state, first)
+            state = alone(state, first)
         count = [(0 if start is None else start.tokens[row]) + len(prompts[row]) for row in rows]
         logits, state = _prefill(model, prompts[first : rows.stop], state, pieces)
         row_seeds = None if seeds is None else seeds[first : rows.stop]
@@ -101,17 +101,6 @@ def decode(
         pending += found[1]
         counts += count
     return Continuation(concatenate(ends), tuple(counts), tuple(pending))
-
-
-def _alone(state: State, row: int) -> State:
-    """One row, its attention layers without the room that longer rows needed."""
-    layers: list[LayerState] = []
-    for layer in select(state, [row]):
-        if isinstance(layer, AttentionState):
-            used = int(layer.length)
-            layer = AttentionState(layer.keys[:, :, :used], layer.values[:, :, :used], layer.length)
-        layers.append(layer)
-    return tuple(layers)
 
 
 def _go_on(
@@ -140,7 +129,7 @@ def _go_on(
         for i, row in enumerate(active):
             if not on[i]:
                 pending[row] = (tokens[i],)
-                ends[row] = _alone(state, i)
+                ends[row] = alone(state, i)
         going = [i for i in range(len(active)) if on[i]]
         if not going:
             break
@@ -152,7 +141,7 @@ def _go_on(
             room = max(count[row] for row in active) + ROOM
             state = with_room(state, room)
         column = torch.tensor(tokens, device=model.embedding.weight.device).unsqueeze(1)
-        out = model(column, state, logits="last", in_place=caches)
+        out = model(column, state, logits="last", out_state=state if caches else None)
         logits, state = out.logits, out.state
         for row in active:
             count[row] += 1
@@ -179,7 +168,7 @@ def read(
     state = model.init_state(len(prompts)) if start is None else start.state
     rest = [prompt[:-1] for prompt in prompts]
     if batch_invariant:
-        rows = [_alone(state, i) for i in range(len(prompts))]
+        rows = [alone(state, i) for i in range(len(prompts))]
         state = concatenate(
             [_prefill(model, [row], own)[1] if row else own for row, own in zip(rest, rows, strict=True)]
         )

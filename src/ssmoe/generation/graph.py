@@ -1,10 +1,13 @@
-"""Decoding on a GPU: one CUDA graph a token over static buffers, the state in place, sampling on the device.
+"""Decoding on a GPU: one CUDA graph a token over static buffers, sampling on the device.
 
-The host sees only the sampled tokens. `why_not` says, before anything runs, which model cannot and why.
+The host sees only the sampled tokens, and a step begins before it has seen those of the one before. `why_not`
+says, before anything runs, which model cannot and why.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -15,12 +18,12 @@ from ssmoe.generation.pieces import Pieces
 from ssmoe.generation.sampler import Sampling, choose, sample, uniforms
 from ssmoe.model.feedforwards.dense import Dense
 from ssmoe.model.feedforwards.moe import Experts, MoE
-from ssmoe.model.layer import State
+from ssmoe.model.layer import LayerState, State
 from ssmoe.model.lm import LM
 from ssmoe.model.mixers.attention import Attention, AttentionState
 from ssmoe.model.mixers.mamba import Mamba
 from ssmoe.model.norm import Linear
-from ssmoe.model.state import select
+from ssmoe.model.state import alone, clone
 
 CAPTURED = (Mamba, Attention, Dense, MoE)
 """Layers that read one token without waiting for the host and without changing a shape."""
@@ -74,23 +77,36 @@ class Runner:
         seeds = [sampling.seed] * b if seeds is None else list(seeds)
         tokens = sample(logits, count, sampling, seeds)
         active, step = list(range(b)), None
-        for made in range(1, max_new_tokens + 1):
-            going: list[int] = []
-            for row in active:
-                if accept(row, tokens[row]) and made < max_new_tokens:
-                    going.append(row)
-                else:
-                    ends[row], pending[row] = select(state, [row]), (tokens[row],)
-            active = going
-            if not active:
-                break
-            if step is None:
-                step = self.prepare(b, max(count) + max_new_tokens, sampling)
-                step.load(state, tokens)
+
+        def begin(step: Step) -> None:
+            ahead = [n + 1 for n in count]
+            step.begin(uniforms(ahead, sampling, seeds) if sampling.temperature > 0 else None)
+
+        try:
+            for made in range(1, max_new_tokens + 1):
+                going: list[int] = []
+                for row in active:
+                    if accept(row, tokens[row]) and made < max_new_tokens:
+                        going.append(row)
+                    else:
+                        ends[row], pending[row] = alone(state, row), (tokens[row],)
+                active = going
+                if not active:
+                    break
+                if step is None:
+                    step = self.prepare(b, max(count) + max_new_tokens, sampling)
+                    step.load(state, tokens)
+                    begin(step)
+                for row in active:
+                    count[row] += 1
+                if made + 1 < max_new_tokens:
+                    # the next one, in vain only where every row ends here
+                    begin(step)
+                tokens = step.end()
                 state = step.state
-            for row in active:
-                count[row] += 1
-            tokens = step.run(uniforms(count, sampling, seeds) if sampling.temperature > 0 else None)
+        finally:
+            if step is not None:
+                step.settle()
         return ends, pending
 
     def prepare(self, rows: int, capacity: int, sampling: Sampling) -> "Step":
@@ -128,34 +144,49 @@ def runner(model: LM) -> Runner:
 
 
 class Step:
-    """One token for each of `rows` rows: reads `ids`, moves `state` on and leaves the next ids there."""
+    """One token for each of `rows` rows: reads `ids` and leaves the next ones there, a state beside the old.
+
+    Two graphs take turns, each of which reads the state that the other wrote: a step can begin before the
+    host has the tokens of the one before, and a row that ends there still has its state. Caches of attention
+    are written past what a row has read, so they are the same in both states.
+    """
 
     def __init__(self, model: LM, rows: int, capacity: int, sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
         device = model.embedding.weight.device
-        self.state = model.init_state(rows, capacity)
+        state = model.init_state(rows, capacity)
+        self.states = state, tuple(_beside(layer) for layer in state)
         self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.draws = torch.zeros(rows, dtype=torch.float64, device=device)
-        # the host's side of both: copied to and fro by the graph itself
+        self._draws = torch.zeros(rows, dtype=torch.float64, device=device)
+        # the host's side of both, for each graph: copied to and fro by the graph itself
         pinned = device.type == "cuda"
-        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, pin_memory=pinned)
-        self.drawn = torch.zeros(rows, dtype=torch.float64, pin_memory=pinned)
-        self.replay = capture(self._work, device)
+        self._tokens = [torch.zeros(rows, 1, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._drawn = [torch.zeros(rows, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]
+        self._launch = record([partial(self._work, turn) for turn in range(2)], device)
+        self._waits: deque[Callable[[], None]] = deque()
+        self._ended = 0
 
-    def _work(self) -> None:
+    @property
+    def state(self) -> State:
+        """After the steps that have ended; overwritten by the second `begin` from here."""
+        return self.states[self._ended % 2]
+
+    def _work(self, turn: int) -> None:
         if self.sampling.temperature > 0:
-            self.draws.copy_(self.drawn, non_blocking=True)
-        out = self.model(self.ids, self.state, logits="last", in_place=True)
+            self._draws.copy_(self._drawn[turn], non_blocking=True)
+        out = self.model(self.ids, self.states[turn], logits="last", out_state=self.states[1 - turn])
         assert out.logits is not None
         if self.sampling.temperature == 0:
             chosen = self.model.ops.argmax(out.logits[:, : self.sampling.num_tokens])
         else:
-            chosen = choose(out.logits, self.draws, self.sampling)
+            chosen = choose(out.logits, self._draws, self.sampling)
         self.ids.copy_(chosen.unsqueeze(1))
-        self.tokens.copy_(self.ids, non_blocking=True)
+        self._tokens[turn].copy_(self.ids, non_blocking=True)
 
     def load(self, state: State, tokens: Sequence[int]) -> None:
-        """Begin with `state` and the tokens to be read next."""
+        """Start with `state` and the tokens to be read next."""
+        self.settle()
+        self._ended = 0
         for mine, layer in zip(self.state, state, strict=True):
             for place, leaf in zip(mine, layer, strict=True):
                 if isinstance(mine, AttentionState) and leaf.ndim == 4:
@@ -166,37 +197,76 @@ class Step:
                 else:
                     place.copy_(leaf)
         self.ids.copy_(torch.tensor(tokens).unsqueeze(1))
-        if self.ids.is_cuda:
-            torch.cuda.current_stream(self.ids.device).synchronize()
 
-    def run(self, draws: Sequence[float] | None) -> list[int]:
-        """Read the tokens, then return the next ones. draws: a number a row, None if greedy."""
+    def begin(self, draws: Sequence[float] | None) -> None:
+        """Let the device read the tokens that lie there; two steps at most may have begun and not ended.
+
+        draws: a number a row, None if greedy.
+        """
+        turn = (self._ended + len(self._waits)) % 2
         if draws is not None:
-            self.drawn.copy_(torch.tensor(draws, dtype=torch.float64))
-        self.replay()
-        return cast(list[int], self.tokens.flatten().tolist())
+            self._drawn[turn].copy_(torch.tensor(draws, dtype=torch.float64))
+        self._waits.append(self._launch[turn]())
+
+    def end(self) -> list[int]:
+        """Wait for the first begun step: the tokens it chose."""
+        self._waits[0]()
+        self._waits.popleft()
+        self._ended += 1
+        return cast(list[int], self._tokens[(self._ended - 1) % 2].flatten().tolist())
+
+    def settle(self) -> None:
+        """Wait for what has begun and forget it."""
+        while self._waits:
+            self._waits[0]()
+            self._waits.popleft()
 
 
-def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`work` once to compile what is not compiled yet, then as a graph: a function that runs it to its end.
+def _beside(layer: LayerState) -> LayerState:
+    """Another state of a layer, which shares the cache of an attention layer."""
+    if isinstance(layer, AttentionState):
+        return layer._replace(length=layer.length.clone())
+    return clone((layer,))[0]
 
-    Kernels with memory of their own keep it by the stream, so the graph always runs on the stream that it was
-    captured on. What it reads must be there when it is called: it does not wait for the caller's stream.
+
+Launch = Callable[[], Callable[[], None]]
+"""Starts work on the device and returns a function that waits for its end."""
+
+
+def record(works: Sequence[Callable[[], None]], device: torch.device) -> list[Launch]:
+    """Each of `works` once to compile what is not compiled yet, then as a graph.
+
+    All run on one stream, one after another as they are launched and after what the caller's stream was given
+    before. Kernels with memory of their own keep it by the stream, so a graph always runs on the one that it
+    was captured on. One launch of each at a time.
     """
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = torch.cuda.Stream(device)
+    return [_recorded(work, stream) for work in works]
+
+
+def _recorded(work: Callable[[], None], stream: torch.cuda.Stream) -> Launch:
+    graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         work()
         stream.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         work()
 
-    def replay() -> None:
+    def launch() -> Callable[[], None]:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             graph.replay()
-        stream.synchronize()
+            done.record()
+        return done.synchronize
 
-    return replay
+    return launch
+
+
+def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`work` as a graph, like `record`: a function that runs it to its end."""
+    [launch] = record([work], device)
+    return lambda: launch()()
 
 
 def _layers(model: LM) -> list[nn.Module]:

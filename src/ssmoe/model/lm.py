@@ -63,7 +63,7 @@ class LM(nn.Module):
         targets: Tensor | None = None,
         logits: Literal["all", "last"] = "all",
         *,
-        in_place: bool = False,
+        out_state: State | None = None,
     ) -> ModelOut:
         """Read `ids` (b, l) int64, l >= 1, after `state` (None is `init_state`).
 
@@ -71,8 +71,9 @@ class LM(nn.Module):
         not kept. Nothing is shifted: the target of a position is the token after it, as in ids = rows[:, :-1]
         and targets = rows[:, 1:]. Otherwise `logits` asks for "all" (b, l, vocab) or the "last" real position
         (b, vocab).
-        in_place (one position, inference): the new state is written over `state`, so that a CUDA graph can
-        run again and again; attention then has the room that `init_state` was asked for, and no more.
+        out_state (one position, inference): where the new state is written, so that a CUDA graph can run
+        again and again; `state` itself, or another whose attention layers share its keys and values, which
+        then have the room that `init_state` was asked for, and no more.
         Raises ValueError for ids that are no integers, for ids and targets outside the vocabulary (checked on
         the CPU, but not under torch.compile; a GPU stops with an assertion), and for targets of another
         shape; TypeError for ids that are no tensor and segments that are none.
@@ -93,11 +94,11 @@ class LM(nn.Module):
         self._check(ids, state)
         if targets is not None:
             self._check_targets(targets, ids)
-        if in_place and (
+        if out_state is not None and (
             state is None or ids.shape[1] != 1 or segments is not None or torch.is_grad_enabled()
         ):
             raise ValueError(
-                "in_place needs a state and one position a row, under torch.no_grad(): leave it away"
+                "out_state needs a state and one position a row, under torch.no_grad(): leave it away"
             )
         dtype = self.compute_dtype or self.embedding.weight.dtype
         check_dtype(dtype)
@@ -106,7 +107,7 @@ class LM(nn.Module):
         )
         last = partial(_last_real, segments=segments) if targets is None and logits == "last" else None
         layers = list(self.layers)
-        x, end, states, stats = run(layers, x, state, segments, dtype, in_place=in_place, take=last)
+        x, end, states, stats = run(layers, x, state, segments, dtype, out_state=out_state, take=last)
         if (norm := self.norm) is not None:
             _, x = self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=end)
         elif end is not None:

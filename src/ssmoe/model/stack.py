@@ -33,11 +33,12 @@ class Residual(nn.Module):
         segments: Segments | None,
         dtype: torch.dtype,
         *,
-        in_place: bool = False,
+        out_state: LayerState | None = None,
     ) -> LayerOut:
         """x: (b, l, d_model) -> LayerOut with the new residual stream.
 
-        in_place: `state` is overwritten with the new state, whose memory it shares; for one position.
+        out_state: where the new state is written, for one position; `state` itself, or of the same shapes.
+        Attention adds to the keys and values that lie in it; what it shares with `state` is not copied.
         """
         if (
             x.shape[1] == 1
@@ -45,28 +46,33 @@ class Residual(nn.Module):
             and not torch.is_grad_enabled()
             and isinstance(self.layer, Mamba)
         ):
-            return self.layer.step(
-                x, self.norm, cast(MambaState | None, state), dtype, in_place=in_place and state is not None
-            )
+            kept, new = cast(MambaState | None, state), cast(MambaState | None, out_state)
+            return self.layer.step(x, self.norm, kept, dtype, out_state=new)
         x, normed = self.enter(x, None, dtype)
         out: LayerOut
-        if in_place and isinstance(self.layer, Attention) and isinstance(state, AttentionState):
-            out = self.layer.append(normed, state)
-        elif in_place and isinstance(self.layer, MoE) and not self.layer.training:
+        if isinstance(self.layer, Attention) and isinstance(out_state, AttentionState):
+            write(out_state, cast(AttentionState, state))
+            out = self.layer.append(normed, out_state)
+        elif out_state is not None and isinstance(self.layer, MoE) and not self.layer.training:
             out = LayerOut(self.layer.step(normed), (), None)
         else:
             out = self.layer(normed, state, segments)
-        if in_place and state is not None:
-            for old, new in zip(state, out.state, strict=True):
-                if old is not new:
-                    old.copy_(new)
-            out = out._replace(state=state)
+            if out_state is not None:
+                write(out_state, out.state)
+                out = out._replace(state=out_state)
         return LayerOut(x + out.x, out.state, out.stats)
 
     def enter(self, x: Tensor, pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x + pending, what the layer before has yet to add, and its norm: what this layer reads."""
         norm = self.norm
         return self.ops.residual_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, add=pending)
+
+
+def write(place: LayerState, state: LayerState) -> None:
+    """The values of `state` into the tensors of `place`, but for those that the two share."""
+    for old, new in zip(place, state, strict=True):
+        if old is not new:
+            old.copy_(new)
 
 
 def run(
@@ -76,18 +82,18 @@ def run(
     segments: Segments | None,
     dtype: torch.dtype,
     *,
-    in_place: bool = False,
+    out_state: State | None = None,
     take: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, State, tuple[RouterStats | None, ...]]:
     """x: (b, l, d_model) through all layers: stream, what is yet to be added to it, states, statistics.
 
-    in_place as in `Residual`. take: of the result, what is wanted, such as the last position.
+    out_state as in `Residual`. take: of the result, what is wanted, such as the last position.
     """
     states: list[LayerState] = []
     stats: list[RouterStats | None] = []
     alone = x.shape[1] == 1 and segments is None and state is not None and not torch.is_grad_enabled()
-    alone = alone and not in_place
-    joined = x.shape[1] > 1 and not in_place
+    alone = alone and out_state is None
+    joined = x.shape[1] > 1 and out_state is None
     pending: Tensor | None = None
     stream, ops = x.dtype, None
     i = 0
@@ -115,7 +121,7 @@ def run(
             assert ops is not None
             x, pending = ops.residual_sum(x, pending, dtype=stream), None
         # whatever wraps a layer need only know the four
-        out = layer(x, before, segments, dtype, **({"in_place": True} if in_place else {}))
+        out = layer(x, before, segments, dtype, **({} if out_state is None else {"out_state": out_state[i]}))
         x = out.x
         states.append(out.state)
         stats.append(out.stats)

@@ -16,6 +16,7 @@ from ssmoe.model.state_file import StateFile, StateHeader, fingerprint, load, re
 __all__ = [
     "StateFile",
     "StateHeader",
+    "alone",
     "clone",
     "concatenate",
     "detach",
@@ -34,6 +35,17 @@ def select(state: State, index: Tensor | Sequence[int]) -> State:
     """The rows `index` (int64 or bool) of `state`, in that order, copied."""
     rows = torch.as_tensor(index)
     return _map(lambda leaf: leaf[rows.to(leaf.device)], state)
+
+
+def alone(state: State, row: int) -> State:
+    """One row, copied; its attention layers without the room that it does not use."""
+    layers: list[LayerState] = []
+    for layer in state:
+        if isinstance(layer, AttentionState):
+            used = int(layer.length[row])
+            layer = AttentionState(layer.keys[:, :, :used], layer.values[:, :, :used], layer.length)
+        layers.append(_rebuild(layer, [leaf[row : row + 1].clone() for leaf in layer]))
+    return tuple(layers)
 
 
 def expand(state: State, n: int) -> State:

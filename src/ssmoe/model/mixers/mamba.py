@@ -98,12 +98,12 @@ class Mamba(nn.Module):
         state: MambaState | None,
         dtype: torch.dtype,
         *,
-        in_place: bool = False,
+        out_state: MambaState | None = None,
     ) -> LayerOut:
         """x + self(norm(x)) for a single position (b, 1, d_model), computed in `dtype`, in one op.
 
-        in_place: write the new state over `state`. Inference only: raises ValueError where a gradient is
-        wanted.
+        out_state: where the new state is written, which may be `state`. Inference only: raises ValueError
+        where a gradient is wanted.
         """
         conv, ssm = self.init_state(x.shape[0], 0, dtype, x.device) if state is None else state
         conv, ssm = conv.to(dtype), ssm.to(torch.promote_types(dtype, torch.float32))
@@ -112,7 +112,8 @@ class Mamba(nn.Module):
             self.x_proj.weight, self.delta_proj.weight, self.ssm.A_log, self.ssm.D, self.ssm.delta_bias,
             self.out_proj.weight, norm_eps=norm.eps,
             norm_bias=norm.bias, conv_state=conv, ssm_state=ssm,
-            out_conv=conv if in_place else None, out_ssm=ssm if in_place else None,
+            out_conv=None if out_state is None else out_state.conv,
+            out_ssm=None if out_state is None else out_state.ssm,
         )  # fmt: skip
         return LayerOut(y.unsqueeze(1), MambaState(conv, ssm), None)
 
