@@ -52,6 +52,10 @@ def test_what_cannot_be_is_one_clear_error(csv, tmp_path):
         run(csv, "--c=-1")
     with pytest.raises(ValueError, match="--blocks and --expansion"):
         run(csv, "--output", tmp_path / "x.json")
+    with pytest.raises(ValueError, match="--blocks and --expansion belong to --output"):
+        run(csv, "--blocks", "dense")
+    with pytest.raises(ValueError, match="--expansion 0: give a number of at least 1"):
+        run(csv, "--blocks", "moe", "--expansion", "0", "--output", tmp_path / "x.json")
     with pytest.raises(ValueError, match="too few"):
         run(write(tmp_path / "few.csv", draw(0)[:4]))
     with pytest.raises(FileNotFoundError):

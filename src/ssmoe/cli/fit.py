@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", nargs="+", type=Path, default=[], metavar="RUN", help="runs to predict and not to fit"
     )
-    parser.add_argument("--form", choices=("fine-grained", "dense"), default="fine-grained")
+    parser.add_argument(
+        "--form",
+        choices=("fine-grained", "dense"),
+        default="fine-grained",
+        help="with granularity, or without experts (default: fine-grained)",
+    )
     parser.add_argument(
         "--c", default="0.472", metavar="C", help="the irreducible loss, or `free` to fit it (default 0.472)"
     )
@@ -73,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _kind(args: argparse.Namespace, points: Sequence[Point]) -> tuple[Blocks, float]:
     """What the models are, from the runs or the options; it matters only for a law that is kept."""
+    if args.output is None and (args.blocks is not None or args.expansion is not None):
+        raise ValueError("--blocks and --expansion belong to --output: name a file, or leave them away")
+    if args.expansion is not None and not 1 <= args.expansion < float("inf"):
+        raise ValueError(f"--expansion {args.expansion:g}: give a number of at least 1")
     blocks, expansion = common_kind(points)
     blocks, expansion = args.blocks or blocks, args.expansion or expansion
     if args.form == "dense":

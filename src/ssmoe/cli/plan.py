@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flops", type=float, metavar="F", help="training FLOPs without the head, such as 1e20"
     )
     spend.add_argument("--gpu", metavar="TYPE", help="such as H200; its memory caps the model")
-    spend.add_argument("--num-gpus", type=int, default=1, metavar="K")
+    spend.add_argument("--num-gpus", type=int, default=1, metavar="K", help="default: 1")
     spend.add_argument("--hours", type=float, metavar="H", help="wall-clock on the GPUs, the head included")
     spend.add_argument("--mfu", type=float, metavar="M", help="measured fraction of the peak, such as 0.35")
     caps = parser.add_argument_group("caps")
     caps.add_argument("--params", type=float, metavar="P", help="all parameters, embedding included")
     caps.add_argument("--memory", type=float, metavar="GB", help="for weights, gradients and AdamW")
-    caps.add_argument("--tokens", type=float, metavar="D")
+    caps.add_argument("--tokens", type=float, metavar="D", help="of training text")
     law = parser.add_argument_group("law")
     law.add_argument(
         "--law",
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     law.add_argument("--granularity", type=int, metavar="G", help="fix G instead of choosing it")
     run = parser.add_argument_group("run")
-    run.add_argument("--vocab-size", type=int, metavar="V")
+    run.add_argument("--vocab-size", type=int, metavar="V", help="of the tokenizer")
     run.add_argument("--context", type=int, metavar="L", help="tokens in a row")
     run.add_argument("--output", type=Path, metavar="FILE.toml", help="write a preset for `ssmoe train`")
     run.add_argument("--plot", type=Path, metavar="FILE", help="picture: loss and best G against FLOPs")
