@@ -15,6 +15,19 @@ from tests.model.zoo import small
 GENERATOR = torch.Generator()
 
 
+def test_a_scan_reads_what_a_fused_optimiser_has_written() -> None:
+    """torch's fused optimisers change a parameter without a new version of it."""
+    mixer, x = Mamba(8), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        mixer(x)
+    mixer(x).x.square().sum().backward()
+    torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True).step()
+    fresh = Mamba(8)
+    fresh.load_state_dict(mixer.state_dict())
+    with torch.no_grad():
+        assert torch.equal(mixer(x).x, fresh(x).x)
+
+
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
 

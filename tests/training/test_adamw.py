@@ -51,7 +51,8 @@ def test_equals_torch(device: str, large: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_update_is_a_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw, "is_large", lambda _: True)
+    # the first is ours, the other torch's
+    monkeypatch.setattr(adamw, "is_large", lambda p: p.numel() > 100)
     ours, _ = _pair("cpu")
     mine = AdamW([{"params": ours}], lr=0.1, betas=(0.9, 0.99), eps=1e-8, update=lambda *_, **__: None)
     for parameter in ours:

@@ -58,6 +58,10 @@ class AdamW(torch.optim.AdamW):
         finally:
             for parameter, gradient in hidden:
                 parameter.grad = gradient
+            # torch's fused kernels change the rest unseen, too
+            increment_version(
+                [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            )
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

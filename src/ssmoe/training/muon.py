@@ -80,6 +80,10 @@ class Muon(torch.optim.AdamW):
         try:
             super().step()
         finally:
+            # torch's fused kernels change theirs unseen, too
+            increment_version(
+                [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            )
             self.param_groups = groups
         return loss
 

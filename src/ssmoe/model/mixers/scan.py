@@ -35,21 +35,10 @@ class SSMParameters(Float32Module):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.delta_bias = nn.Parameter(torch.empty(d_inner))
         self.initial_state = nn.Parameter(torch.empty(d_inner, d_state)) if learned_state else None
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, D and the delta bias."""
-        return self._negative(), self.D, self.delta_bias
-
-    def _negative(self) -> Tensor:
-        """A; where no gradient is at work it is kept for as long as A_log is what it was."""
-        log = self.A_log
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or log.is_inference():
-            return -torch.exp(log)
-        stamp = (log.data_ptr(), log._version, log.dtype, log.device)
-        if self._kept is None or self._kept[0] != stamp:
-            self._kept = (stamp, -torch.exp(log))
-        return self._kept[1]
+        return -torch.exp(self.A_log), self.D, self.delta_bias
 
     def start(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(b, d_inner, d_state): the state before a document, differentiable where it is learned."""
