@@ -202,6 +202,19 @@ def test_changed_weights_make_a_new_graph_and_old_ones_go(without_a_gpu):
     assert len(graph._runners) == before - 1
 
 
+def test_a_trained_model_has_a_new_runner_though_its_optimiser_counts_no_version():
+    model = model_of("mamba", dtype=torch.float32).eval()
+    used = graph.runner(model)
+    assert graph.runner(model.eval()) is used
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    ids = torch.tensor([[1, 2, 3]])
+    model.train()(ids, targets=ids).loss.total.backward()
+    versions = [parameter._version for parameter in model.parameters()]
+    optimizer.step()
+    assert [parameter._version for parameter in model.parameters()] == versions
+    assert graph.runner(model.eval()) is not used
+
+
 SYNCS = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -128,9 +128,10 @@ _runners: WeakKeyDictionary[LM, tuple[tuple[object, ...], Runner]] = WeakKeyDict
 
 
 def runner(model: LM) -> Runner:
-    """The runner of `model`, made anew where its weights have changed since the last one."""
+    """The runner of `model`, made anew where its weights have changed or it was trained since the last one."""
     weights = [*model.parameters(), *model.buffers()]
-    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights)
+    versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights)
+    stamp = (model.trainings, *versions)
     found = _runners.get(model)
     if found is None or found[0] != stamp:
         _runners.pop(model, None)

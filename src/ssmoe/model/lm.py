@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of pre-normed residual layers, head."""
 
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class LM(nn.Module):
         self.config = config
         self.ops = ops
         self.compute_dtype = compute_dtype
+        self.trainings = 0
         self.embedding = Embedding(config.vocab_size, config.d_model, ops=ops)
         self.layers = nn.ModuleList(layers)
         self.norm = final_norm
@@ -122,6 +123,11 @@ class LM(nn.Module):
             targets = targets.masked_fill(~segments.real, IGNORE)
         loss = model_loss(x, weight, bias, targets, [s for s in stats if s is not None], self.ops)
         return ModelOut(None, states, stats, loss)
+
+    def train(self, mode: bool = True) -> Self:
+        """`trainings` counts how often it began, since a fused optimiser changes weights unseen."""
+        self.trainings += int(mode and not self.training)
+        return super().train(mode)
 
     @property
     def backend(self) -> str:
