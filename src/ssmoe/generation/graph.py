@@ -128,7 +128,7 @@ _runners: WeakKeyDictionary[LM, tuple[tuple[object, ...], Runner]] = WeakKeyDict
 
 
 def runner(model: LM) -> Runner:
-    """The runner of `model`, made anew where its weights have changed or it was trained since the last one."""
+    """The runner of `model`, made anew where its weights have changed or it was trained since."""
     weights = [*model.parameters(), *model.buffers()]
     versions = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights)
     stamp = (model.trainings, *versions)
