@@ -39,7 +39,7 @@ LAYERS: dict[str, type[Frozen]] = {
 }
 
 
-_ALLLAYERS = 'set all layers, as in model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 512}]'
+_ALL_LAYERS = 'set all layers, as in model.pattern=[{"kind": "mamba"}, {"kind": "dense", "d_ff": 512}]'
 
 
 class RunConfig(Frozen):
@@ -165,7 +165,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> No
             layers = cast(list[dict[str, Any]], targets[0]["pattern"])
             targets = _pick_layers(layers, path[i + 1], key)
             if len(path) == i + 2:
-                raise ValueError(f"{key!r} is a whole layer: name a field of it, or {_ALLLAYERS}")
+                raise ValueError(f"{key!r} is a whole layer: name a field of it, or {_ALL_LAYERS}")
             kinds = {cast(str, target["kind"]) for target in targets}
             model = LAYERS[kinds.pop()]
             _assign_layers(targets, model, path[i + 2 :], value, key)
@@ -185,7 +185,7 @@ def _assign_layers(
         inner = [cast(dict[str, Any], target.setdefault(path[0], {})) for target in targets]
         return _assign_layers(inner, section, path[1:], value, key)
     if path == ["kind"]:
-        raise ValueError(f"{key!r}: a layer's other fields belong to its kind: {_ALLLAYERS}")
+        raise ValueError(f"{key!r}: a layer's other fields belong to its kind: {_ALL_LAYERS}")
     if len(path) != 1 or path[0] not in model.model_fields:
         prefix = key.removesuffix("." + ".".join(path))
         raise ValueError(f"unknown key {key!r}{_nearest_key(prefix, path[0], model)}")
