@@ -1,7 +1,8 @@
 import json
 
-from ssmoe.cli.compare import _ratio
+from ssmoe.cli.compare import _print, _ratio
 from ssmoe.cli.main import main
+from ssmoe.training.compare import Comparison, Row
 from ssmoe.training.metrics import read_metrics
 
 
@@ -68,3 +69,19 @@ def test_nothing_is_trained_when_one_run_will_not_do(tiny_file, tmp_path, fails)
 def test_a_ratio_below_one_is_told_the_other_way_round():
     assert _ratio(1.25, "fewer steps", "the steps") == "1.25 times fewer steps"
     assert _ratio(0.8, "less time", "the time") == "1.25 times the time"
+
+
+def test_a_page_of_80_columns_has_room_for_every_number_and_the_presets_names(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        Row("mamba-tuned-tiny", 947_712, 1_472_000, 3.2806, 116.0, 500, 2_048_000, 1.0, 1.0),
+        Row("moe-mamba-tuned-tiny", 940_000, 785_000_000, 3.1965, 150.0, None, None, 1.14, None),
+        Row("x" * 40, 1, 1, 3.0, 1.0, 1, 1, 2.0, 2.0),
+    ]
+    _print(Comparison("mamba-tuned-tiny", 3.2806, rows, []), "out")
+    table, _, _ = capsys.readouterr().out.partition("x" * 40 + " reaches")
+    lines = [line.split() for line in table.splitlines()]
+    assert ["mamba-tuned-tiny", "0.95M", "1.47M", "3.2806", "116", "500", "1.00x", "1.00x"] in lines
+    assert ["moe-mamba-tuned-tiny", "0.94M", "785.00M", "3.1965", "150", "never", "1.14x", "-"] in lines
+    assert sum(line[0].count("x") for line in lines if line and set(line[0]) == {"x"}) == 40
+    assert max(map(len, table.splitlines())) <= 80

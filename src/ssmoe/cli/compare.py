@@ -13,7 +13,7 @@ from ssmoe.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from ssmoe.training.compare import Comparison
+    from ssmoe.training.compare import Comparison, Row
 
 HELP = "train several presets and compare steps and time to the same held-out loss"
 
@@ -51,35 +51,39 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cells(row: "Row") -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.active / 1e6:.2f}M",
+        f"{row.total / 1e6:.2f}M",
+        f"{row.final_loss:.4f}",
+        f"{row.seconds:,.0f}",
+        "never" if row.match_step is None else f"{row.match_step:,}",
+        "-" if row.steps_ratio is None else f"{row.steps_ratio:.2f}x",
+        "-" if row.seconds_ratio is None else f"{row.seconds_ratio:.2f}x",
+    )
+
+
 def _print(comparison: "Comparison", folder: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"to the final held-out loss of {comparison.baseline}, {comparison.target:.4f}")
-    for title in (
-        "run",
-        "active",
-        "total",
-        "final loss",
-        "seconds",
-        "steps to match",
-        "fewer steps",
-        "less time",
-    ):
-        # on a narrow page a name is wrapped, never cut
-        table.add_column(title, justify="left" if title == "run" else "right", overflow="fold")
-    for row in comparison.rows:
-        table.add_row(
-            row.name,
-            f"{row.active / 1e6:.2f}M",
-            f"{row.total / 1e6:.2f}M",
-            f"{row.final_loss:.4f}",
-            f"{row.seconds:,.0f}",
-            "never" if row.match_step is None else f"{row.match_step:,}",
-            "-" if row.steps_ratio is None else f"{row.steps_ratio:.2f}x",
-            "-" if row.seconds_ratio is None else f"{row.seconds_ratio:.2f}x",
-        )
+    titles = ("run", "active", "total", "final loss", "seconds", "steps to match", "fewer steps", "less time")
+    rows = [_cells(row) for row in comparison.rows]
     console = Console()
+    # titles are wrapped between words, numbers never, names where the page is too narrow for them
+    widths = [
+        max(len(part) for part in (*title.split(), *cells))
+        for title, *cells in zip(titles, *rows, strict=True)
+    ]
+    widths[0] = max(8, min(widths[0], console.width - sum(widths[1:]) - 2 * len(titles)))
+    aim = f"to the final held-out loss of {comparison.baseline}, {comparison.target:.4f}"
+    table = Table(title=aim, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title, width in zip(titles, widths, strict=True):
+        table.add_column(title, justify="left" if title == "run" else "right", overflow="fold", width=width)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for row in comparison.rows:
         if row.name != comparison.baseline and row.steps_ratio and row.seconds_ratio:
