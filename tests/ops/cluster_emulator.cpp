@@ -1,18 +1,7 @@
 // Runs cross_entropy.cu on a CPU: every CUDA thread of a cluster of two blocks is a fiber, every barrier and shuffle
 // a switch to the next one. Lanes that meet at different places, which would hang a GPU, abort.
-#include <ucontext.h>
+#include "fiber.h"
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-
-#define EMULATED
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
 #define CLUSTER
 
 struct uint4 {
@@ -20,9 +9,6 @@ struct uint4 {
 };
 struct float2 {
     float x, y;
-};
-struct Index {
-    unsigned x;
 };
 enum Wait { RUNS, AT_WARP, AT_CLUSTER, DONE };
 struct Fiber {
@@ -67,11 +53,6 @@ static void WAIT() {
 #define LOG(value) logf(value)
 #define EXP(value) expf(value)
 static float ex2(float v) { return exp2f(v); }
-static float __uint_as_float(unsigned v) {
-    float f;
-    memcpy(&f, &v, 4);
-    return f;
-}
 static unsigned half_of_cluster() { return current / THREADS; }
 static unsigned largest2(unsigned a, unsigned b) {
     unsigned low = __uint_as_float(a << 16) >= __uint_as_float(b << 16) ? a : b;
@@ -79,8 +60,7 @@ static unsigned largest2(unsigned a, unsigned b) {
     return (low & 0xffffu) | (high & 0xffff0000u);
 }
 static unsigned rounded(float v) {
-    unsigned u;
-    memcpy(&u, &v, 4);
+    unsigned u = __float_as_uint(v);
     return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 }
 static unsigned down2(float low, float high) { return rounded(low) | rounded(high) << 16; }
@@ -130,14 +110,8 @@ static void run_cluster(bool backwards) {
     for (int i = 0; i < ALL; i++) {
         Fiber& fiber = fibers[i];
         fiber.stack.resize(1 << 16);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        fiber.wait = RUNS;
-        fiber.parity = 0;
+        prepare(fiber, body, RUNS);
         arrived[i] = waited[i] = 0;
-        makecontext(&fiber.context, body, 0);
         groups[i].clear();
         open_group[i].clear();
     }

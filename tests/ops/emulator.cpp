@@ -1,24 +1,10 @@
 // Runs scan.cu on a CPU: every CUDA thread is a fiber, every barrier and shuffle a switch to the next one.
 // Lanes that meet at different barriers, which would hang or corrupt a GPU, abort.
-#include <ucontext.h>
+#include "fiber.h"
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-
-#define EMULATED
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
 #define __shared__ static
 
 enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
-struct Index {
-    unsigned x;
-};
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -75,16 +61,6 @@ static void product(float (&d)[4], const float (&a)[4], float b0, float b1) {
 }
 static float ex2(float v) { return exp2f(v); }
 static float rcp(float v) { return 1.0f / v; }
-static float __uint_as_float(unsigned v) {
-    float f;
-    memcpy(&f, &v, 4);
-    return f;
-}
-static unsigned __float_as_uint(float v) {
-    unsigned u;
-    memcpy(&u, &v, 4);
-    return u;
-}
 static unsigned load_half(const void* at, bool live) {
     unsigned short half = 0;
     if (live) memcpy(&half, at, 2);
@@ -129,16 +105,7 @@ static void enter_fiber() {
 }
 
 static void run_block(unsigned threads, bool backwards) {
-    for (unsigned i = 0; i < threads; i++) {
-        Fiber& fiber = fibers[i];
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        fiber.wait = RUNS;
-        fiber.parity = 0;
-        makecontext(&fiber.context, enter_fiber, 0);
-    }
+    for (unsigned i = 0; i < threads; i++) prepare(fibers[i], enter_fiber, RUNS);
     for (unsigned finished = 0; finished < threads;) {
         finished = 0;
         for (unsigned w = 0; w < threads / 32; w++) {

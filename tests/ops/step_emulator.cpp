@@ -1,30 +1,17 @@
 // Runs step.cu on a CPU: every thread of every block is a fiber, so that blocks can wait for one another. A wait that
 // nobody ends, a misaligned access or lanes that diverge at a product abort.
-#include <ucontext.h>
+#include "fiber.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <map>
-#include <vector>
 
-#define EMULATED
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
 #define __grid_constant__
 #define SHARED_MEMORY(name) char* name = shared[blockIdx.x].data()
 
 using std::min;
 typedef unsigned long long Word;
 enum Wait { RUNS, POLLS, AT_WARP, AT_MOST, AT_BLOCK, DONE };
-struct Index {
-    unsigned x;
-};
 struct Copy {
     char* to;
     const char* from;
@@ -70,10 +57,7 @@ static float SWAP(float value, int mask) {
     return other;
 }
 static float half_of(unsigned word, int i) {
-    unsigned u = i ? word & 0xffff0000u : word << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
+    return __uint_as_float(i ? word & 0xffff0000u : word << 16);
 }
 static void multiply(float* d, const unsigned* a, const unsigned* b) {
     unsigned side = me().parity++ & 1, all[6] = {a[0], a[1], a[2], a[3], b[0], b[1]}, lane = threadIdx.x % 32;
@@ -148,16 +132,6 @@ static unsigned pack(float low, float high) {
     return words[0] | words[1] << 16;
 }
 #define EXP(v) expf(v)
-static float __uint_as_float(unsigned v) {
-    float f;
-    memcpy(&f, &v, 4);
-    return f;
-}
-static unsigned __float_as_uint(float v) {
-    unsigned u;
-    memcpy(&u, &v, 4);
-    return u;
-}
 
 #include SOURCE
 
@@ -182,13 +156,7 @@ extern "C" int emulate(long blocks, const void* words, int backwards, int bytes)
     shared.assign(blocks, std::vector<char>(bytes + 16, (char)0xff));
     for (Fiber& fiber : fibers) {
         fiber.stack.resize(1 << 15);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        fiber.wait = RUNS;
-        fiber.parity = 0;
-        makecontext(&fiber.context, enter_fiber, 0);
+        prepare(fiber, enter_fiber, RUNS);
     }
     // a thread that saw one of the words that it waits for may wait for the next
     int idle = 0;
