@@ -44,24 +44,21 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         hidden: list[tuple[Tensor, Tensor]] = []
-        for group in self.param_groups:
-            owners = [parameter for parameter in group["params"] if parameter.grad is not None]
-            large = [parameter for parameter in owners if is_large(parameter)]
-            if large:
-                self._update(large, group)
-            # torch passes over what has no gradient
-            for parameter in large:
-                hidden.append((parameter, parameter.grad))
-                parameter.grad = None
         try:
+            for group in self.param_groups:
+                owners = [parameter for parameter in group["params"] if parameter.grad is not None]
+                large = [parameter for parameter in owners if is_large(parameter)]
+                if large:
+                    self._update(large, group)
+                # torch passes over what has no gradient
+                for parameter in large:
+                    hidden.append((parameter, parameter.grad))
+                    parameter.grad = None
             super().step()
         finally:
             for parameter, gradient in hidden:
                 parameter.grad = gradient
-            # torch's fused kernels change the rest unseen, too
-            increment_version(
-                [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            )
+            count_versions(self.param_groups)
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -80,8 +77,6 @@ class AdamW(torch.optim.AdamW):
             decay=group["weight_decay"],
             scale=getattr(self, "grad_scale", None),
         )
-        # a kernel of our own changes them unseen
-        increment_version(parameters)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -90,6 +85,11 @@ class AdamW(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
+
+
+def count_versions(groups: Iterable[dict[str, Any]]) -> None:
+    """Whatever has a gradient was changed: kernels of our own and torch's fused ones do so unseen."""
+    increment_version([p for group in groups for p in group["params"] if p.grad is not None])
 
 
 def is_large(parameter: Tensor) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ssmoe.ops import load
 from ssmoe.ops.reference.muon_step import Iteration
+from ssmoe.training.adamw import count_versions
 
 JORDAN = Iteration(((3.4445, -4.7750, 2.0315),) * 5, tight=False)
 """Jordan's own: singular values from 1 down to 0.0016 of the norm end between 0.68 and 1.21."""
@@ -73,18 +73,15 @@ class Muon(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        for group in groups:
-            if group["parts"]:
-                self._update(group)
-        self.param_groups = [group for group in groups if not group["parts"]]
         try:
+            for group in groups:
+                if group["parts"]:
+                    self._update(group)
+            self.param_groups = [group for group in groups if not group["parts"]]
             super().step()
         finally:
-            # torch's fused kernels change theirs unseen, too
-            increment_version(
-                [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            )
             self.param_groups = groups
+            count_versions(groups)
         return loss
 
     def _update(self, group: dict[str, Any]) -> None:
@@ -104,8 +101,6 @@ class Muon(torch.optim.AdamW):
                 mu=group["momentum"],
                 iteration=self.iteration,
             )
-        # a kernel of our own changes them unseen
-        increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
